@@ -1,0 +1,71 @@
+"""Errors as sentences: one class per reaction of the command line.
+
+`UserError` is the user's input (exit code 1, no traceback), `VerifyError` a pass that left a broken
+model behind (exit code 3), everything else is a bug.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["UserError", "VerifyError", "did_you_mean", "first_line"]
+
+
+class UserError(Exception):
+    """Something the user gave us cannot be used; says what, where, why and what to do next.
+
+    `message` is one whole sentence in the user's own names and without a final stop. The other
+    parts are optional and each becomes one line: `place` (file, node), `path` (how we got there),
+    `tried` (one line per rule), `context` (the pass that ran) and `help` (the remedy).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        place: str | None = None,
+        path: str | None = None,
+        tried: Iterable[str] = (),
+        context: str | None = None,
+        help: str | None = None,  # noqa: A002  the printed label of this line
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.place = place
+        self.path = path
+        self.tried = tuple(tried)
+        self.context = context
+        self.help = help
+
+    def __str__(self) -> str:
+        lines = [self.message]
+        if self.place is not None:
+            lines.append(f"  --> {self.place}")
+        if self.path is not None:
+            lines.append(f"  path: {self.path}")
+        lines.extend(f"  tried: {line}" for line in self.tried)
+        if self.context is not None:
+            lines.append(f"  in:   {self.context}")
+        if self.help is not None:
+            lines.append(f"  help: {self.help}")
+        return "\n".join(lines)
+
+
+class VerifyError(Exception):
+    """A pass left a model that breaks an invariant: a bug of the pass, never the user's fault."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'decay'?"` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, for a sentence that quotes it."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,264 @@
+"""What a model file says about itself: the `kfac.*` entries of `ModelProto.metadata_props`.
+
+Every room reads and writes them through these classes, so the file's own words are the only thing
+that passes from one tool to the next. Each entry is JSON that a person can read.
+
+| key               | written by             | holds                                         |
+|-------------------|------------------------|-----------------------------------------------|
+| `kfac.frontend`   | frontends              | which reader understood the file              |
+| `kfac.parameters` | frontends              | list of `Parameter`                           |
+| `kfac.loss`       | frontends              | `Loss`                                        |
+| `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
+| `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
+| `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
+| `kfac.state`      | inserting passes       | list of `State`                               |
+| `kfac.step`       | inserting passes       | `Step`                                        |
+| `kfac.pipeline`   | the pass manager       | the textual pipeline that made the model      |
+
+On nodes: `kfac.pass`, `kfac.site` (the parameter) and `kfac.phase` (a `Phase`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import onnx_ir as ir
+
+__all__ = [
+    "IdCheck",
+    "LearningRate",
+    "Loss",
+    "Parameter",
+    "Phase",
+    "Refusal",
+    "RootCheck",
+    "Site",
+    "State",
+    "Step",
+    "Use",
+    "read",
+    "read_list",
+    "write",
+]
+
+T = TypeVar("T")
+
+
+class Phase(enum.StrEnum):
+    """When a node of the training step runs (DESIGN section 8). Nodes without one are `GRADIENTS`."""
+
+    GRADIENTS = "gradients"
+    """Loss, gradients, rows, new G; reads tables. All threads."""
+    RENORMALIZE = "renormalize"
+    """Under an `If`: folds the running scale into the counts, once in over a thousand steps."""
+    COUNT = "count"
+    """Adds the batch's counts to A in place. One thread."""
+    REFRESH = "refresh"
+    """Under an `If`: recomputes the inverse (root) of G."""
+    PRECONDITION = "precondition"
+    """Updates, dense optimizers, the finite flag. All threads."""
+    COMMIT = "commit"
+    """Writes tables and other row state in place. One thread; runs only if the step is kept."""
+    UNDO = "undo"
+    """Restores what `COUNT` wrote. One thread; runs only if the step is skipped."""
+    SELECT = "select"
+    """`Where(ok, new, old)`: keeps a skipped step out of the state. A host that decides itself skips it."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trained parameter: its name in the graph, shape, dtype and the value that is its gradient."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    gradient: str | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The scalar loss and how it reduces over examples."""
+
+    value: str | None
+    reduction: Literal["mean", "sum", "unknown"] = "unknown"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a parameter is left to the ordinary optimizer, and what to do about it."""
+
+    parameter: str
+    path: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """One reading of a table: operator, ids as that operator reads them, looked-up rows, dL/d(rows)."""
+
+    op: str
+    ids: str | None
+    output: str
+    output_gradient: str | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A trained table and all its uses.
+
+    `layout` says how the parameter stores the table: `rows` [V, D], `columns` [D, V], `flat` [V·D].
+    After the pass `find-embeddings`, `ids` (int64[N]), `rows` (float32[N, D], dL/d(table row) of each
+    lookup) and `keep` (float32[N], 0 where the graph drops the row; null when it drops none) name the
+    values that hold all uses together, and `dense` names the dense part of the gradient (null
+    unless the table is tied).
+    """
+
+    parameter: str
+    vocab_size: int
+    embedding_dim: int
+    dtype: str
+    layout: Literal["rows", "columns", "flat"]
+    padding_idx: int | None
+    uses: tuple[Use, ...]
+    dense_uses: tuple[Use, ...] = ()
+    gradient: str | None = None
+    ids: str | None = None
+    rows: str | None = None
+    keep: str | None = None
+    dense: str | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that a step reads under `input` and leaves under `output`.
+
+    `initial` is `parameter` (the user's value), `zeros`, `ones`, `identity` or a number. `update` says how
+    a host may hold it: `in-place` (one buffer, the model's writes go through it; `aliases` lists every
+    value name that is this buffer) or `double` (read one buffer, write the other, swap when the step is
+    kept; then `candidate` is the new value before the `Where(ok, new, old)` that a self-deciding host
+    leaves out). `phase` is the phase that writes it.
+    """
+
+    input: str
+    output: str
+    shape: tuple[int, ...]
+    dtype: str
+    initial: str | float
+    phase: Phase
+    update: Literal["in-place", "double"]
+    candidate: str
+    role: Literal["parameter", "factor", "root", "counter", "optimizer"]
+    parameter: str | None = None
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A learning-rate input of the step, float32 scalar, with its default."""
+
+    input: str
+    default: float
+
+
+@dataclass(frozen=True)
+class IdCheck:
+    """The ids of one lookup after the graph's own arithmetic, and what is allowed there.
+
+    `negatives` is `wrap` (an id in [−V, −1] means id + V, in the lookup and in the gradient) or `reject`.
+    """
+
+    parameter: str
+    ids: str
+    vocab_size: int
+    negatives: Literal["wrap", "reject"]
+
+
+@dataclass(frozen=True)
+class RootCheck:
+    """An inverse (root) whose residual a host checks at each refresh, to take over by `eigh` if it fails.
+
+    `root` names the refreshed value, `factor` the factor (float32[D, D]), `damping` the scalar added to
+    its diagonal, `residual` the scalar to compare with `tolerance`.
+    """
+
+    parameter: str
+    root: str
+    factor: str
+    damping: str
+    residual: str
+    exponent: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything a host needs to run the training step that the model is.
+
+    `ok` is a bool scalar: false where a gradient, factor or update is not finite. `constants` are
+    inputs that the user supplies once; `batch` those given at every step. `divisor` names a float32
+    scalar, the number of examples that a mean loss divides by, or null.
+    """
+
+    loss: str
+    ok: str
+    batch: tuple[str, ...]
+    learning_rates: tuple[LearningRate, ...]
+    constants: tuple[str, ...] = ()
+    id_checks: tuple[IdCheck, ...] = ()
+    root_checks: tuple[RootCheck, ...] = ()
+    shape: Literal["rows", "dense"] = "rows"
+    settings: dict[str, Any] = field(default_factory=lambda: {})
+
+
+_NESTED: dict[str, dict[str, type[Any]]] = {
+    "Site": {"uses": Use, "dense_uses": Use},
+    "Step": {"learning_rates": LearningRate, "id_checks": IdCheck, "root_checks": RootCheck},
+}
+
+
+def _build(cls: type[T], data: Mapping[str, Any]) -> T:
+    nested = _NESTED.get(cls.__name__, {})
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]  cls is always a dataclass
+        if item.name not in data:
+            continue
+        value = data[item.name]
+        if item.name in nested:
+            value = tuple(_build(nested[item.name], entry) for entry in value)
+        elif isinstance(value, list):
+            value = tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  JSON
+        elif item.name == "phase":
+            value = Phase(value)
+        arguments[item.name] = value
+    return cls(**arguments)
+
+
+def write(model: ir.Model, key: str, value: object) -> None:
+    """Store a dataclass, a list of dataclasses, or plain JSON data under `kfac.<key>`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        data: object = dataclasses.asdict(value)
+    elif isinstance(value, (list, tuple)):
+        items: Iterable[Any] = value  # pyright: ignore[reportUnknownVariableType]  any JSON list
+        data = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in items]
+    else:
+        data = value
+    model.metadata_props[f"kfac.{key}"] = data if isinstance(data, str) else json.dumps(data)
+
+
+def read(model: ir.Model, key: str, cls: type[T]) -> T | None:
+    """Return the dataclass stored under `kfac.<key>`, or None when the model has no such entry."""
+    text = model.metadata_props.get(f"kfac.{key}")
+    return None if text is None else _build(cls, json.loads(text))
+
+
+def read_list(model: ir.Model, key: str, cls: type[T]) -> list[T]:
+    """Return the dataclasses stored under `kfac.<key>`, empty when the model has no such entry."""
+    return [_build(cls, item) for item in json.loads(model.metadata_props.get(f"kfac.{key}", "[]"))]

@@ -1,0 +1,1 @@
+"""Passes over canonical training graphs, and the pipelines that run them."""

@@ -1,0 +1,139 @@
+"""What holds for a model between any two passes.
+
+1. Every graph is well formed: names of values are unique and not empty, each input of a node is an
+   input, an initializer or the output of an earlier node, of this graph or of one around it.
+2. The graph's outputs exist, and no initializer or output is left dangling.
+3. Every operator's domain is imported, by the model or by the function that uses it.
+4. Every `ai.kfac` node passes its operator's own verifier.
+5. What the metadata names (loss, states, step) is in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import onnx_ir as ir
+
+from kfac_onnx import metadata
+from kfac_onnx.passes.rewriter import graphs_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["problems_of"]
+
+DIALECT: Final = "ai.kfac"
+
+
+def problems_of(model: ir.Model) -> list[str]:
+    """Return one sentence for each thing that is wrong with `model`; an empty list when it is sound."""
+    problems: list[str] = []
+    names: dict[str, str] = {}
+    problems += _graph_problems(model.graph, frozenset(), names, dict(model.opset_imports))
+    for function in model.functions.values():
+        where = f"in function {function.domain}::{function.name}: "
+        problems += [
+            where + problem
+            for problem in _graph_problems(function, frozenset(), {}, dict(function.opset_imports))
+        ]
+    problems += _metadata_problems(model, names)
+    return problems
+
+
+def _label(node: ir.Node) -> str:
+    domain = f"{node.domain}::" if node.domain else ""
+    return f"node '{node.name}' ({domain}{node.op_type})" if node.name else f"a node {domain}{node.op_type}"
+
+
+def _graph_problems(
+    graph: ir.Graph | ir.Function,
+    outer: frozenset[int],
+    names: dict[str, str],
+    imports: dict[str, int],
+) -> Iterator[str]:
+    """Yield the problems of one graph; `outer` holds the ids of the values of the graphs around it."""
+    scope = set(outer)
+    for value in graph.inputs:
+        yield from _define(value, "an input", scope, names)
+    if isinstance(graph, ir.Graph):
+        for key, value in graph.initializers.items():
+            if value.name != key:
+                yield f"initializer '{key}' is a value named '{value.name}'"
+            if value.const_value is None:
+                yield f"initializer '{key}' has no data"
+            if not value.is_graph_input():
+                yield from _define(value, "an initializer", scope, names)
+    for node in graph:
+        if node.domain not in imports:
+            yield f"{_label(node)} is of a domain that is not imported: '{node.domain}'"
+        for index, value in enumerate(node.inputs):
+            if value is not None and id(value) not in scope:
+                yield f"{_label(node)}, input {index}: '{value.name}' {_why_missing(value, graph)}"
+        for attribute in node.attributes.values():
+            for body in graphs_of(attribute):
+                yield from _graph_problems(body, frozenset(scope), names, imports)
+        for value in node.outputs:
+            if value.name:
+                yield from _define(value, f"an output of {_label(node)}", scope, names)
+            elif value.uses() or value.is_graph_output():
+                yield f"{_label(node)} has an output that is used but has no name"
+        if node.domain == DIALECT:
+            yield from (f"{_label(node)}: {problem}" for problem in _dialect_problems(node))
+    for value in graph.outputs:
+        if id(value) not in scope:
+            yield f"output '{value.name}' {_why_missing(value, graph)}"
+
+
+def _define(value: ir.Value, role: str, scope: set[int], names: dict[str, str]) -> Iterator[str]:
+    if not value.name:
+        yield f"{role} has no name"
+    elif value.name in names:
+        yield f"the name '{value.name}' stands for {names[value.name]} and for {role}"
+    else:
+        names[value.name] = role
+    scope.add(id(value))
+
+
+def _why_missing(value: ir.Value, graph: ir.Graph | ir.Function) -> str:
+    producer = value.producer()
+    if producer is None:
+        return "is not an input, not an initializer and no node makes it"
+    if producer.graph is None:
+        return f"is made by {_label(producer)}, which is in no graph"
+    if producer.graph is graph:
+        return f"is used before {_label(producer)} makes it"
+    return f"is made by {_label(producer)}, which is in another graph"
+
+
+def _dialect_problems(node: ir.Node) -> list[str]:
+    from kfac_onnx import dialect
+
+    return dialect.verify_node(node)
+
+
+def _metadata_problems(model: ir.Model, names: dict[str, str]) -> Iterator[str]:
+    loss = metadata.read(model, "loss", metadata.Loss)
+    if loss is not None and loss.value is not None and loss.value not in names:
+        yield f"kfac.loss names '{loss.value}', which is not in the graph"
+    inputs = {value.name for value in model.graph.inputs}
+    outputs = {value.name for value in model.graph.outputs}
+    for state in metadata.read_list(model, "state", metadata.State):
+        if state.input not in inputs:
+            yield f"kfac.state: '{state.input}' is not an input of the graph"
+        if state.output not in outputs:
+            yield f"kfac.state: '{state.output}' is not an output of the graph"
+        for name in (state.candidate, *state.aliases):
+            if name not in names:
+                yield f"kfac.state of '{state.input}' names '{name}', which is not in the graph"
+    step = metadata.read(model, "step", metadata.Step)
+    if step is None:
+        return
+    for name in (*step.batch, *step.constants, *(rate.input for rate in step.learning_rates)):
+        if name not in inputs:
+            yield f"kfac.step: '{name}' is not an input of the graph"
+    named = [step.loss, step.ok, *(check.ids for check in step.id_checks)]
+    for check in step.root_checks:
+        named += [check.root, check.factor, check.damping, check.residual]
+    for name in named:
+        if name not in names:
+            yield f"kfac.step names '{name}', which is not in the graph"

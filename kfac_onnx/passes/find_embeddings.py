@@ -1,0 +1,81 @@
+"""The pass that finds embedding tables and marks what belongs to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kfac_onnx import metadata
+from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
+from kfac_onnx.passes.base import Changes, Pass
+from kfac_onnx.passes.registry import register
+from kfac_onnx.passes.rewriter import Emitter
+from kfac_onnx.passes.sites.facts import Facts
+from kfac_onnx.passes.sites.marking import id_checks, mark
+from kfac_onnx.passes.sites.matching import Verdict, match_table
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from kfac_onnx.passes.log import Log
+
+__all__ = ["FindEmbeddings", "find_tables"]
+
+
+def find_tables(model: ir.Model) -> list[Verdict]:
+    """Return a verdict for every trained parameter of a canonical training graph; edits nothing."""
+    values = values_by_name(model)
+    parameters = metadata.read_list(model, "parameters", Parameter)
+    loss = metadata.read(model, "loss", Loss)
+    weights = {item.name: values[item.name] for item in parameters if item.name in values}
+    top = values.get(loss.value) if loss is not None and loss.value is not None else None
+    facts = Facts(model, weights.values(), top)
+    return [
+        match_table(weights[item.name], values.get(item.gradient) if item.gradient else None, facts)
+        for item in parameters
+        if item.name in weights
+    ]
+
+
+def values_by_name(model: ir.Model) -> dict[str, ir.Value]:
+    """Return the values of the main graph by name."""
+    found = {str(value.name): value for value in model.graph.inputs}
+    found.update(model.graph.initializers)
+    for node in model.graph:
+        found.update((str(value.name), value) for value in node.outputs if value.name)
+    return found
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FindEmbeddings(Pass):
+    """Find the embedding tables, and mark the ids, rows and kept lookups of each.
+
+    Reads   `kfac.parameters` and `kfac.loss` of a canonical training graph.
+    Adds    per table the values ids int64[N], rows float32[N, D], keep float32[N] (if rows are dropped)
+    Writes  `kfac.sites`, `kfac.refused`, `kfac.id_checks`.
+    Source  DESIGN section 4: match by data flow, claim every use or report it.
+    """
+
+    name: ClassVar[str] = "find-embeddings"
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        verdicts = find_tables(model)
+        emitter = Emitter(model, self.name)
+        sites: list[Site] = []
+        checks: list[metadata.IdCheck] = []
+        refused = metadata.read_list(model, "refused", Refusal)
+        for verdict in verdicts:
+            if verdict.site is not None:
+                sites.append(mark(verdict.site, emitter))
+                checks.extend(id_checks(verdict.site))
+                log.count("tables")
+                log.count("lookups", len(verdict.site.uses))
+            elif verdict.refusal is not None:
+                refused.append(verdict.refusal)
+                log.warning(f"'{verdict.refusal.parameter}' is not transformed: {verdict.refusal.reason}")
+        emitter.metadata("sites", sites)
+        emitter.metadata("refused", refused)
+        emitter.metadata("id_checks", checks)
+        return emitter.changes

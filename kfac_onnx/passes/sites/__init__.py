@@ -1,0 +1,7 @@
+"""How the pass `find-embeddings` recognises embedding tables by data flow (DESIGN section 4).
+
+- `facts`: what can be known of a value without running the graph: constants, zeros, ancestors, shapes;
+- `lookups`: forward, from a table through views to the operators that read rows of it;
+- `scatters`: backward, from a table's gradient through views to the operators that scatter rows into it;
+- `matching`: pairs the two and decides what is a site, and why not.
+"""

@@ -1,0 +1,181 @@
+"""What can be known of a value without running the graph.
+
+All answers come from data flow and static shapes; names are never looked at.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Facts", "ancestors", "attribute", "static_shape"]
+
+SMALL = 1 << 16
+"""Entries above which a constant expression is not evaluated."""
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Return the shape of a value if every dimension is known, otherwise None."""
+    if value is None or value.shape is None:
+        return None
+    dims = [dim for dim in value.shape if isinstance(dim, int)]
+    return tuple(dims) if len(dims) == len(value.shape) else None
+
+
+def attribute(node: ir.Node, name: str, default: int) -> int:
+    """Return an integer attribute of a node, or its default."""
+    found = node.attributes.get(name)
+    return default if found is None else found.as_int()
+
+
+def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
+    """Return the values and everything that they are computed from, also through subgraphs."""
+    seen: set[ir.Value] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        node = value.producer()
+        if node is None:
+            continue
+        stack.extend(item for item in node.inputs if item is not None)
+        for attr in node.attributes.values():
+            if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                graphs = [attr.as_graph()] if attr.type == ir.AttributeType.GRAPH else list(attr.as_graphs())
+                for graph in graphs:
+                    stack.extend(item for inner in graph for item in inner.inputs if item is not None)
+                    stack.extend(graph.outputs)
+    return seen
+
+
+class Facts:
+    """Answers about the values of one model; `trained` are the parameters, which are never constant."""
+
+    def __init__(self, model: ir.Model, trained: Iterable[ir.Value], loss: ir.Value | None) -> None:
+        self.model = model
+        self.trained = set(trained)
+        self.inputs = set(model.graph.inputs)
+        self.forward = ancestors([loss]) if loss is not None else set[ir.Value]()
+        self._constants: dict[ir.Value, np.ndarray | None] = {}
+
+    def is_forward(self, node: ir.Node) -> bool:
+        """Say whether the loss depends on this node; every other node belongs to the backward part."""
+        return any(value in self.forward for value in node.outputs)
+
+    def constant(self, value: ir.Value | None) -> np.ndarray | None:
+        """Return the array that a value always has, if that can be found out cheaply, otherwise None."""
+        if value is None:
+            return None
+        if value not in self._constants:
+            self._constants[value] = None  # also the answer while a cycle is being walked
+            self._constants[value] = self._evaluate(value)
+        return self._constants[value]
+
+    def scalar(self, value: ir.Value | None) -> float | None:
+        """Return the number that a one-entry constant holds, otherwise None."""
+        array = self.constant(value)
+        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+
+    def _evaluate(self, value: ir.Value) -> np.ndarray | None:
+        if value in self.trained or value in self.inputs:
+            return None
+        if value.is_initializer():
+            tensor = value.const_value
+            if tensor is None or tensor.size > SMALL:
+                return None
+            return tensor.numpy()
+        node = value.producer()
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type == "Constant":
+            return _constant_node(node)
+        if node.op_type in ("Shape", "Size"):
+            return _shape_node(node)
+        shape = static_shape(value)
+        if shape is None or int(np.prod(shape)) > SMALL or len(node.outputs) > 1:
+            return None
+        inputs = [self.constant(item) for item in node.inputs if item is not None]
+        if any(item is None for item in inputs) or any(_has_graph(attr) for attr in node.attributes.values()):
+            return None
+        return _run_node(node, [item for item in inputs if item is not None], self.model)
+
+    def is_zeros(self, value: ir.Value | None) -> bool:
+        """Say whether a tensor of any size is all zeros, without building it."""
+        if value is None or value in self.trained or value in self.inputs:
+            return False
+        if value.is_initializer():
+            return value.const_value is not None and not np.any(value.const_value.numpy())
+        node = value.producer()
+        if node is None:
+            return False
+        match node.op_type:
+            case "ConstantOfShape":
+                fill = node.attributes.get("value")
+                return fill is None or not np.any(fill.as_tensor().numpy())
+            case "Expand" | "Cast" | "CastLike" | "Transpose" | "Identity" | "Reshape":
+                return self.is_zeros(node.inputs[0])
+            case "Constant":
+                array = _constant_node(node)
+                return array is not None and not np.any(array)
+            case _:
+                return False
+
+
+def _has_graph(attr: ir.Attr) -> bool:
+    return attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _constant_node(node: ir.Node) -> np.ndarray | None:
+    for name, attr in node.attributes.items():
+        match name:
+            case "value":
+                return attr.as_tensor().numpy()
+            case "value_int":
+                return np.asarray(attr.as_int(), np.int64)
+            case "value_ints":
+                return np.asarray(attr.as_ints(), np.int64)
+            case "value_float":
+                return np.asarray(attr.as_float(), np.float32)
+            case "value_floats":
+                return np.asarray(attr.as_floats(), np.float32)
+            case _:
+                return None
+    return None
+
+
+def _shape_node(node: ir.Node) -> np.ndarray | None:
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    if node.op_type == "Size":
+        shape = static_shape(source)
+        return None if shape is None else np.asarray(np.prod(shape), np.int64)
+    rank = len(source.shape)
+    dims = list(source.shape)[attribute(node, "start", 0) : attribute(node, "end", rank)]
+    if not all(isinstance(dim, int) for dim in dims):
+        return None
+    return np.asarray(dims, np.int64)
+
+
+def _run_node(node: ir.Node, inputs: list[np.ndarray], model: ir.Model) -> np.ndarray | None:
+    from onnx.reference import ReferenceEvaluator
+
+    proto = ir.to_proto(node)
+    names = [name for name in dict.fromkeys(proto.input) if name]
+    feeds = dict(zip([name for name in proto.input if name], inputs, strict=True))
+    info = onnx.helper.make_empty_tensor_value_info
+    graph = onnx.helper.make_graph([proto], "constant", [info(n) for n in names], [info(proto.output[0])])
+    opset = onnx.helper.make_opsetid("", model.opset_imports.get("", 18))
+    try:
+        result = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[opset])).run(None, feeds)
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError):
+        return None  # not evaluable is an answer: the value is then simply not known
+    return np.asarray(result[0])

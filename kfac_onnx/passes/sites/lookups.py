@@ -1,0 +1,304 @@
+"""Forward: from a trained table through views to every operator that uses it.
+
+A *lookup* reads rows: `Gather`, `GatherND`, `GatherElements`, one-hot · MatMul, or a `Slice` whose rows are
+added to activations (a position table). Every other use is a *dense use*, for example the output
+projection of tied weights. One rule per operator; a rule looks and never edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kfac_onnx.passes.sites.facts import attribute, static_shape
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from kfac_onnx.passes.sites.facts import Facts
+
+__all__ = ["VIEWS", "DenseUse", "Lookup", "forward_uses", "ids_chain", "one_hot_ids"]
+
+VIEWS: Final = frozenset(
+    {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat"}
+)
+"""Operators after which a table is still that table, seen differently."""
+
+SCALINGS: Final = frozenset({"Mul", "Div"})
+"""Views too, where the other operand scales the whole table, its columns or its rows."""
+
+RESHAPES: Final = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
+
+WEIGHT_OPS: Final = frozenset(
+    {"MatMul", "Gemm", "Conv", "LSTM", "GRU", "RNN", "FusedMatMul", "LSTMTraining", "Einsum"}
+)
+"""Operators whose operand is a weight matrix, not a set of looked-up rows."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One operator that reads rows of a table.
+
+    `ids` is the operator's own index input (None for a Slice), `constant_ids` the ids if they are the same
+    at every step, `vocab_size` the rows of the table as this operator sees it.
+    """
+
+    node: ir.Node
+    op: str
+    ids: ir.Value | None
+    output: ir.Value
+    vocab_size: int
+    constant_ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class DenseUse:
+    """A use of the whole table; `output` is what the operator makes of it."""
+
+    node: ir.Node
+    output: ir.Value
+
+
+def forward_uses(weight: ir.Value, facts: Facts) -> tuple[list[Lookup], list[DenseUse]]:
+    """Return every use of a parameter that the loss depends on: row lookups and dense uses."""
+    lookups: list[Lookup] = []
+    dense: list[DenseUse] = []
+    seen: set[ir.Value] = set()
+    stack = [weight]
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for node, index in value.uses():
+            if not facts.is_forward(node) or node.op_type in ("Shape", "Size"):
+                continue
+            rule = READERS.get(node.op_type)
+            lookup = rule(node, index, facts) if rule is not None else None
+            if lookup is not None:
+                lookups.append(lookup)
+            elif _is_view(node, index, value) and node.graph is weight.graph:
+                stack.append(node.outputs[0])
+            else:
+                dense.append(DenseUse(node, node.outputs[0]))
+    return lookups, dense
+
+
+def _is_view(node: ir.Node, index: int, value: ir.Value) -> bool:
+    if node.op_type in VIEWS:
+        return node.op_type == "Concat" or index == 0
+    if node.op_type == "Slice":
+        return index == 0
+    if node.op_type == "Split":
+        return False
+    if node.op_type in SCALINGS:
+        return static_shape(node.outputs[0]) == static_shape(value) and (node.op_type == "Mul" or index == 0)
+    return False
+
+
+def _gather(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
+    data = static_shape(node.inputs[0])
+    axis = attribute(node, "axis", 0)
+    if index != 0 or data is None or len(data) not in (1, 2):
+        return None
+    axis %= len(data)
+    ids = node.inputs[1]
+    fixed = _fixed_ids(facts, ids)
+    if fixed is not None and (axis != 0 or len(data) != 2 or _is_weight_of_product(node.outputs[0])):
+        return None
+    return Lookup(node, "Gather", ids, node.outputs[0], data[axis], fixed)
+
+
+def _gather_nd(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
+    data, indices = static_shape(node.inputs[0]), node.inputs[1]
+    if index != 0 or data is None or len(data) not in (1, 2) or attribute(node, "batch_dims", 0) != 0:
+        return None
+    if indices is None or indices.shape is None or indices.shape[-1] != 1:
+        return None
+    fixed = _fixed_ids(facts, indices)
+    return Lookup(node, "GatherND", indices, node.outputs[0], data[0], fixed)
+
+
+def _gather_elements(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
+    data, indices = static_shape(node.inputs[0]), node.inputs[1]
+    if index != 0 or data is None or len(data) != 2 or indices is None:
+        return None
+    axis = attribute(node, "axis", 0) % 2
+    if unexpanded(indices, 1 - axis) is None:
+        return None
+    return Lookup(node, "GatherElements", indices, node.outputs[0], data[axis], None)
+
+
+def _one_hot_product(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
+    data = static_shape(node.inputs[index])
+    if index != 1 or data is None or len(data) != 2:
+        return None
+    if node.op_type == "Gemm" and any(
+        (
+            attribute(node, "transA", 0),
+            attribute(node, "transB", 0),
+            len(node.inputs) > 2 and node.inputs[2] is not None,
+            "alpha" in node.attributes and node.attributes["alpha"].as_float() != 1.0,
+        )
+    ):
+        return None
+    ids = one_hot_ids(node.inputs[0], facts)
+    return None if ids is None else Lookup(node, "MatMul", ids, node.outputs[0], data[0], None)
+
+
+def _slice(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
+    data = static_shape(node.inputs[0])
+    if index != 0 or data is None or len(data) != 2 or not _adds_to_activations(node.outputs[0]):
+        return None
+    window = slice_window(node, facts)
+    if window is None or window[0] != 0:
+        return None
+    rows = range(data[0])[slice(*window[1:])]
+    return Lookup(node, "Slice", None, node.outputs[0], data[0], tuple(rows))
+
+
+READERS: Final[dict[str, Callable[[ir.Node, int, Facts], Lookup | None]]] = {
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "GatherElements": _gather_elements,
+    "MatMul": _one_hot_product,
+    "Gemm": _one_hot_product,
+    "Slice": _slice,
+}
+
+
+def slice_window(node: ir.Node, facts: Facts) -> tuple[int, int, int, int] | None:
+    """Return (axis, start, stop, step) of a Slice over one axis with constant bounds, otherwise None."""
+    bounds = [facts.constant(item) for item in node.inputs[1:]]
+    shape = static_shape(node.inputs[0])
+    if shape is None or any(item is None or item.size != 1 for item in bounds) or len(bounds) < 2:
+        return None
+    numbers = [int(item.reshape(-1)[0]) for item in bounds if item is not None]
+    start, stop = numbers[0], numbers[1]
+    axis = numbers[2] if len(numbers) > 2 else 0
+    step = numbers[3] if len(numbers) > 3 else 1
+    axis %= len(shape)
+    if step != 1:
+        return None
+    start, stop, _ = slice(start, stop, step).indices(shape[axis])
+    return axis, start, stop, 1
+
+
+def _fixed_ids(facts: Facts, ids: ir.Value | None) -> tuple[int, ...] | None:
+    array = facts.constant(ids)
+    return None if array is None else tuple(int(item) for item in array.reshape(-1))
+
+
+def _is_weight_of_product(rows: ir.Value) -> bool:
+    return any(op in WEIGHT_OPS for op in _real_consumers(rows))
+
+
+def _adds_to_activations(rows: ir.Value) -> bool:
+    consumers = _real_consumers(rows)
+    return bool(consumers) and all(op in ("Add", "Sum") for op in consumers)
+
+
+def _real_consumers(rows: ir.Value) -> set[str]:
+    found: set[str] = set()
+    stack = [rows]
+    while stack:
+        for node, _ in stack.pop().uses():
+            if node.op_type in RESHAPES or node.op_type == "Transpose":
+                stack.append(node.outputs[0])
+            elif node.op_type not in ("Shape", "Size"):
+                found.add(node.op_type)
+    return found
+
+
+def one_hot_ids(value: ir.Value | None, facts: Facts) -> ir.Value | None:
+    """Return the ids of which a value is the one-hot encoding along its last axis, otherwise None."""
+    while value is not None:
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type in ("Cast", "Identity"):
+            value = node.inputs[0]
+        elif node.op_type in ("Reshape", "Flatten"):
+            source = node.inputs[0]
+            if (
+                source is None
+                or source.shape is None
+                or value.shape is None
+                or source.shape[-1] != value.shape[-1]
+            ):
+                return None
+            value = source
+        elif node.op_type == "OneHot":
+            values = facts.constant(node.inputs[2])
+            last = value.shape is not None and attribute(node, "axis", -1) in (-1, len(value.shape) - 1)
+            return node.inputs[0] if last and values is not None and values.tolist() == [0, 1] else None
+        elif node.op_type == "Equal":
+            return _equal_to_arange(node, facts)
+        else:
+            return None
+    return None
+
+
+def _equal_to_arange(node: ir.Node, facts: Facts) -> ir.Value | None:
+    for one, other in ((0, 1), (1, 0)):
+        line, ids = facts.constant(node.inputs[one]), node.inputs[other]
+        if line is None or ids is None or ids.shape is None or ids.shape[-1] != 1 or line.ndim == 0:
+            continue
+        if line.shape[-1] == line.size and np.array_equal(line.reshape(-1), np.arange(line.size)):
+            return ids
+    return None
+
+
+def unexpanded(indices: ir.Value, column_axis: int) -> ir.Value | None:
+    """Return the [N, 1] (or [1, N]) ids that an index tensor repeats over the columns, otherwise None."""
+    value: ir.Value | None = indices
+    while value is not None:
+        if value.shape is not None and len(value.shape) == 2 and value.shape[column_axis] == 1:
+            return value
+        node = value.producer()
+        if node is None or node.op_type not in ("Expand", "Identity", "Cast"):
+            return None
+        value = node.inputs[0]
+    return None
+
+
+ID_STEPS: Final = frozenset(
+    {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Clip", "Transpose"}
+)
+
+
+def ids_chain(ids: ir.Value | None, facts: Facts) -> list[ir.Value]:
+    """Return the values that carry the same ids, from `ids` back to where they come from.
+
+    Steps through reshapes, integer casts, clips, single-input Concat, Max/Min with a constant, and the
+    wrapping of negative ids `Where(ids < 0, ids + V, ids)`.
+    """
+    chain: list[ir.Value] = []
+    value = ids
+    while value is not None and value not in chain:
+        chain.append(value)
+        node = value.producer()
+        if node is None:
+            break
+        if node.op_type in ID_STEPS or (node.op_type == "Concat" and len(node.inputs) == 1):
+            value = node.inputs[0]
+        elif node.op_type in ("Max", "Min") and len(node.inputs) == 2:
+            value = next((item for item in node.inputs if facts.constant(item) is None), None)
+        elif node.op_type == "Where" and (wrapped := _wrapped(node)) is not None:
+            value = wrapped
+        else:
+            break
+    return chain
+
+
+def _wrapped(node: ir.Node) -> ir.Value | None:
+    """Match Where(x < 0, x + V, x) and return x."""
+    test, shifted, plain = node.inputs
+    less = None if test is None else test.producer()
+    add = None if shifted is None else shifted.producer()
+    if plain is None or less is None or add is None or less.op_type != "Less" or add.op_type != "Add":
+        return None
+    return plain if plain in less.inputs and plain in add.inputs else None

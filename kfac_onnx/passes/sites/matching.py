@@ -1,0 +1,332 @@
+"""Pairs the lookups of a table with the terms of its gradient, and says what cannot be paired.
+
+A site is accepted when every use is claimed and every term of the gradient is accounted for. Anything
+else is a `Refusal` with its path, the nearest rule, the reason and what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from kfac_onnx.metadata import Refusal, Site, Use
+from kfac_onnx.passes.sites.facts import Facts, static_shape
+from kfac_onnx.passes.sites.lookups import RESHAPES, DenseUse, Lookup, forward_uses, ids_chain
+from kfac_onnx.passes.sites.pulling import Miss, Pulled, RowStep, pull, pull_whole
+from kfac_onnx.passes.sites.scatters import DenseTerm, RowTerm, gradient_terms
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["MatchedUse", "SiteMatch", "Verdict", "match_table"]
+
+REPORT = "leave it to the ordinary optimizer (allow-fallback={name}), or see `why {name}`"
+
+
+@dataclass(frozen=True)
+class MatchedUse:
+    """A lookup with the rows of the gradient that belong to it, in the parameter's coordinates."""
+
+    lookup: Lookup
+    term: RowTerm | DenseTerm
+    pulled: Pulled
+    output_gradient: ir.Value
+
+    @property
+    def negatives(self) -> Literal["wrap", "reject"]:
+        """What the exporter's backward makes of an id in [−V, −1]."""
+        term = self.term
+        if isinstance(term, RowTerm) and term.op.startswith("Scatter"):
+            if term.mask is not None and (term.mask.drops_negatives or not term.mask.exact):
+                return "reject"
+            return "wrap"
+        return "reject"
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The row that the graph never updates, if its mask says one."""
+        mask = self.term.mask if isinstance(self.term, RowTerm) else None
+        return None if mask is None else mask.padding_idx
+
+
+@dataclass(frozen=True)
+class SiteMatch:
+    """An accepted table, with the values of the graph that it is made of."""
+
+    weight: ir.Value
+    gradient: ir.Value
+    uses: tuple[MatchedUse, ...]
+    dense_uses: tuple[DenseUse, ...]
+    dense_terms: tuple[DenseTerm, ...]
+
+    @property
+    def pulled(self) -> Pulled:
+        """Layout and size of the table; the same for all uses."""
+        return self.uses[0].pulled
+
+    def describe(self) -> Site:
+        """Return what the model's metadata and `scan` say of this site."""
+        paddings = [use.padding_idx for use in self.uses if use.padding_idx is not None]
+        dtype = self.weight.dtype
+        return Site(
+            parameter=str(self.weight.name),
+            vocab_size=self.pulled.vocab_size,
+            embedding_dim=self.pulled.embedding_dim,
+            dtype="float32" if dtype is None else dtype.numpy().name,
+            layout=self.pulled.layout,
+            padding_idx=paddings[0] if paddings else None,
+            uses=tuple(describe_lookup(use.lookup, use.output_gradient) for use in self.uses),
+            dense_uses=tuple(
+                Use(use.node.op_type, None, str(use.output.name), None) for use in self.dense_uses
+            ),
+            gradient=str(self.gradient.name),
+        )
+
+
+def describe_lookup(lookup: Lookup, gradient: ir.Value | None) -> Use:
+    """Return a lookup as the metadata names it."""
+    return Use(
+        op=lookup.op,
+        ids=None if lookup.ids is None else str(lookup.ids.name),
+        output=str(lookup.output.name),
+        output_gradient=None if gradient is None else str(gradient.name),
+    )
+
+
+@dataclass
+class Verdict:
+    """What was found of one parameter; `trail` says what was tried, in order, for `why`."""
+
+    weight: ir.Value
+    site: SiteMatch | None = None
+    refusal: Refusal | None = None
+    trail: list[str] = field(default_factory=lambda: [])
+
+    def refuse(self, reason: str, path: list[str], remedy: str | None = None) -> Verdict:
+        """Turn the verdict into a refusal."""
+        name = str(self.weight.name)
+        self.refusal = Refusal(name, " -> ".join([name, *path]), reason, remedy or REPORT.format(name=name))
+        self.trail.append(f"refused: {reason}")
+        return self
+
+
+def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Verdict:
+    """Decide whether a trained parameter is an embedding table, and pair its uses if it is.
+
+    The verdict of a parameter that no operator looks rows up in has neither site nor refusal.
+    """
+    verdict = Verdict(weight)
+    lookups, dense_uses = forward_uses(weight, facts)
+    verdict.trail.extend(
+        f"forward: {use.op} '{use.output.name}' looks up rows of a table of {use.vocab_size}"
+        for use in lookups
+    )
+    verdict.trail.extend(
+        f"forward: {use.node.op_type} '{use.output.name}' uses the whole table" for use in dense_uses
+    )
+    if not lookups:
+        verdict.trail.append("no operator looks up rows of this parameter: it is not an embedding table")
+        return verdict
+    inside = [use for use in lookups if use.node.graph is not facts.model.graph]
+    if inside:
+        return verdict.refuse(
+            f"{inside[0].op} looks it up inside the body of a Loop, Scan or If",
+            [_label(inside[0].node)],
+            "unroll the loop when exporting, or leave the table to the ordinary optimizer",
+        )
+    if gradient is None:
+        return verdict.refuse(
+            "no output of the graph is its gradient",
+            [_label(lookups[0].node)],
+            f"name its gradient: --gradients {weight.name}=OUTPUT",
+        )
+    terms = gradient_terms(gradient, facts)
+    for term in terms:
+        verdict.trail.append(f"backward: {_describe_term(term)}")
+    return _pair(verdict, gradient, lookups, dense_uses, terms, facts)
+
+
+def _pair(
+    verdict: Verdict,
+    gradient: ir.Value,
+    lookups: list[Lookup],
+    dense_uses: list[DenseUse],
+    terms: list[RowTerm | DenseTerm],
+    facts: Facts,
+) -> Verdict:
+    shape = static_shape(verdict.weight)
+    if shape is None:
+        return verdict.refuse("its shape is not known when the graph is read", [])
+    left = list(terms)
+    uses: list[MatchedUse] = []
+    misses: list[str] = []
+    for lookup in lookups:
+        found = _claim(lookup, left, shape, facts, misses)
+        if found is not None:
+            uses.append(found)
+            left.remove(found.term)
+    unclaimed = [lookup for lookup in lookups if all(use.lookup is not lookup for use in uses)]
+    rows_left = [term for term in left if isinstance(term, RowTerm)]
+    dense_left = tuple(term for term in left if isinstance(term, DenseTerm))
+    verdict.trail.extend(f"tried: {miss}" for miss in dict.fromkeys(misses))
+    if unclaimed:
+        return _refuse_unclaimed(verdict, unclaimed[0], bool(uses), gradient, left, misses)
+    if rows_left:
+        return verdict.refuse(
+            f"its gradient also gets rows from {rows_left[0].op} that belong to no lookup in the loss",
+            [str(rows_left[0].updates.name), str(gradient.name)],
+        )
+    if dense_uses and not dense_left:
+        return verdict.refuse(
+            f"{dense_uses[0].node.op_type} '{dense_uses[0].output.name}' also uses the table, "
+            f"but its gradient '{gradient.name}' holds nothing of that use",
+            [_label(dense_uses[0].node)],
+            "check how the exporter computes this gradient: `verify MODEL --data FILE` tests it",
+        )
+    if dense_left and not dense_uses:
+        node = dense_left[0].value.producer()
+        return verdict.refuse(
+            f"its gradient also gets a part from {node.op_type if node else 'an input'} "
+            f"'{dense_left[0].value.name}' that belongs to no use of the table in the loss",
+            [str(dense_left[0].value.name), str(gradient.name)],
+        )
+    if len({(use.pulled.layout, use.pulled.vocab_size, use.pulled.embedding_dim) for use in uses}) > 1:
+        return verdict.refuse("its uses disagree about which axis holds the rows", [_label(uses[1].lookup.node)])
+    verdict.site = SiteMatch(verdict.weight, gradient, tuple(uses), tuple(dense_uses), dense_left)
+    verdict.trail.append("accepted")
+    return verdict
+
+
+def _refuse_unclaimed(
+    verdict: Verdict,
+    lookup: Lookup,
+    others: bool,
+    gradient: ir.Value,
+    left: list[RowTerm | DenseTerm],
+    misses: list[str],
+) -> Verdict:
+    ids = "its fixed ids" if lookup.ids is None else f"the ids '{lookup.ids.name}'"
+    if others and not left:
+        return verdict.refuse(
+            f"{lookup.op} '{lookup.output.name}' looks rows up by {ids}, but its gradient '{gradient.name}' "
+            "holds no rows of that lookup: the exporter merged two tables that started equal, or the "
+            "lookup is detached",
+            [_label(lookup.node)],
+            "export with the parameters as inputs, or with different starting values, and without "
+            "optimization",
+        )
+    why = f" ({misses[-1]})" if misses else ""
+    return verdict.refuse(
+        f"no operator of its gradient '{gradient.name}' scatters the rows of "
+        f"{lookup.op} '{lookup.output.name}', which looks rows up by {ids}{why}",
+        [_label(lookup.node)],
+    )
+
+
+def _claim(
+    lookup: Lookup,
+    terms: list[RowTerm | DenseTerm],
+    shape: tuple[int, ...],
+    facts: Facts,
+    misses: list[str],
+) -> MatchedUse | None:
+    chain = ids_chain(lookup.ids, facts)
+    ranked = sorted(
+        (term for term in terms if isinstance(term, RowTerm)),
+        key=lambda term: not _same_rows(term.updates, lookup.output),
+    )
+    for term in ranked:
+        if lookup.constant_ids is not None and term.fixed is not None:
+            agrees = _window_ids(term.fixed, lookup) == lookup.constant_ids
+        else:
+            agrees = any(value in chain for value in ids_chain(term.indices, facts))
+        if not agrees:
+            misses.append(f"{term.op} of '{term.updates.name}' takes other ids than '{lookup.output.name}'")
+            continue
+        pulled = pull(term, shape)
+        if isinstance(pulled, Miss):
+            misses.append(pulled.reason)
+            continue
+        return MatchedUse(lookup, term, pulled, output_gradient(term.updates, lookup.output))
+    if lookup.constant_ids is None:
+        return None
+    for term in terms:
+        if not isinstance(term, DenseTerm):
+            continue
+        pulled = pull_whole(term, shape)
+        if isinstance(pulled, Miss):
+            misses.append(pulled.reason)
+            continue
+        if whole_ids(term, pulled) == lookup.constant_ids:
+            return MatchedUse(lookup, term, pulled, output_gradient(term.value, lookup.output))
+        misses.append(f"'{term.value.name}' is not the rows of '{lookup.output.name}' in order")
+    return None
+
+
+def _window_ids(fixed: tuple[int, ...], lookup: Lookup) -> tuple[int, ...]:
+    return tuple(item % lookup.vocab_size for item in fixed)
+
+
+def whole_ids(term: DenseTerm, pulled: Pulled) -> tuple[int, ...]:
+    """Return the table rows that the rows of a whole-table term belong to."""
+    rows = static_shape(term.value) or (0, 0)
+    ids = range(rows[-2])
+    for step in pulled.steps:
+        ids = _shifted(ids, step)
+    return tuple(ids)
+
+
+def _shifted(ids: range, step: RowStep) -> range:
+    match step.kind:
+        case "shift":
+            return range(ids.start + step.start, ids.stop + step.start)
+        case "window":
+            return range(max(ids.start - step.start, 0), max(min(ids.stop, step.stop) - step.start, 0))
+        case _:
+            return ids
+
+
+def _same_rows(updates: ir.Value, rows: ir.Value) -> bool:
+    return updates.shape is not None and rows.shape is not None and list(updates.shape) == list(rows.shape)
+
+
+def output_gradient(updates: ir.Value, rows: ir.Value) -> ir.Value:
+    """Return the value that is dL/d(rows): `updates` before masks and reshapes, in the rows' own shape."""
+    found, value = updates, updates
+    while True:
+        node = value.producer()
+        if node is None:
+            return found
+        if node.op_type == "Where" and len(node.inputs) == 3:
+            source = _masked_operand(node)
+        elif node.op_type in RESHAPES:
+            source = node.inputs[0]
+        else:
+            return found
+        if source is None or source.dtype is None or not source.dtype.is_floating_point():
+            return found
+        if node.op_type == "Where" or (_same_rows(source, rows) and not _same_rows(found, rows)):
+            found = source
+        value = source
+
+
+def _masked_operand(node: ir.Node) -> ir.Value | None:
+    """Return the operand of a Where that is not the zero."""
+    sizes = [static_shape(item) for item in node.inputs[1:]]
+    if sizes[0] is not None and all(dim == 1 for dim in sizes[0]):
+        return node.inputs[2]
+    if sizes[1] is not None and all(dim == 1 for dim in sizes[1]):
+        return node.inputs[1]
+    return None
+
+
+def _describe_term(term: RowTerm | DenseTerm) -> str:
+    views = "".join(f" -> {step.node.op_type}" for step in reversed(term.steps))
+    if isinstance(term, RowTerm):
+        return f"{term.op} scatters the rows '{term.updates.name}'{views}"
+    node = term.value.producer()
+    return f"'{term.value.name}' ({node.op_type if node is not None else 'input'}) is dense in the table{views}"
+
+
+def _label(node: ir.Node) -> str:
+    return f"{node.name or node.outputs[0].name} ({node.op_type})"

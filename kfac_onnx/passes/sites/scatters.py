@@ -1,0 +1,371 @@
+"""Backward: from a table's gradient through views to the operators that scatter rows into it.
+
+A gradient is a sum of terms. Each term is a chain of views (`ViewStep`, nearest to the gradient first) that
+ends in rows with their ids (`RowTerm`) or in a tensor that is dense in the table (`DenseTerm`). Pulling
+the chain back over the rows instead of over the table is what makes a step cost O(lookups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kfac_onnx.passes.sites.facts import attribute, static_shape
+from kfac_onnx.passes.sites.lookups import RESHAPES, one_hot_ids, slice_window, unexpanded
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from kfac_onnx.passes.sites.facts import Facts
+
+__all__ = ["DenseTerm", "DropMask", "RowTerm", "ViewStep", "gradient_terms"]
+
+
+@dataclass(frozen=True)
+class ViewStep:
+    """One operator between the scatter and the gradient; `operand` is the other input of a scaling."""
+
+    node: ir.Node
+    kind: str
+    operand: ir.Value | None = None
+    window: tuple[int, int, int] | None = None
+    """(axis, start, stop) of a Slice or Split, or (axis, before, 0) of a Pad."""
+
+
+@dataclass(frozen=True)
+class DropMask:
+    """Rows that the graph drops between dL/d(rows) and the table: `condition` is true (or false) there."""
+
+    condition: ir.Value
+    drops_where: bool
+    padding_idx: int | None
+    drops_negatives: bool
+    exact: bool
+    """True if every part of the condition was understood: then valid ids are dropped at `padding_idx` only."""
+
+
+@dataclass(frozen=True)
+class RowTerm:
+    """Rows of a gradient with their ids, as the scattering operator has them.
+
+    `indices` and `updates` are the operator's inputs; `axis` is the table axis that it scatters along,
+    `columns` says that the indices are repeated over the columns (ScatterElements), `shape` is the
+    shape of what it scatters into. For constant ids without a scatter `indices` is None and `fixed`
+    holds them.
+    """
+
+    steps: tuple[ViewStep, ...]
+    op: str
+    indices: ir.Value | None
+    updates: ir.Value
+    axis: int
+    columns: bool
+    shape: tuple[int, ...]
+    mask: DropMask | None = None
+    fixed: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DenseTerm:
+    """A part of the gradient that is dense in the table, e.g. that of a tied projection."""
+
+    steps: tuple[ViewStep, ...]
+    value: ir.Value
+
+
+def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm]:
+    """Split a table's gradient into its terms."""
+    terms: list[RowTerm | DenseTerm] = []
+    stack: list[tuple[ir.Value, tuple[ViewStep, ...]]] = [(gradient, ())]
+    while stack:
+        value, steps = stack.pop()
+        node = value.producer()
+        if node is None or facts.is_forward(node):
+            terms.append(DenseTerm(steps, value))
+            continue
+        if node.op_type in ("Add", "Sum"):
+            shape = static_shape(value)
+            if all(static_shape(item) == shape for item in node.inputs):
+                stack.extend((item, steps) for item in node.inputs if item is not None)
+                continue
+        rule = SCATTERS.get(node.op_type)
+        term = rule(node, steps, facts) if rule is not None else None
+        if term is not None:
+            terms.append(term)
+            continue
+        view = _view_step(node, value, facts)
+        if view is not None:
+            source = node.inputs[0] if view.operand is None else _other(node, view.operand)
+            if source is not None:
+                stack.append((source, (*steps, view)))
+                continue
+        terms.append(DenseTerm(steps, value))
+    return terms[::-1]
+
+
+def _other(node: ir.Node, operand: ir.Value) -> ir.Value | None:
+    return next((item for item in node.inputs if item is not operand), None)
+
+
+def _view_step(node: ir.Node, value: ir.Value, facts: Facts) -> ViewStep | None:
+    match node.op_type:
+        case "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Transpose" | "Neg":
+            return ViewStep(node, node.op_type)
+        case "Expand":
+            same = static_shape(node.inputs[0]) == static_shape(value) is not None
+            return ViewStep(node, "Identity") if same else None
+        case "Slice":
+            window = slice_window(node, facts)
+            return None if window is None else ViewStep(node, "Slice", window=window[:3])
+        case "Split":
+            window = _split_window(node, value, facts)
+            return None if window is None else ViewStep(node, "Slice", window=window)
+        case "Mul" | "Div":
+            return _scaling_step(node, value, facts)
+        case "Pad":
+            window = pad_window(node, facts)
+            return None if window is None else ViewStep(node, "Pad", window=window)
+        case _:
+            return None
+
+
+def _scaling_step(node: ir.Node, value: ir.Value, facts: Facts) -> ViewStep | None:
+    """Match table · factor, where the factor is the smaller operand (or a parameter, or a constant)."""
+    shape = static_shape(value)
+    sizes = [static_shape(item) for item in node.inputs]
+    if shape is None or any(size is None for size in sizes):
+        return None
+    order = (1,) if node.op_type == "Div" else (1, 0)
+    for index in order:
+        operand, table = node.inputs[index], sizes[1 - index]
+        if table == shape and np.prod(sizes[index] or (1,)) < np.prod(shape):
+            return ViewStep(node, node.op_type, operand=operand)
+    return None
+
+
+def _split_window(node: ir.Node, value: ir.Value, facts: Facts) -> tuple[int, int, int] | None:
+    source = static_shape(node.inputs[0])
+    if source is None:
+        return None
+    axis = attribute(node, "axis", 0) % len(source)
+    lengths = facts.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if lengths is None:
+        sizes = [static_shape(item) for item in node.outputs]
+        known = [size[axis] for size in sizes if size is not None]
+        if len(known) != len(sizes):
+            return None
+        lengths = np.asarray(known)
+    index = next(i for i, item in enumerate(node.outputs) if item is value)
+    start = int(lengths[:index].sum())
+    return axis, start, start + int(lengths[index])
+
+
+def pad_window(node: ir.Node, facts: Facts) -> tuple[int, int, int] | None:
+    """Return (axis, before, after) of a zero Pad along one axis, otherwise None."""
+    source, pads = static_shape(node.inputs[0]), facts.constant(node.inputs[1])
+    fill = facts.scalar(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
+    mode = node.attributes.get("mode")
+    if source is None or pads is None or fill != 0.0 or (mode is not None and mode.as_string() != "constant"):
+        return None
+    axes = list(range(len(source)))
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        chosen = facts.constant(node.inputs[3])
+        if chosen is None:
+            return None
+        axes = [int(axis) % len(source) for axis in chosen.reshape(-1)]
+    before, after = pads.reshape(2, -1)
+    padded = [i for i in range(len(axes)) if before[i] or after[i]]
+    if not padded:
+        return axes[0], 0, 0
+    if len(padded) > 1:
+        return None
+    return axes[padded[0]], int(before[padded[0]]), int(after[padded[0]])
+
+
+def _reduction(node: ir.Node) -> str:
+    found = node.attributes.get("reduction")
+    return "none" if found is None else found.as_string()
+
+
+def _adds_into_zeros(node: ir.Node, facts: Facts) -> bool:
+    if not facts.is_zeros(node.inputs[0]):
+        return False
+    if _reduction(node) == "add":
+        return True
+    fixed = facts.constant(node.inputs[1])
+    return _reduction(node) == "none" and fixed is not None and len(np.unique(fixed)) == fixed.size
+
+
+def _scatter_nd(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) -> RowTerm | None:
+    indices, updates, shape = node.inputs[1], node.inputs[2], static_shape(node.outputs[0])
+    if indices is None or updates is None or shape is None or not 1 <= len(shape) <= 2:
+        return None
+    if indices.shape is None or indices.shape[-1] != 1 or not _adds_into_zeros(node, facts):
+        return None
+    fixed = facts.constant(indices)
+    return RowTerm(
+        steps,
+        "ScatterND",
+        indices,
+        updates,
+        axis=0,
+        columns=False,
+        shape=shape,
+        mask=drop_mask(updates, facts),
+        fixed=None if fixed is None else tuple(int(item) for item in fixed.reshape(-1)),
+    )
+
+
+def _scatter_elements(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) -> RowTerm | None:
+    indices, updates, shape = node.inputs[1], node.inputs[2], static_shape(node.outputs[0])
+    if indices is None or updates is None or shape is None or not 1 <= len(shape) <= 2:
+        return None
+    if _reduction(node) != "add" or not facts.is_zeros(node.inputs[0]):
+        return None
+    axis = attribute(node, "axis", 0) % len(shape)
+    if len(shape) == 2:
+        column = unexpanded(indices, 1 - axis)
+        if column is None:
+            return None
+        indices = column
+    fixed = facts.constant(indices)
+    return RowTerm(
+        steps,
+        "ScatterElements",
+        indices,
+        updates,
+        axis=axis,
+        columns=len(shape) == 2,
+        shape=shape,
+        mask=drop_mask(updates, facts),
+        fixed=None if fixed is None else tuple(int(item) for item in fixed.reshape(-1)),
+    )
+
+
+def _one_hot_product(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) -> RowTerm | None:
+    """Match one_hotᵀ · rows, as MatMul(Transpose(one_hot), rows) or Gemm(one_hot, rows, transA=1)."""
+    shape, left, updates = static_shape(node.outputs[0]), node.inputs[0], node.inputs[1]
+    if shape is None or len(shape) != 2 or left is None or updates is None:
+        return None
+    if node.op_type == "Gemm":
+        plain = attribute(node, "transA", 0) == 1 and attribute(node, "transB", 0) == 0
+        alpha = node.attributes.get("alpha")
+        if not plain or (alpha is not None and alpha.as_float() != 1.0) or len(node.inputs) > 2:
+            return None
+    else:
+        turn = left.producer()
+        if turn is None or turn.op_type != "Transpose" or left.shape is None or len(left.shape) != 2:
+            return None
+        left = turn.inputs[0]
+    ids = one_hot_ids(left, facts)
+    if ids is None:
+        return None
+    return RowTerm(steps, node.op_type, ids, updates, axis=0, columns=False, shape=shape)
+
+
+SCATTERS: Final[dict[str, Callable[[ir.Node, tuple[ViewStep, ...], Facts], RowTerm | None]]] = {
+    "ScatterND": _scatter_nd,
+    "ScatterElements": _scatter_elements,
+    "MatMul": _one_hot_product,
+    "Gemm": _one_hot_product,
+}
+
+MASK_STEPS: Final = frozenset({"Not", "Unsqueeze", "Reshape", "Squeeze", "Identity", "Expand", "Cast"})
+
+
+def drop_mask(updates: ir.Value, facts: Facts) -> DropMask | None:
+    """Find the `Where` next to the scatter that zeroes rows by their ids alone.
+
+    A `Where` whose condition the loss also uses is the user's own masking after the lookup: such a row
+    is a lookup whose gradient happens to be zero, and it counts.
+    """
+    value: ir.Value | None = updates
+    while value is not None:
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type == "Where":
+            break
+        if node.op_type not in RESHAPES and node.op_type != "Transpose":
+            return None
+        value = node.inputs[0]
+    else:
+        return None
+    condition, yes, no = node.inputs
+    drops_where = facts.is_zeros(yes)
+    if condition is None or not (drops_where or facts.is_zeros(no)):
+        return None
+    parts = _Parts(facts)
+    parts.collect(condition, inside=not drops_where)
+    if parts.forward or not parts.by_ids_alone:
+        return None
+    return DropMask(condition, drops_where, parts.padding_idx, parts.drops_negatives, parts.exact)
+
+
+class _Parts:
+    """The comparisons that a keep condition is made of."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.forward = False
+        self.by_ids_alone = True
+        self.exact = True
+        self.padding_idx: int | None = None
+        self.drops_negatives = False
+
+    def collect(self, value: ir.Value | None, *, inside: bool) -> None:
+        """Walk a condition; `inside` says that rows are kept where it is true."""
+        if value is None:
+            return
+        if self.facts.constant(value) is not None:
+            self.exact = self.exact and bool(np.all(self.facts.constant(value)) == inside)
+            return
+        node = value.producer()
+        if node is None or value in self.facts.trained:
+            self.by_ids_alone = False
+            return
+        if value in self.facts.forward:
+            self.forward = True
+        match node.op_type:
+            case "Not":
+                self.collect(node.inputs[0], inside=not inside)
+            case "And" if inside:
+                for item in node.inputs:
+                    self.collect(item, inside=inside)
+            case "Or" if not inside:
+                for item in node.inputs:
+                    self.collect(item, inside=inside)
+            case op if op in MASK_STEPS:
+                self.collect(node.inputs[0], inside=inside)
+            case "Equal" | "GreaterOrEqual" | "Less" | "Greater" | "LessOrEqual":
+                self._compare(node, inside=inside)
+            case _:
+                self.exact = False
+                self.by_ids_alone = self.by_ids_alone and self._integers_only(value)
+
+    def _compare(self, node: ir.Node, *, inside: bool) -> None:
+        ids, bound = node.inputs[0], self.facts.scalar(node.inputs[1])
+        if bound is None or ids is None or ids.dtype is None or not ids.dtype.is_integer():
+            self.exact = False
+            self.by_ids_alone = ids is not None and ids.dtype is not None and ids.dtype.is_integer()
+            return
+        match node.op_type, inside:
+            case "Equal", False:
+                if bound >= 0:
+                    self.padding_idx = int(bound)
+            case "GreaterOrEqual", True if bound == 0:
+                self.drops_negatives = True
+            case "Less", False if bound == 0:
+                self.drops_negatives = True
+            case ("Less", True) | ("GreaterOrEqual", False):
+                pass  # the upper bound: valid ids are below it
+            case _:
+                self.exact = False
+
+    def _integers_only(self, value: ir.Value) -> bool:
+        node = value.producer()
+        inputs = [] if node is None else [item for item in node.inputs if item is not None]
+        return all(item.dtype is not None and not item.dtype.is_floating_point() for item in inputs)

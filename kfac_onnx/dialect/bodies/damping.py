@@ -1,0 +1,52 @@
+"""Damping of the two factors.
+
+`DampingRelative` (preset half and its relatives): a fixed share rho of each factor's mean eigenvalue.
+`DampingPi` (preset r1.7): λ split between the factors by the ratio of their mean eigenvalues,
+pi = sqrt((ΣA/V) / (tr G/D)), λ_A = sqrt(λ)·pi, λ_G = sqrt(λ)/pi.
+Source: spec sections 1 and 2; Martens & Grosse 2015, section 6.3.
+"""
+
+from __future__ import annotations
+
+from onnxscript import FLOAT  # noqa: TC002  onnxscript reads annotations
+
+from kfac_onnx.dialect.bodies.opsets import BOOL, F32, body, op
+
+__all__ = ["damping_pi", "damping_relative"]
+
+
+@body
+def damping_relative(total_a: FLOAT, G: FLOAT, rho: float, vocab_size: int):
+    """damping_a = rho·max(ΣA/V, 1e-30), damping_g = rho·max(tr G/D, 1e-30)."""
+    share = op.Constant(value_float=rho)
+    floor = op.Constant(value_float=1e-30)
+    V = op.Cast(op.Constant(value_int=vocab_size), to=F32)
+    trace = op.ReduceSum(
+        op.Where(op.Cast(op.EyeLike(G), to=BOOL), G, op.Constant(value_float=0.0)), keepdims=0
+    )
+    D = op.Cast(op.Squeeze(op.Shape(G, start=0, end=1)), to=F32)
+    damping_a = op.Mul(share, op.Max(op.Div(total_a, V), floor))
+    damping_g = op.Mul(share, op.Max(op.Div(trace, D), floor))
+    return damping_a, damping_g
+
+
+@body
+def damping_pi(total_a: FLOAT, G: FLOAT, damping: float, vocab_size: int, pi: int):
+    """damping_a = sqrt(λ)·pi, damping_g = sqrt(λ)/pi.
+
+    The attribute `pi`: 0 takes pi = 1, 1 the ratio above, 2 the ratio, but 1 where a trace is 0.
+    """
+    one = op.Constant(value_float=1.0)
+    root = op.Sqrt(op.Constant(value_float=damping))
+    V = op.Cast(op.Constant(value_int=vocab_size), to=F32)
+    trace = op.ReduceSum(
+        op.Where(op.Cast(op.EyeLike(G), to=BOOL), G, op.Constant(value_float=0.0)), keepdims=0
+    )
+    D = op.Cast(op.Squeeze(op.Shape(G, start=0, end=1)), to=F32)
+    ratio = op.Sqrt(op.Div(op.Div(total_a, V), op.Div(trace, D)))
+    mode = op.Constant(value_int=pi)
+    no_trace = op.Equal(op.Mul(total_a, trace), op.Constant(value_float=0.0))
+    off = op.Equal(mode, op.Constant(value_int=0))
+    guarded = op.And(op.Equal(mode, op.Constant(value_int=2)), no_trace)
+    used = op.Where(op.Or(off, guarded), one, ratio)
+    return op.Mul(root, used), op.Div(root, used)

@@ -1,0 +1,113 @@
+"""Writing rows into tables, merging repeated rows, and the finite flag.
+
+A body that writes state ends in the one scatter that makes its output, with no node after it: that is
+what lets onnxruntime write through a bound buffer. Where rows may repeat there are two bodies:
+`_elements` (ScatterElements: sequential, right on every host) and `_nd` (ScatterND: fast, right only in
+a session of one thread or on a device with atomic adds). Source: DESIGN section 8.
+"""
+
+from __future__ import annotations
+
+from onnxscript import FLOAT, INT64  # noqa: TC002  onnxscript reads annotations
+
+from kfac_onnx.dialect.bodies.opsets import F32, body, op
+
+__all__ = [
+    "all_finite",
+    "apply_columns",
+    "apply_flat",
+    "apply_rows_elements",
+    "apply_rows_nd",
+    "merge_rows_elements",
+    "merge_rows_nd",
+    "scatter_rows_elements",
+    "scatter_rows_nd",
+    "write_rows",
+]
+
+
+@body
+def merge_rows_elements(ids: INT64, rows: FLOAT):
+    """Distinct ids in ascending order and the sum of the rows of each."""
+    unique_ids, _, inverse = op.Unique(ids, sorted=1)
+    index = op.Expand(op.Unsqueeze(inverse, op.Constant(value_ints=[1])), op.Shape(rows))
+    shape = op.Concat(op.Shape(unique_ids), op.Shape(rows, start=1), axis=0)
+    zeros = op.Expand(op.Constant(value_float=0.0), shape)
+    return unique_ids, op.ScatterElements(zeros, index, rows, axis=0, reduction="add")
+
+
+@body
+def merge_rows_nd(ids: INT64, rows: FLOAT):
+    """Distinct ids in ascending order and the sum of the rows of each."""
+    unique_ids, _, inverse = op.Unique(ids, sorted=1)
+    shape = op.Concat(op.Shape(unique_ids), op.Shape(rows, start=1), axis=0)
+    zeros = op.Expand(op.Constant(value_float=0.0), shape)
+    index = op.Unsqueeze(inverse, op.Constant(value_ints=[-1]))
+    return unique_ids, op.ScatterND(zeros, index, rows, reduction="add")
+
+
+@body
+def apply_rows_elements(W: FLOAT, ids: INT64, update: FLOAT, lr: FLOAT):
+    """W[ids] −= lr·update, repeated ids adding up; W is [V, D]."""
+    index = op.Expand(op.Unsqueeze(ids, op.Constant(value_ints=[1])), op.Shape(update))
+    return op.ScatterElements(W, index, op.Mul(op.Neg(lr), update), axis=0, reduction="add")
+
+
+@body
+def apply_rows_nd(W: FLOAT, ids: INT64, update: FLOAT, lr: FLOAT):
+    """W[ids] −= lr·update, repeated ids adding up; W is [V, D]."""
+    index = op.Unsqueeze(ids, op.Constant(value_ints=[-1]))
+    return op.ScatterND(W, index, op.Mul(op.Neg(lr), update), reduction="add")
+
+
+@body
+def apply_columns(W: FLOAT, ids: INT64, update: FLOAT, lr: FLOAT):
+    """W[:, ids] −= lr·updateᵀ, repeated ids adding up; W is [D, V]."""
+    columns = op.Transpose(op.Mul(op.Neg(lr), update), perm=[1, 0])
+    index = op.Expand(op.Unsqueeze(ids, op.Constant(value_ints=[0])), op.Shape(columns))
+    return op.ScatterElements(W, index, columns, axis=1, reduction="add")
+
+
+@body
+def apply_flat(W: FLOAT, ids: INT64, update: FLOAT, lr: FLOAT):
+    """W[ids·D + d] −= lr·update[:, d], repeated ids adding up; W is a table stored as [V·D]."""
+    flat = op.Constant(value_ints=[-1])
+    D = op.Shape(update, start=1)
+    zero = op.Constant(value_int=0)
+    inside = op.Unsqueeze(
+        op.Range(zero, op.Squeeze(D), op.Constant(value_int=1)), op.Constant(value_ints=[0])
+    )
+    index = op.Add(op.Mul(op.Unsqueeze(ids, op.Constant(value_ints=[1])), D), inside)
+    values = op.Reshape(op.Mul(op.Neg(lr), update), flat)
+    return op.ScatterElements(W, op.Reshape(index, flat), values, axis=0, reduction="add")
+
+
+@body
+def write_rows(table: FLOAT, ids: INT64, values: FLOAT):
+    """table[ids] = values; repeated ids must carry equal values."""
+    return op.ScatterND(table, op.Unsqueeze(ids, op.Constant(value_ints=[-1])), values)
+
+
+@body
+def scatter_rows_elements(ids: INT64, rows: FLOAT, vocab_size: int):
+    """[V, D] gradient of a table: the rows of each id summed, zero elsewhere."""
+    V = op.Constant(value_int=vocab_size)
+    shape = op.Concat(op.Unsqueeze(V, op.Constant(value_ints=[0])), op.Shape(rows, start=1), axis=0)
+    zeros = op.Expand(op.Constant(value_float=0.0), shape)
+    index = op.Expand(op.Unsqueeze(ids, op.Constant(value_ints=[1])), op.Shape(rows))
+    return op.ScatterElements(zeros, index, rows, axis=0, reduction="add")
+
+
+@body
+def scatter_rows_nd(ids: INT64, rows: FLOAT, vocab_size: int):
+    """[V, D] gradient of a table: the rows of each id summed, zero elsewhere."""
+    V = op.Constant(value_int=vocab_size)
+    shape = op.Concat(op.Unsqueeze(V, op.Constant(value_ints=[0])), op.Shape(rows, start=1), axis=0)
+    zeros = op.Expand(op.Constant(value_float=0.0), shape)
+    return op.ScatterND(zeros, op.Unsqueeze(ids, op.Constant(value_ints=[-1])), rows, reduction="add")
+
+
+@body
+def all_finite(x: FLOAT):
+    """0 where every entry of x is finite as float32, NaN otherwise: Σ 0·x."""
+    return op.ReduceSum(op.Mul(op.Cast(x, to=F32), op.Constant(value_float=0.0)), keepdims=0)

@@ -101,9 +101,8 @@ def _check_attributes(operator: Operator, node: ir.Node) -> list[str]:
 
 def _check_range(operator: Operator, attribute: Attribute, given: ir.Attr) -> list[str]:
     if given.type != _KINDS[attribute.kind]:
-        return [
-            f"{operator.name}: attribute '{attribute.name}' is {given.type.name}, not {attribute.kind.upper()}"
-        ]
+        found, wanted = given.type.name, attribute.kind.upper()
+        return [f"{operator.name}: attribute '{attribute.name}' is {found}, not {wanted}"]
     value = given.as_int() if attribute.kind == "int" else given.as_float()
     too_low = value <= attribute.lo if attribute.open_lo else value < attribute.lo
     if too_low or not value <= attribute.hi:

@@ -69,6 +69,12 @@ class _Ledger:
         self.names.add(candidate)
         return candidate
 
+    def take(self, name: str) -> str:
+        if name in self.names:
+            raise ValueError(f"the model already has a value '{name}'")
+        self.names.add(name)
+        return name
+
 
 class Emitter:
     """Adds nodes, constants, inputs and outputs to a graph of `model`, and counts every change.
@@ -196,6 +202,8 @@ class Emitter:
         is the short name of the one output, `outputs` the number or short names of several.
         `exact_name` takes names as they are: for state outputs and names that the user chose.
         A domain that the model does not import yet is imported (version 1).
+
+        Raises ValueError when an exact name is taken.
         """
         if outputs is None:
             outs: list[Out] = [Out(name if name is not None else op_type.lower(), dtype, shape)]
@@ -222,9 +230,8 @@ class Emitter:
         return values[0] if outputs is None else tuple(values)
 
     def _value(self, out: Out, *, exact: bool) -> ir.Value:
-        wanted = out.name if exact else self._full(out.name)
         return ir.Value(
-            name=self._ledger.unique(wanted),
+            name=self._ledger.take(out.name) if exact else self._ledger.unique(self._full(out.name)),
             type=ir.TensorType(out.dtype) if out.dtype is not None else None,
             shape=ir.Shape(out.shape) if out.shape is not None else None,
         )
@@ -266,10 +273,8 @@ class Emitter:
 
         Raises ValueError when the name is taken.
         """
-        if name in self._ledger.names:
-            raise ValueError(f"the model already has a value '{name}'")
         value = ir.Value(
-            name=self._ledger.unique(name),
+            name=self._ledger.take(name),
             type=ir.TensorType(dtype),
             shape=ir.Shape(shape),
             metadata_props={"kfac.pass": self.pass_name},

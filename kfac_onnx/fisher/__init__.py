@@ -1,0 +1,1 @@
+"""The embedding block of K-FAC: factors, blocks, presets."""

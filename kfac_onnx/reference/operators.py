@@ -1,0 +1,251 @@
+"""Float64 twins of the `ai.kfac` operators: the same inputs, attributes and outputs, written plainly.
+
+Every twin takes arrays positionally and attributes by keyword and returns a tuple of its outputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["TWINS", "Array", "power", "scatter_add"]
+
+Array = npt.NDArray[Any]
+"""Float64 where it is a real number, int64 where it counts or indexes."""
+
+FLOOR: Final = 1e-30
+
+
+def scatter_add(base: Array, ids: Array, rows: Array) -> Array:
+    """Return `base` with `rows` added at `ids` along the first axis, repeated ids adding up."""
+    result = base.copy()
+    for index, row in zip(ids, rows, strict=True):
+        result[index] = result[index] + row
+    return result
+
+
+def power(M: Array, exponent: float) -> Array:
+    """Return a symmetric matrix to a real power: Q max(w, 0)^exponent Qᵀ."""
+    w, Q = np.linalg.eigh(M)
+    return (Q * np.maximum(w, 0.0) ** exponent) @ Q.T
+
+
+def _trace(G: Array) -> float:
+    return float(np.trace(G))
+
+
+def _correction(decay: float, count: int, debias: int) -> float:
+    return 1.0 / (1.0 - decay**count) if debias and count > 0 else 1.0
+
+
+def input_factor_decay(
+    scale: Array, total: Array, count: Array, lookups: Array, *, decay: float, debias: int, normalize: int
+) -> tuple[Array, ...]:
+    """Advance the running scale of A."""
+    increment = 0.0
+    if lookups > 0:
+        scale = decay * scale
+        total = decay * total + (1 - decay) * (1.0 if normalize else lookups)
+        count = count + 1
+        increment = (1 - decay) / (scale * (lookups if normalize else 1.0))
+    correction = _correction(decay, int(count), debias)
+    return (scale, total, count, np.asarray(increment), scale * correction, total * correction)
+
+
+def input_factor_update(A: Array, ids: Array, increments: Array) -> tuple[Array, ...]:
+    """Ã[ids] += increments."""
+    return (scatter_add(A, ids, increments),)
+
+
+def input_factor_average(
+    A: Array, ids: Array, weights: Array, lookups: Array, *, decay: float
+) -> tuple[Array, ...]:
+    """Average over the whole vocabulary."""
+    if not lookups > 0:
+        return (A,)
+    return (decay * A + (1 - decay) * scatter_add(np.zeros_like(A), ids, weights) / lookups,)
+
+
+def output_factor_update(
+    G: Array, count: Array, rows: Array, lookups: Array, scale: Array, *, decay: float, debias: int
+) -> tuple[Array, ...]:
+    """G ← decay·G + (1−decay)·scale·gᵀg/lookups."""
+    if not lookups > 0:
+        return (G, count, G * _correction(decay, int(count), debias))
+    new = decay * G + (1 - decay) * scale * (rows.T @ rows) / lookups
+    return (new, count + 1, new * _correction(decay, int(count) + 1, debias))
+
+
+def damping_relative(total_a: Array, G: Array, *, rho: float, vocab_size: int) -> tuple[Array, ...]:
+    """Return rho times the mean eigenvalue of each factor."""
+    mean_a, mean_g = total_a / vocab_size, _trace(G) / len(G)
+    return (np.asarray(rho * max(mean_a, FLOOR)), np.asarray(rho * max(mean_g, FLOOR)))
+
+
+def damping_pi(total_a: Array, G: Array, *, damping: float, vocab_size: int, pi: int) -> tuple[Array, ...]:
+    """√λ·pi and √λ/pi."""
+    trace = np.float64(_trace(G))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.sqrt((total_a / vocab_size) / (trace / len(G)))
+        if pi == 0 or (pi == 2 and total_a * trace == 0):
+            ratio = np.float64(1.0)
+        return (np.sqrt(damping) * ratio, np.sqrt(damping) / ratio)
+
+
+def factor_inverse(G: Array, damping_g: Array, previous: Array) -> tuple[Array, ...]:
+    """(G + damping_g·I)⁻¹ and a residual of 0."""
+    if _trace(G) == 0:
+        return (previous, np.asarray(0.0))
+    return (np.linalg.inv(G + damping_g * np.eye(len(G))), np.asarray(0.0))
+
+
+def factor_inverse_root(G: Array, damping_g: Array, previous: Array, *, iterations: int) -> tuple[Array, ...]:
+    """(G + damping_g·I)^(−1/2) and a residual of 0; the iterations do not matter to an exact root."""
+    if _trace(G) == 0:
+        return (previous, np.asarray(0.0))
+    return (power(G + damping_g * np.eye(len(G)), -0.5), np.asarray(0.0))
+
+
+def precondition_rows(
+    rows: Array, a: Array, damping_a: Array, root: Array, *, exponent: float
+) -> tuple[Array, ...]:
+    """Return (a + damping_a)^exponent · (rows · root)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (((a + damping_a) ** exponent)[:, None] * (rows @ root),)
+
+
+def precondition_dense(
+    grad: Array, A: Array, gain: Array, damping_a: Array, root: Array, *, exponent: float
+) -> tuple[Array, ...]:
+    """(gain·Ã + damping_a)^exponent · (grad · root)."""
+    return precondition_rows(grad, gain * A, damping_a, root, exponent=exponent)
+
+
+def merge_rows(ids: Array, rows: Array) -> tuple[Array, ...]:
+    """Distinct ids, ascending, and the sums of their rows."""
+    unique, inverse = np.unique(ids, return_inverse=True)
+    return (unique, scatter_add(np.zeros((len(unique), rows.shape[1])), inverse, rows))
+
+
+def row_adagrad(rows: Array, acc: Array, *, epsilon: float) -> tuple[Array, ...]:
+    """Scale each row by 1/(√acc' + epsilon)."""
+    acc = acc + (rows**2).mean(axis=1)
+    return (rows / (np.sqrt(acc) + epsilon)[:, None], acc)
+
+
+def row_element_adagrad(rows: Array, acc: Array, *, epsilon: float) -> tuple[Array, ...]:
+    """Scale each entry by 1/(√acc' + epsilon)."""
+    acc = acc + rows**2
+    return (rows / (np.sqrt(acc) + epsilon), acc)
+
+
+def window_decay(scale: Array, count: Array, lookups: Array, *, power: float) -> tuple[Array, ...]:
+    """Return the window's scalars, b = 1 − t^(−power)."""
+    if not lookups > 0:
+        return (scale, count, scale, np.asarray(0.0), 1.0 / scale)
+    fresh = float(count + 1) ** -power
+    decayed = scale * (1.0 - fresh)
+    scale = decayed if decayed > 0 else np.asarray(1.0)
+    return (scale, count + 1, decayed, np.asarray(fresh), 1.0 / scale)
+
+
+def row_window(rows: Array, r: Array, fresh: Array) -> tuple[Array, ...]:
+    """Scale each row by 1/√r', a row whose r' is 0 by 0."""
+    r = r + fresh * (rows**2).mean(axis=1)
+    root = np.where(r > 0, np.sqrt(r), np.inf)
+    return (rows / root[:, None], r)
+
+
+def apply_rows(W: Array, ids: Array, update: Array, lr: Array) -> tuple[Array, ...]:
+    """W[ids] −= lr·update."""
+    return (scatter_add(W, ids, -lr * update),)
+
+
+def apply_columns(W: Array, ids: Array, update: Array, lr: Array) -> tuple[Array, ...]:
+    """W[:, ids] −= lr·updateᵀ."""
+    return (scatter_add(W.T, ids, -lr * update).T,)
+
+
+def apply_flat(W: Array, ids: Array, update: Array, lr: Array) -> tuple[Array, ...]:
+    """Apply to a table stored as one vector."""
+    D = update.shape[1]
+    return (scatter_add(W.reshape(-1, D), ids, -lr * update).reshape(-1),)
+
+
+def write_rows(table: Array, ids: Array, values: Array) -> tuple[Array, ...]:
+    """table[ids] = values."""
+    table = table.copy()
+    table[ids] = values
+    return (table,)
+
+
+def scatter_rows(ids: Array, rows: Array, *, vocab_size: int) -> tuple[Array, ...]:
+    """Dense gradient of a table."""
+    return (scatter_add(np.zeros((vocab_size, rows.shape[1])), ids, rows),)
+
+
+def all_finite(x: Array) -> tuple[Array, ...]:
+    """0, or NaN where an entry is not finite."""
+    return (np.asarray(0.0 if np.isfinite(x).all() else np.nan),)
+
+
+def sgd(W: Array, g: Array, lr: Array) -> tuple[Array, ...]:
+    """W − lr·g."""
+    return (W - lr * g,)
+
+
+def momentum(W: Array, g: Array, v: Array, lr: Array, *, mu: float) -> tuple[Array, ...]:
+    """Velocity: v' = mu·v + g."""
+    v = mu * v + g
+    return (W - lr * v, v)
+
+
+def adam(
+    W: Array, g: Array, m: Array, v: Array, t: Array, lr: Array, *, beta1: float, beta2: float, epsilon: float
+) -> tuple[Array, ...]:
+    """Adam's step number t, counted from 1."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    m_hat, v_hat = m / (1 - beta1 ** int(t)), v / (1 - beta2 ** int(t))
+    return (W - lr * m_hat / (np.sqrt(v_hat) + epsilon), m, v)
+
+
+def adagrad(W: Array, g: Array, acc: Array, lr: Array, *, epsilon: float) -> tuple[Array, ...]:
+    """Sum of squares: acc' = acc + g²."""
+    acc = acc + g**2
+    return (W - lr * g / (np.sqrt(acc) + epsilon), acc)
+
+
+TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
+    "InputFactorDecay": input_factor_decay,
+    "InputFactorUpdate": input_factor_update,
+    "InputFactorAverage": input_factor_average,
+    "OutputFactorUpdate": output_factor_update,
+    "DampingRelative": damping_relative,
+    "DampingPi": damping_pi,
+    "FactorInverse": factor_inverse,
+    "FactorInverseRoot": factor_inverse_root,
+    "PreconditionRows": precondition_rows,
+    "PreconditionDense": precondition_dense,
+    "MergeRows": merge_rows,
+    "RowAdagrad": row_adagrad,
+    "WindowDecay": window_decay,
+    "RowWindow": row_window,
+    "RowElementAdagrad": row_element_adagrad,
+    "ApplyRows": apply_rows,
+    "ApplyColumns": apply_columns,
+    "ApplyFlat": apply_flat,
+    "WriteRows": write_rows,
+    "ScatterRows": scatter_rows,
+    "AllFinite": all_finite,
+    "Sgd": sgd,
+    "Momentum": momentum,
+    "Adam": adam,
+    "Adagrad": adagrad,
+}
+"""Every operator's twin by the operator's name."""

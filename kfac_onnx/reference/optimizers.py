@@ -1,0 +1,82 @@
+"""First-order optimizers in float64, each one object per parameter.
+
+`step(w, g)` returns the new parameter; `lr` at the call overrides the constructor's (schedules). A step
+whose gradient is not finite changes nothing. Sources as in `dialect.bodies.optimizers`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from kfac_onnx.reference.operators import Array
+
+__all__ = ["AdagradReference", "AdamReference", "MomentumReference", "SgdReference"]
+
+
+class SgdReference:
+    """w ← w − lr·g."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+    def step(self, w: Array, g: Array, *, lr: float | None = None) -> Array:
+        """Return the parameter after one step; arrays of equal shape, float64."""
+        w, g = np.asarray(w, np.float64), np.asarray(g, np.float64)
+        if not np.isfinite(g).all():
+            return w
+        return w - (self.lr if lr is None else lr) * self.direction(g)
+
+    def direction(self, g: Array) -> Array:
+        """Return what lr multiplies, and update the optimizer's own state."""
+        return g
+
+
+class MomentumReference(SgdReference):
+    """v ← mu·v + g from 0, w ← w − lr·v."""
+
+    def __init__(self, lr: float, mu: float = 0.9) -> None:
+        super().__init__(lr)
+        self.mu = mu
+        self.v: Array | float = 0.0
+
+    def direction(self, g: Array) -> Array:
+        """Return the new velocity."""
+        self.v = self.mu * self.v + g
+        return np.asarray(self.v)
+
+
+class AdamReference(SgdReference):
+    """Bias-corrected first and second moments; epsilon outside the root."""
+
+    def __init__(self, lr: float, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> None:
+        super().__init__(lr)
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
+        self.t = 0
+        self.m: Array | float = 0.0
+        self.v: Array | float = 0.0
+
+    def direction(self, g: Array) -> Array:
+        """Return m̂/(√v̂ + epsilon)."""
+        self.t += 1
+        self.m = self.beta1 * self.m + (1 - self.beta1) * g
+        self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
+        m_hat = self.m / (1 - self.beta1**self.t)
+        v_hat = self.v / (1 - self.beta2**self.t)
+        return np.asarray(m_hat / (np.sqrt(v_hat) + self.epsilon))
+
+
+class AdagradReference(SgdReference):
+    """acc ← acc + g² from 0, w ← w − lr·g/(√acc + epsilon)."""
+
+    def __init__(self, lr: float, epsilon: float = 1e-10) -> None:
+        super().__init__(lr)
+        self.epsilon = epsilon
+        self.acc: Array | float = 0.0
+
+    def direction(self, g: Array) -> Array:
+        """Return g/(√acc + epsilon)."""
+        self.acc = self.acc + g**2
+        return np.asarray(g / (np.sqrt(self.acc) + self.epsilon))

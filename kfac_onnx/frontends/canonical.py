@@ -1,0 +1,156 @@
+"""From an exported training graph to the canonical one that every pass relies on (DESIGN section 3)."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+from kfac_onnx import metadata
+from kfac_onnx.errors import UserError
+from kfac_onnx.frontends.copies import undo_stale_copies
+from kfac_onnx.frontends.interface import READERS, Interface
+from kfac_onnx.frontends.load import Exported, load
+from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidates
+from kfac_onnx.frontends.lowering import lower_training_operators
+from kfac_onnx.frontends.pairing import Pairing, find_value, pair
+from kfac_onnx.frontends.scatters import make_scatters_race_free
+from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
+from kfac_onnx.frontends.widen import widen
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import onnx
+
+__all__ = ["read_training_graph"]
+
+log = logging.getLogger(__name__)
+
+
+def read_training_graph(
+    source: str | Path | ir.Model | onnx.ModelProto,
+    *,
+    loss: str | None = None,
+    gradients: Mapping[str, str] | None = None,
+) -> ir.Model:
+    """Return the canonical training graph of an exported one; `source` is left unchanged.
+
+    Args:
+        source: a file, or a model in memory.
+        loss: the name of the loss, where several outputs could be it.
+        gradients: parameter name -> name of its gradient, where the graph's own names do not say.
+
+    The result has opset 18 or newer, standard operators, no functions, sorted nodes, and the exporter's
+    names of values. Its inputs are trained parameters (or they are initializers), constants and the batch;
+    its outputs the loss, the user's other outputs, and one gradient per trained parameter. It carries
+    `kfac.frontend`, `kfac.parameters`, `kfac.loss`, `kfac.notes` and `kfac.refused`.
+
+    Raises:
+        UserError: if the file cannot be read, holds no gradients, or uses operators that cannot be lowered.
+
+    """
+    exported = load(source)
+    model, place = exported.model, exported.place
+    flatten(model, place)
+    notes = [note for note in (upgrade(model, place),) if note is not None]
+    interface = _read_interface(exported, loss, gradients)
+    notes += interface.notes
+    notes += lower_training_operators(model, place)
+    notes += widen(model)
+    if scatters := make_scatters_race_free(model):
+        notes.append(f"{scatters} scatters made safe for several threads")
+    clean_imports(model)
+    _infer_shapes(model)
+
+    loss_value, pairing = _loss_and_pairs(exported, interface, loss, gradients)
+    notes += pairing.notes
+    copied, ambiguous = undo_stale_copies(model, pairing.parameters)
+    notes += copied
+    _set_outputs(model, loss_value, pairing, interface)
+    _drop_unused(model, pairing)
+    reduction = find_reduction(loss_value)
+    name = None if loss_value is None else loss_value.name
+    metadata.write(model, "frontend", interface.frontend)
+    metadata.write(model, "parameters", pairing.described())
+    metadata.write(model, "loss", metadata.Loss(name, reduction.kind))
+    metadata.write(model, "notes", notes)
+    metadata.write(model, "refused", [*pairing.refused, *ambiguous])
+    return model
+
+
+def _read_interface(exported: Exported, loss: str | None, gradients: Mapping[str, str] | None) -> Interface:
+    misses: list[str] = []
+    for reader in READERS:
+        found = reader(exported)
+        if isinstance(found, Interface):
+            return found
+        misses.append(f"{reader.__name__.replace('_', '-')}: {found.reason}")
+    if gradients:
+        return Interface("named-by-user", {})
+    raise UserError(
+        "the graph has no gradients of its parameters",
+        place=exported.place,
+        tried=misses,
+        help="export a training graph (loss and gradients), or name the pairs with --gradients PARAMETER=OUTPUT",
+    )
+
+
+def _loss_and_pairs(
+    exported: Exported, interface: Interface, loss: str | None, gradients: Mapping[str, str] | None
+) -> tuple[ir.Value | None, Pairing]:
+    model, place = exported.model, exported.place
+    named = None if loss is None else find_value(model, loss, "the loss", place)
+    names = {*interface.gradients.values(), *interface.orphans.values(), *(gradients or {}).values()}
+    taken = {value for value in model.graph.outputs if value.name in names}
+    found = [named] if named is not None else loss_candidates(model, taken)
+    if interface.by_position and not gradients and len(found) > 1 and found[0] is model.graph.outputs[0]:
+        found = found[:1]  # scalars after the first are gradients of scalar parameters
+    chosen = choose_loss(found, boundary=interface.boundary, place=place)
+    return chosen, pair(model, interface, [] if chosen is None else [chosen], gradients, place)
+
+
+def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing, interface: Interface) -> None:
+    """Make the outputs the loss, the user's others, then each parameter's gradient."""
+    gradients = set(pairing.gradients.values())
+    orphans = set(interface.orphans.values())
+    others = [
+        value
+        for value in model.graph.outputs
+        if value is not loss and value not in gradients and value.name not in orphans
+    ]
+    outputs = [] if loss is None else [loss]
+    outputs += others
+    for name, value in pairing.gradients.items():
+        output = value
+        if value in outputs:  # one value is the gradient of two parameters: each output has its own name
+            node = ir.Node("", "Identity", [value], num_outputs=1, name=f"kfac/gradient/{name}")
+            output = node.outputs[0]
+            output.name, output.type, output.shape = f"kfac/gradient/{name}", value.type, value.shape
+            model.graph.append(node)
+            pairing.gradients[name] = output
+        outputs.append(output)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(outputs)
+
+
+def _drop_unused(model: ir.Model, pairing: Pairing) -> None:
+    """Remove nodes and initializers that nothing reads, except trained parameters."""
+    RemoveUnusedNodesPass()(model)
+    kept = set(pairing.parameters.values())
+    for name, value in list(model.graph.initializers.items()):
+        if (
+            value not in kept
+            and not value.uses()
+            and not value.is_graph_output()
+            and not value.is_graph_input()
+        ):
+            del model.graph.initializers[name]
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Fill in shapes and types of the new values, as far as ONNX can."""
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)

@@ -1,0 +1,91 @@
+"""Lowering of exporters' training operators to standard ONNX operators: one table, one rule per operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import onnx
+
+from kfac_onnx.errors import UserError
+from kfac_onnx.frontends.lowering import activations, cross_entropy, plumbing, recurrent, rows
+from kfac_onnx.frontends.lowering.emit import Emit, Miss, Names, Rule, replace_node
+from kfac_onnx.frontends.values import ONNX_DOMAINS, all_graphs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["RUNNABLE", "TABLE", "lower_training_operators"]
+
+TABLE: Final[dict[tuple[str, str], Rule]] = {
+    **rows.RULES,
+    **activations.RULES,
+    **cross_entropy.RULES,
+    **plumbing.RULES,
+    **recurrent.RULES,
+}
+"""(domain, operator) -> rule."""
+
+RUNNABLE: Final = {
+    "com.microsoft": frozenset(
+        {
+            "BiasGelu",
+            "FastGelu",
+            "FusedMatMul",
+            "Gelu",
+            "Inverse",
+            "QuickGelu",
+            "SkipLayerNormalization",
+        }
+    ),
+    "": frozenset({"SimplifiedLayerNormalization"}),
+}
+"""Operators outside the ONNX standard that the plain onnxruntime wheel runs on both CPU and CUDA."""
+
+
+def lower_training_operators(model: ir.Model, place: str | None = None) -> list[str]:
+    """Replace every operator that has a rule by standard ones, keeping the names of its outputs.
+
+    Nodes must be in topological order. Returns one sentence per kind of operator replaced.
+
+    Raises:
+        UserError: for all operators at once that plain onnxruntime lacks and no rule can lower.
+
+    """
+    names = Names(model)
+    counts: dict[str, int] = {}
+    missing: list[str] = []
+    for graph in list(all_graphs(model.graph)):
+        for node in list(graph):
+            domain = "" if node.domain in ONNX_DOMAINS else node.domain
+            rule = TABLE.get((domain, node.op_type))
+            if rule is None:
+                if not _runs(domain, node.op_type):
+                    missing.append(f"{_label(node)}: no rule for {domain or 'ai.onnx'}::{node.op_type}")
+                continue
+            emit = Emit(names, node)
+            results = rule(emit, node)
+            if isinstance(results, Miss):
+                missing.append(f"{_label(node)}: {domain}::{node.op_type}: {results.reason}")
+                continue
+            replace_node(node, emit, results)
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    if missing:
+        kinds = "operator" if len(missing) == 1 else "operators"
+        raise UserError(
+            f"the graph uses {len(missing)} {kinds} that onnxruntime does not have and that cannot be lowered",
+            place=place,
+            tried=missing,
+            help="export the model without these operators",
+        )
+    return [f"lowered {count} {name} to standard operators" for name, count in sorted(counts.items())]
+
+
+def _label(node: ir.Node) -> str:
+    output = next((value.name for value in node.outputs if value.name), "")
+    return f"node '{node.name}'" if node.name else f"the node of '{output}'"
+
+
+def _runs(domain: str, op_type: str) -> bool:
+    if op_type in RUNNABLE.get(domain, frozenset()):
+        return True
+    return domain in ("", "ai.onnx.ml") and onnx.defs.has(op_type, domain)

@@ -1,0 +1,151 @@
+"""Which value is the gradient of which parameter (DESIGN section 3).
+
+In this order: what the user says; what the reader found in the interface; as a last resort, position with
+a check of every shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.frontends.interface import Interface, is_float
+from kfac_onnx.frontends.values import dtype_of, static_shape
+from kfac_onnx.metadata import Parameter, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["Pairing", "candidates", "find_value", "pair"]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Trained parameters (values of the graph) with their gradients, in the order of the graph."""
+
+    parameters: dict[str, ir.Value]
+    gradients: dict[str, ir.Value]
+    refused: tuple[Refusal, ...]
+    notes: tuple[str, ...]
+
+    def described(self) -> list[Parameter]:
+        """Return what `kfac.parameters` says of them."""
+        found: list[Parameter] = []
+        for name, value in self.parameters.items():
+            dtype = dtype_of(value) or ir.DataType.FLOAT
+            shape = static_shape(value) or ()
+            found.append(Parameter(name, shape, str(dtype.numpy()), self.gradients[name].name))
+        return found
+
+
+def candidates(model: ir.Model) -> dict[str, ir.Value]:
+    """Return what may be a parameter: float inputs, then float initializers, by name."""
+    found = {value.name: value for value in model.graph.inputs if value.name and is_float(value)}
+    found.update(
+        {
+            name: value
+            for name, value in model.graph.initializers.items()
+            if name not in found and is_float(value)
+        }
+    )
+    return found
+
+
+def find_value(model: ir.Model, name: str, what: str, place: str | None) -> ir.Value:
+    """Return the graph output, or else any value, with this name.
+
+    Raises:
+        UserError: if there is none.
+
+    """
+    for value in model.graph.outputs:
+        if value.name == name:
+            return value
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name == name:
+                return value
+    known = [value.name for value in model.graph.outputs if value.name]
+    raise UserError(
+        f"the graph has no value '{name}', given as {what}{did_you_mean(name, known)}",
+        place=place,
+        help=f"its outputs are {', '.join(known)}",
+    )
+
+
+def pair(
+    model: ir.Model,
+    interface: Interface,
+    losses: Sequence[ir.Value],
+    chosen: Mapping[str, str] | None,
+    place: str | None,
+) -> Pairing:
+    """Return the trained parameters and their gradients; the shapes of each pair agree.
+
+    Raises:
+        UserError: if a name that the user gave is unknown, or a gradient has another shape than its parameter.
+
+    """
+    known = candidates(model)
+    gradients = {
+        name: find_value(model, output, f"the gradient of '{name}'", place)
+        for name, output in interface.gradients.items()
+    }
+    notes: list[str] = []
+    for name, output in (chosen or {}).items():
+        if name not in known:
+            raise UserError(
+                f"the graph has no parameter '{name}', given in the gradients{did_you_mean(name, known)}",
+                place=place,
+            )
+        gradients[name] = find_value(model, output, f"the gradient of '{name}'", place)
+    if not gradients and interface.by_position:
+        gradients = _by_position(model, losses, place)
+        notes.append(f"paired {len(gradients)} gradients with parameters by position and shape")
+    refused = tuple(
+        Refusal(
+            parameter=name,
+            path=f"gradient output {output}",
+            reason="the graph computes its gradient but no longer contains the parameter: the exporter folded it",
+            remedy="export without constant folding (torch.onnx.export(..., optimize=False)) "
+            "or with the parameters as inputs",
+        )
+        for name, output in interface.orphans.items()
+        if output not in {value.name for value in gradients.values()}
+    )
+    ordered = {name: gradients[name] for name in known if name in gradients}
+    for name, gradient in ordered.items():
+        _check_shapes(known[name], gradient, place)
+    return Pairing({name: known[name] for name in ordered}, ordered, refused, tuple(notes))
+
+
+def _check_shapes(parameter: ir.Value, gradient: ir.Value, place: str | None) -> None:
+    own, other = static_shape(parameter), static_shape(gradient)
+    if own is None:
+        raise UserError(f"the shape of the parameter '{parameter.name}' is not static", place=place)
+    if other is not None and own != other:
+        raise UserError(
+            f"the gradient '{gradient.name}' has shape {list(other)}, "
+            f"but its parameter '{parameter.name}' has shape {list(own)}",
+            place=place,
+        )
+
+
+def _by_position(model: ir.Model, losses: Sequence[ir.Value], place: str | None) -> dict[str, ir.Value]:
+    outputs = [value for value in model.graph.outputs if is_float(value) and value not in losses]
+    inputs = [value for value in model.graph.inputs if is_float(value)][: len(outputs)]
+    same = [
+        static_shape(a) is not None and static_shape(a) == static_shape(b)
+        for a, b in zip(inputs, outputs, strict=False)
+    ]
+    if not outputs or len(inputs) < len(outputs) or not all(same):
+        raise UserError(
+            "the graph does not say which outputs are the gradients of which parameters",
+            place=place,
+            tried=["by name: no output is called <parameter>_grad", "by position: the shapes differ"],
+            help="name the pairs with --gradients PARAMETER=OUTPUT, or export the gradients as outputs",
+        )
+    return {str(value.name): output for value, output in zip(inputs, outputs, strict=True)}

@@ -1,0 +1,141 @@
+"""What is known of a value without running the graph: dtype, static shape, constant contents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ONNX_DOMAINS", "all_graphs", "constant", "dtype_of", "int_attribute", "rank_of", "static_shape"]
+
+ONNX_DOMAINS = ("", "ai.onnx")
+"""Two spellings of the standard operator domain."""
+
+INTEGER_RESULTS = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
+BOOL_RESULTS = frozenset(
+    {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
+)
+LIKE_INPUT = {
+    "Where": 1,
+    "CastLike": 1,
+    "OneHot": 2,
+    "GatherGrad": 2,
+    "GatherNDGrad": 2,
+    "SoftmaxCrossEntropyLossGrad": 1,
+    "SoftmaxCrossEntropyLossInternalGrad": 1,
+}
+"""Operators whose first result has the element type of another input than the first."""
+SECOND_RESULTS = {
+    "Dropout": ir.DataType.BOOL,
+    "ConcatTraining": ir.DataType.INT64,
+    "TopK": ir.DataType.INT64,
+    "LayerNormalization": ir.DataType.FLOAT,
+}
+"""Element type of the results after the first, where it differs from the first input's."""
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Return the shape of a value if every dimension is a number, otherwise None."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return tuple(int(dim) for dim in value.const_value.shape.numpy())
+    if value.shape is None:
+        return None
+    dims = [dim for dim in value.shape if isinstance(dim, int)]
+    return tuple(dims) if len(dims) == len(value.shape) else None
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    """Return the number of dimensions of a value, or None where the graph does not say."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return len(value.const_value.shape)
+    return None if value.shape is None else len(value.shape)
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """Return the array of an initializer that is no graph input, or of a Constant node, otherwise None.
+
+    Identity is looked through.
+    """
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    if value is None or value.is_graph_input():
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else np.asarray(tensor.numpy())
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """Return an integer attribute of a node, or its default."""
+    found = node.attributes.get(name)
+    return default if found is None else found.as_int()
+
+
+def dtype_of(value: ir.Value | None) -> ir.DataType | None:
+    """Return the element type of a value: what the graph says, else what its producer implies.
+
+    An answer found through the producer is stored on the value. None means that it cannot be told.
+    """
+    chain: list[ir.Value] = []
+    found: ir.DataType | None = None
+    while value is not None:
+        if value.dtype is not None:
+            found = value.dtype
+            break
+        if value.const_value is not None:
+            found = value.const_value.dtype
+            break
+        chain.append(value)
+        answer = _from_producer(value)
+        if isinstance(answer, ir.Value):
+            value = answer
+            continue
+        found = answer
+        break
+    if found is not None:
+        for item in chain:
+            item.dtype = found
+    return found
+
+
+def _from_producer(value: ir.Value) -> ir.DataType | ir.Value | None:
+    """Return the element type, or the value that has the same one."""
+    node = value.producer()
+    if node is None:
+        return None
+    if value is not node.outputs[0] and node.op_type in SECOND_RESULTS:
+        return SECOND_RESULTS[node.op_type]
+    if node.op_type in INTEGER_RESULTS:
+        return ir.DataType.INT64
+    if node.op_type in BOOL_RESULTS:
+        return ir.DataType.BOOL
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    if node.op_type in ("Constant", "ConstantOfShape"):
+        return _constant_type(node)
+    index = LIKE_INPUT.get(node.op_type, 0)
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _constant_type(node: ir.Node) -> ir.DataType | None:
+    for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):
+        found = node.attributes.get(name)
+        if found is None:
+            continue
+        if name == "value":
+            return found.as_tensor().dtype
+        return ir.DataType.FLOAT if "float" in name else ir.DataType.INT64
+    return ir.DataType.FLOAT if node.op_type == "ConstantOfShape" else None
+
+
+def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """Yield a graph and every graph nested in it."""
+    yield graph
+    yield from graph.subgraphs()

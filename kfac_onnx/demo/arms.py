@@ -1,0 +1,108 @@
+"""The optimizers that the demo compares, each at the learning rates that were best for it.
+
+The rates come from the sweep in benchmarks/convergence (constant learning rate, 1,200 steps). All other
+layers are trained by Adam in every arm.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from kfac_onnx import metadata
+from kfac_onnx.demo.curves import Curve
+from kfac_onnx.demo.model import EMBEDDING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+__all__ = ["ARMS", "Arm", "ArmResult", "state_bytes", "train"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An optimizer of the table: its preset, learning rate, and Adam's for all other layers."""
+
+    name: str
+    preset: str
+    lr: float
+    rest_lr: float
+
+
+ARMS: Final = (
+    Arm("Adam", "plain-adam", lr=0.01, rest_lr=0.003),
+    Arm("Adagrad", "plain-adagrad", lr=0.2, rest_lr=0.003),
+    Arm("K-FAC half", "half", lr=0.01, rest_lr=0.003),
+)
+"""Adam first: the table of results counts the steps to its best held-out loss."""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What one arm did: held-out losses, median milliseconds of a step, the table's optimizer state."""
+
+    arm: Arm
+    curve: Curve
+    ms_per_step: float
+    state_bytes: int
+    skipped: int
+
+
+def state_bytes(model: ir.Model, parameter: str) -> int:
+    """Return the bytes of all optimizer state that a transformed model keeps for one parameter."""
+    import onnx_ir as ir
+
+    total = 0
+    for state in metadata.read_list(model, "state", metadata.State):
+        if state.parameter == parameter and state.role != "parameter":
+            size = 1
+            for dimension in state.shape:
+                size *= dimension
+            total += size * ir.DataType[state.dtype.upper()].itemsize
+    return total
+
+
+def train(
+    arm: Arm,
+    model: ir.Model,
+    parameters: Mapping[str, NDArray[np.float32]],
+    batches: Iterable[Mapping[str, NDArray[np.int64]]],
+    held_out: Sequence[Mapping[str, NDArray[np.int64]]],
+    *,
+    steps: int,
+    every: int,
+    threads: int | None,
+    tell: Callable[[int, float], None],
+) -> ArmResult:
+    """Train one arm, evaluating after every `every` steps; `tell(step, held-out loss)` hears of them.
+
+    Between evaluations `tell` gets the last held-out loss (NaN before the first).
+    """
+    from kfac_onnx.runtime import TrainingSession
+
+    at: list[int] = []
+    losses: list[float] = []
+    times: list[float] = []
+    skipped = 0
+    with TrainingSession(model, parameters=dict(parameters), threads=threads) as session:
+        for step, batch in zip(range(1, steps + 1), batches, strict=False):
+            start = time.perf_counter()
+            skipped += session.step(batch)["skipped"]
+            times.append(time.perf_counter() - start)
+            if step % every == 0 or step == steps:
+                at.append(step)
+                losses.append(float(session.evaluate(held_out)))
+            tell(step, losses[-1] if losses else float("nan"))
+    return ArmResult(
+        arm=arm,
+        curve=Curve(tuple(at), tuple(losses)),
+        ms_per_step=1e3 * statistics.median(times),
+        state_bytes=state_bytes(model, EMBEDDING),
+        skipped=skipped,
+    )

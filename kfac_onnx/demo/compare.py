@@ -1,0 +1,200 @@
+"""Run the demo: scan, transform, train three optimizers on the same batches, tabulate and draw.
+
+Results go to the console given (standard output by default), the progress bar to standard error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json as json_text
+import time
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from kfac_onnx.demo.arms import ARMS, Arm, ArmResult, train
+from kfac_onnx.demo.corpus import CLASSES, CONTEXT, load_corpus
+from kfac_onnx.demo.curves import check_plot, draw_png, draw_text
+from kfac_onnx.demo.model import initial_parameters
+from kfac_onnx.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["DemoResult", "run"]
+
+_BATCH = 256
+"""Examples per step; each looks up four rows of the table."""
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """How long a run is: steps, steps between evaluations, held-out positions scored (None: all)."""
+
+    steps: int
+    every: int
+    held_out: int | None
+
+
+_FULL = _Scale(steps=1_200, every=50, held_out=None)
+_QUICK = _Scale(steps=200, every=20, held_out=1_000)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All arms, the level they are compared at (Adam's best held-out loss, nats), and what it took."""
+
+    arms: tuple[ArmResult, ...]
+    level: float
+    steps: int
+    seed: int
+    seconds: float
+
+    def steps_to_level(self, result: ArmResult) -> float | None:
+        """Return the step at which an arm reached the level, or None if it did not."""
+        return result.curve.first_below(self.level)
+
+    def to_json(self) -> str:
+        """Return everything as one JSON object."""
+        data: dict[str, Any] = asdict(self)
+        for entry, result in zip(data["arms"], self.arms, strict=True):
+            entry["best_loss"] = result.curve.best
+            entry["steps_to_level"] = self.steps_to_level(result)
+        return json_text.dumps(data)
+
+
+def run(
+    quick: bool = False,
+    seed: int = 0,
+    steps: int | None = None,
+    plot: str | Path | None = None,
+    threads: int | None = None,
+    json: bool = False,
+    console: Console | None = None,
+) -> DemoResult:
+    """Train the shipped language model with Adam, Adagrad and the default preset, and report.
+
+    `quick` makes a run of under 40 s on two cores, `steps` sets the steps of each arm, `plot` names a
+    PNG to draw, `json` prints one JSON object instead of tables. Raises `UserError` for steps below 2, and
+    for a plot that could not be drawn, before any training.
+    """
+    scale = _QUICK if quick else _FULL
+    if steps is not None:
+        if steps < 2:
+            raise UserError(f"the demo needs at least 2 steps, not {steps}")
+        scale = _Scale(steps, max(1, min(scale.every, steps // 2)), scale.held_out)
+    if plot is not None:
+        check_plot(Path(plot))
+    console = console or Console()
+    quiet = Console(quiet=True) if json else console
+    start = time.perf_counter()
+    corpus = load_corpus()
+    held_out = corpus.held_out(limit=scale.held_out)
+    quiet.print(
+        f"King James Bible: {len(corpus.tokens):,} words, {len(corpus.words):,} different. "
+        f"Model: the next word ({CLASSES:,} classes) from the {CONTEXT} before it."
+    )
+    models = _models(quiet)
+    parameters = initial_parameters(seed)
+    results: list[ArmResult] = []
+    with _progress() as progress:
+        for arm in ARMS:
+            task = progress.add_task(arm.name, total=scale.steps, loss="")
+
+            def tell(step: int, loss: float, task: Any = task) -> None:
+                progress.update(task, completed=step, loss=f"held-out {loss:.3f}" if loss == loss else "")
+
+            results.append(
+                train(
+                    arm,
+                    models[arm],
+                    parameters,
+                    itertools.islice(corpus.batches(_BATCH, seed), scale.steps),
+                    held_out,
+                    steps=scale.steps,
+                    every=scale.every,
+                    threads=threads,
+                    tell=tell,
+                )
+            )
+    result = DemoResult(
+        arms=tuple(results),
+        level=results[0].curve.best,
+        steps=scale.steps,
+        seed=seed,
+        seconds=time.perf_counter() - start,
+    )
+    curves = [(arm.arm.name, arm.curve) for arm in results]
+    if plot is not None:
+        draw_png(curves, Path(plot), title="King James Bible, next word")
+    if json:
+        console.print(result.to_json(), soft_wrap=True, highlight=False, markup=False)
+    else:
+        console.print(_table(result))
+        console.print(Text.from_ansi(draw_text(curves, width=min(100, console.width))))
+        if plot is not None:
+            console.print(f"curves drawn to {plot}")
+    return result
+
+
+def _models(console: Console) -> dict[Arm, ir.Model]:
+    """Scan the shipped graph and transform it once for each arm."""
+    from kfac_onnx.passes.api import scan, transform
+
+    models: dict[Arm, ir.Model] = {}
+    packed = resources.files("kfac_onnx.demo").joinpath("data/lm.onnx")
+    with resources.as_file(packed) as path:
+        for site in scan(path).sites:
+            console.print(
+                f"scan: table {site.parameter}, {site.vocab_size:,} x {site.embedding_dim}, "
+                f"{len(site.uses)} use(s)"
+            )
+        for arm in ARMS:
+            models[arm] = transform(path, preset=arm.preset, lr=arm.lr, rest="adam", rest_lr=arm.rest_lr)
+            console.print(f"transform: {arm.preset}, {len(models[arm].graph)} nodes")
+    return models
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=Console(stderr=True),
+    )
+
+
+def _table(result: DemoResult) -> Table:
+    table = Table(
+        title=f"Held-out loss in nats; level = Adam's best, {result.level:.4f} "
+        f"({result.steps:,} steps, seed {result.seed}, {result.seconds:.0f} s)"
+    )
+    table.add_column("optimizer of the table")
+    for heading in ("lr", "best", "final", "steps to level", "of Adam's", "ms/step", "state of the table"):
+        table.add_column(heading, justify="right")
+    adam = result.steps_to_level(result.arms[0])
+    for entry in result.arms:
+        reached = result.steps_to_level(entry)
+        table.add_row(
+            entry.arm.name,
+            f"{entry.arm.lr:g}",
+            f"{entry.curve.best:.4f}",
+            f"{entry.curve.losses[-1]:.4f}",
+            "not reached" if reached is None else f"{reached:.0f}",
+            "" if reached is None or not adam else f"{reached / adam:.2f}",
+            f"{entry.ms_per_step:.1f}",
+            _bytes(entry.state_bytes),
+        )
+    return table
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

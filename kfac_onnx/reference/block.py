@@ -44,7 +44,7 @@ class BlockSettings:
 
 
 class BlockReference:
-    """State of one block: `input_factor` A float64[V], `output_factor` G float64[D, D], stored powers of G."""
+    """State of one block: A (`input_factor`, [V]), G (`output_factor`, [D, D]), stored powers of G; float64.
 
     def __init__(
         self,

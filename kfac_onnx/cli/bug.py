@@ -1,0 +1,61 @@
+"""What a bug leaves behind: one sentence on stderr and a file that lets somebody else see it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["report"]
+
+_PACKAGES = ("kfac-onnx", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> None:
+    """Write a bug report file and name it on stderr.
+
+    The file holds the command, the versions, the traceback and the sizes and SHA-256 sums of the files
+    that the command names; not their contents, which may be private.
+    """
+    details = {
+        "command": ["kfac-onnx", *arguments],
+        "files": [_described(Path(word)) for word in arguments if Path(word).is_file()],
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "traceback": traceback.format_exception(error),
+    }
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="kfac-onnx-bug-", suffix=".json", delete=False, encoding="utf-8"
+    ) as file:
+        json.dump(details, file, indent=2)
+    what = "a pass left a broken model behind" if broken_pass else "something went wrong inside kfac-onnx"
+    click.echo(f"error: {what}; this is a bug, not your mistake", err=True)
+    for line in f"{type(error).__name__}: {error}".splitlines():
+        click.echo(f"  {line}", err=True)
+    click.echo(f"  help: report it with the file {file.name}", err=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _described(path: Path) -> dict[str, str | int]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"name": str(path), "bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,29 @@
+"""`kfac-onnx diff A B`: what changed from one model to another."""
+
+from __future__ import annotations
+
+import click
+
+from kfac_onnx.cli.options import common
+from kfac_onnx.cli.output import print_json
+
+__all__ = ["command"]
+
+
+@click.command("diff", short_help="Show what a pipeline changed.")
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="B")
+@common
+def command(before: str, after: str, as_json: bool) -> None:
+    """Show what a pipeline changed between the models A and B.
+
+    Nodes and values are compared by name; weights by their bytes. Exits 0 also where they differ.
+    """
+    from kfac_onnx.files import load_model
+    from kfac_onnx.passes.diff import diff
+
+    report = diff(load_model(before), load_model(after))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        click.echo(str(report))

@@ -1,0 +1,89 @@
+"""`kfac-onnx inspect MODEL`: what was inserted, in tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from kfac_onnx.cli.options import common, model_argument
+from kfac_onnx.cli.output import print_json, print_table, quantity
+
+if TYPE_CHECKING:
+    from kfac_onnx.passes.inspect import Inspection, LinearCost, SiteReport
+
+__all__ = ["command"]
+
+
+@click.command("inspect", short_help="Show what was inserted into a model.")
+@model_argument
+@click.option("--lookups", type=click.IntRange(min=0), metavar="N", help="Give costs for N lookups per step.")
+@click.option("--nodes", is_flag=True, help="Also list every inserted node with its phase.")
+@common
+def command(model: str, lookups: int | None, nodes: bool, as_json: bool) -> None:
+    """Show what was inserted into the transformed MODEL: state, cost, and when each part runs."""
+    from kfac_onnx.files import load_model
+    from kfac_onnx.passes.inspect import inspect
+
+    report = inspect(load_model(model))
+    if as_json:
+        print_json(report.to_json())
+        return
+    for site in report.sites:
+        _print_site(site, lookups)
+    _print_others(report)
+    if nodes:
+        print_table(
+            "Inserted nodes",
+            ["phase", "node", "operator", "for", "by pass"],
+            [(n.phase, n.name, n.operator, n.site, n.made_by) for n in report.nodes if n.made_by is not None],
+        )
+    click.echo("nodes by phase: " + ", ".join(f"{name} {n}" for name, n in report.nodes_by_phase.items()))
+    click.echo(f"pipeline: {report.pipeline or 'none'}")
+
+
+def _print_site(site: SiteReport, lookups: int | None) -> None:
+    tied = ", tied: the whole table is updated at each step" if site.tied else ""
+    click.echo(f"{site.parameter}: {site.vocab_size} x {site.embedding_dim} {site.dtype}{tied}")
+    click.echo(f"  lookups per step  {site.lookups}")
+    for name, shape in site.factors.items():
+        click.echo(f"  factor            {name} {list(shape)}")
+    share = site.state_bytes / site.adam_bytes if site.adam_bytes else 0.0
+    click.echo(
+        f"  state             {quantity(site.state_bytes, 'B')}; "
+        f"Adam would keep {quantity(site.adam_bytes, 'B')} ({share:.1%} of it)"
+    )
+    click.echo(f"  each step         {_cost(site.step_cost, lookups)}")
+    click.echo(f"  each refresh      {_cost(site.refresh_cost, lookups)}")
+    print_table(
+        "",
+        ["phase", "operator", "nodes ", "what it does", "cost"],
+        [(g.phase, g.operator, len(g.nodes), g.meaning, _cost(g.cost, lookups)) for g in site.groups],
+    )
+
+
+def _cost(cost: LinearCost, lookups: int | None) -> str:
+    if lookups is not None:
+        flops, moved = cost.at(lookups)
+        return f"{quantity(flops, 'FLOP')}, {quantity(moved, 'B')}"
+    per = (
+        f" + {quantity(cost.flops_per_lookup, 'FLOP')}, {quantity(cost.bytes_per_lookup, 'B')} per lookup"
+        if cost.flops_per_lookup or cost.bytes_per_lookup
+        else ""
+    )
+    return f"{quantity(cost.flops, 'FLOP')}, {quantity(cost.bytes, 'B')}{per}"
+
+
+def _print_others(report: Inspection) -> None:
+    if report.others:
+        print_table(
+            "Other parameters",
+            ["parameter", "shape", "optimizer", "state "],
+            [(p.name, list(p.shape), p.optimizer, quantity(p.state_bytes, "B")) for p in report.others],
+        )
+    if report.refused:
+        print_table(
+            "Refused",
+            ["parameter", "reason", "remedy"],
+            [(item.parameter, item.reason, item.remedy) for item in report.refused],
+        )

@@ -1,0 +1,119 @@
+"""`kfac-onnx`: the list of verbs, and what each kind of error does to the exit code.
+
+0 fine, 1 the user's input, 2 a check failed, 3 a bug. Results go to stdout, everything else to stderr.
+A verb's module is imported when the verb is called, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Final
+
+import click
+
+from kfac_onnx.errors import UserError, VerifyError
+
+__all__ = ["VERBS", "cli", "main"]
+
+FINE: Final = 0
+USER: Final = 1
+CHECK_FAILED: Final = 2
+BUG: Final = 3
+INTERRUPTED: Final = 130
+
+VERBS: Final[dict[str, str]] = {
+    "scan": "List the embedding tables of a training graph, and what was refused and why.",
+    "transform": "Write a model that trains its embedding tables with K-FAC.",
+    "inspect": "Show what was inserted into a model: state, cost and phase of each part.",
+    "train": "Train a training graph on a file of arrays.",
+    "verify": "Check a model's gradients against its loss, or the block against golden files.",
+    "diff": "Show what a pipeline changed between two models.",
+    "opt": "Run a textual pipeline of passes over a model.",
+    "why": "Explain why a parameter was taken as an embedding table, or was not.",
+    "demo": "Train a small language model with Adam, Adagrad and K-FAC, and compare.",
+}
+"""Verb to its one line of help. Its command is the function `command` in `kfac_onnx/cli/<verb>.py`."""
+
+
+class LazyVerbs(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the table."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a verb's command, or None for an unknown verb."""
+        if cmd_name not in VERBS:
+            return None
+        return importlib.import_module(f"kfac_onnx.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of verbs without importing any."""
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(
+    cls=LazyVerbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="kfac-onnx", message="%(prog)s %(version)s")
+def cli() -> None:
+    """K-FAC for embedding tables in ONNX training graphs.
+
+    Start with `kfac-onnx demo`, or with `kfac-onnx scan MODEL` on your own training graph.
+    """
+
+
+class _StderrHandler(logging.Handler):
+    """Writes each log record as one line to whatever stderr is now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit code. The console script exits with it."""
+    logger = logging.getLogger("kfac_onnx")
+    handler = _StderrHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return _run(arguments)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        result = cli.main(arguments, prog_name="kfac-onnx", standalone_mode=False)
+    except UserError as e:
+        click.echo(f"error: {e}", err=True)
+        return USER
+    except click.UsageError as e:
+        click.echo(f"error: {e.format_message()}", err=True)
+        if e.ctx is not None:
+            click.echo(f"  help: run `{e.ctx.command_path} --help`", err=True)
+        return USER
+    except click.ClickException as e:
+        click.echo(f"error: {e.format_message()}", err=True)
+        return USER
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; there is nobody to tell
+        return FINE
+    except Exception as e:  # the outermost frame: whatever reaches it is a bug to report
+        from kfac_onnx.cli.bug import report
+
+        report(
+            e, arguments if arguments is not None else sys.argv[1:], broken_pass=isinstance(e, VerifyError)
+        )
+        return BUG
+    return result if isinstance(result, int) else FINE

@@ -1,0 +1,112 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+from kfac_onnx.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "common",
+    "gradient_pairs",
+    "json_option",
+    "model_argument",
+    "optimizer_options",
+    "parameters_option",
+    "reading_options",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PRESETS = "half, adagrad, adaptive, r1.7"
+
+
+def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def callback(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            logging.getLogger("kfac_onnx").setLevel(level)
+
+    return callback
+
+
+def common(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `--json`, `--verbose` and `--quiet`, which every verb has."""
+    function = click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, is_eager=True,
+        callback=_set_level(logging.ERROR), help="Say nothing on stderr but errors.",
+    )(function)  # fmt: skip
+    function = click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, is_eager=True,
+        callback=_set_level(logging.DEBUG), help="Say more on stderr.",
+    )(function)  # fmt: skip
+    return json_option(function)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+model_argument = click.argument("model", metavar="MODEL")
+
+parameters_option = click.option(
+    "--parameters",
+    metavar="FILE",
+    help="Values of parameters and constants that the graph takes as inputs: .npz, .safetensors, "
+    "an .onnx with initializers, or ONNX Runtime's .checkpoint.",
+)
+
+
+def reading_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `--loss` and `--gradients`: what a training graph may leave to the user to say."""
+    function = click.option(
+        "--gradients",
+        metavar="PARAM=OUTPUT",
+        multiple=True,
+        help="The graph output that is a parameter's gradient; may be given several times.",
+    )(function)
+    return click.option("--loss", metavar="NAME", help="The graph output that is the loss.")(function)
+
+
+def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `--preset`, `--lr`, `--rest`, `--rest-lr`: how tables and other parameters are trained."""
+    function = click.option(
+        "--rest-lr", type=float, help="Learning rate of all other parameters (default 0.001)."
+    )(function)
+    function = click.option(
+        "--rest",
+        metavar="NAME",
+        default="adam",
+        show_default=True,
+        help="Optimizer of all other parameters: sgd, momentum, adam, adagrad.",
+    )(function)
+    function = click.option("--lr", type=float, help="Learning rate of the embedding tables (default 0.01).")(
+        function
+    )
+    return click.option(
+        "--preset",
+        metavar="NAME",
+        default="half",
+        show_default=True,
+        help=f"How the embedding tables are trained: {PRESETS}; or plainly by sgd, adam.",
+    )(function)
+
+
+def gradient_pairs(words: tuple[str, ...]) -> dict[str, str] | None:
+    """Return `--gradients` as a mapping from parameter to output; None when not given.
+
+    Raises UserError for a word without `=` or a parameter named twice.
+    """
+    pairs: dict[str, str] = {}
+    for word in words:
+        parameter, equals, output = word.rpartition("=")
+        if not equals or not parameter or not output:
+            raise UserError(f"--gradients wants PARAM=OUTPUT, not '{word}'")
+        if parameter in pairs:
+            raise UserError(f"--gradients names the parameter '{parameter}' twice")
+        pairs[parameter] = output
+    return pairs or None

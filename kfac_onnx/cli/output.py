@@ -1,0 +1,66 @@
+"""How commands print: JSON for programs, tables for people, both on stdout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+__all__ = ["console", "print_json", "print_table", "quantity"]
+
+_UNLIMITED = 10_000
+
+
+def print_json(data: object) -> None:
+    """Print JSON data, readable and in a stable order; numbers that are not finite become null."""
+    click.echo(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  any JSON object
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]  # pyright: ignore[reportUnknownVariableType]  any JSON list
+    if isinstance(data, float) and data - data != 0.0:
+        return None
+    return data
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a rich console; where it is not a terminal nothing is cut or coloured."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = shutil.get_terminal_size().columns if stream.isatty() else _UNLIMITED
+    return Console(file=stream, width=width, highlight=False, soft_wrap=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; a column whose name ends in a blank is aligned to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column.endswith(" ")
+        table.add_column(column.rstrip(), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("—" if cell is None else str(cell)) for cell in row))
+    console().print(table)
+
+
+def quantity(number: float, unit: str = "") -> str:
+    """Return `1.25 M`, `3.20 GB`: a number with a decimal prefix and its unit."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.2f} {prefix}{unit}"
+    return f"{number:g} {unit}".rstrip()

@@ -1,0 +1,84 @@
+"""`kfac-onnx transform MODEL -o OUT`: write the whole preconditioned training step as one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kfac_onnx.cli.options import (
+    common,
+    gradient_pairs,
+    model_argument,
+    optimizer_options,
+    parameters_option,
+    reading_options,
+)
+from kfac_onnx.cli.output import print_json, quantity
+
+__all__ = ["command"]
+
+
+@click.command("transform", short_help="Write a model that trains its embedding tables with K-FAC.")
+@model_argument
+@click.option("-o", "--output", metavar="OUT", required=True, help="The model to write.")
+@optimizer_options
+@click.option(
+    "--shape",
+    metavar="rows|dense",
+    default="rows",
+    show_default=True,
+    help="rows: a whole training step, tables updated in place. dense: only the tables' gradients change.",
+)
+@click.option("--pipeline", metavar="TEXT", help="Run these passes instead of the preset's.")
+@parameters_option
+@reading_options
+@common
+def command(
+    model: str,
+    output: str,
+    preset: str,
+    lr: float | None,
+    rest: str,
+    rest_lr: float | None,
+    shape: str,
+    pipeline: str | None,
+    parameters: str | None,
+    loss: str | None,
+    gradients: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write a model that trains the embedding tables of MODEL with K-FAC, all else with --rest.
+
+    The result is one ONNX file that runs on plain ONNX Runtime.
+    """
+    from kfac_onnx.files import refuse_overwrite
+    from kfac_onnx.passes.api import save, transform
+    from kfac_onnx.passes.inspect import inspect
+
+    refuse_overwrite(output, model, *([parameters] if parameters else []))
+    made = transform(
+        model,
+        preset=preset,
+        lr=lr,
+        rest=rest,
+        rest_lr=rest_lr,
+        shape=shape,
+        pipeline=pipeline,
+        parameters=parameters,
+        loss=loss,
+        gradients=gradient_pairs(gradients),
+    )
+    save(made, output)
+    report = inspect(made)
+    if as_json:
+        print_json(
+            {"output": output, "pipeline": report.pipeline, "sites": [s.to_json() for s in report.sites]}
+        )
+        return
+    for site in report.sites:
+        click.echo(
+            f"{site.parameter}: {site.vocab_size} x {site.embedding_dim}, "
+            f"state {quantity(site.state_bytes, 'B')} (Adam: {quantity(site.adam_bytes, 'B')})"
+        )
+    click.echo(f"wrote {output} ({quantity(Path(output).stat().st_size, 'B')})")

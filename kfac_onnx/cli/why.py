@@ -1,0 +1,26 @@
+"""`kfac-onnx why MODEL PARAM`: the reasons for one parameter."""
+
+from __future__ import annotations
+
+import click
+
+from kfac_onnx.cli.options import common, gradient_pairs, model_argument, reading_options
+from kfac_onnx.cli.output import print_json
+
+__all__ = ["command"]
+
+
+@click.command("why", short_help="Explain why a parameter matched or did not.")
+@model_argument
+@click.argument("parameter", metavar="PARAM")
+@reading_options
+@common
+def command(model: str, parameter: str, loss: str | None, gradients: tuple[str, ...], as_json: bool) -> None:
+    """Explain why the parameter PARAM of MODEL was taken as an embedding table, or was not."""
+    from kfac_onnx.passes.api import why
+
+    explanation = why(model, parameter, loss=loss, gradients=gradient_pairs(gradients))
+    if as_json:
+        print_json(explanation.to_json())
+    else:
+        click.echo(str(explanation))

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["read_training_graph"]
 
-log = logging.getLogger(__name__)
-
 
 def read_training_graph(
     source: str | Path | ir.Model | onnx.ModelProto,
@@ -59,7 +57,9 @@ def read_training_graph(
     notes = [note for note in (upgrade(model, place),) if note is not None]
     interface = _read_interface(exported, loss, gradients)
     notes += interface.notes
+    _infer_shapes(model)
     notes += lower_training_operators(model, place)
+    _infer_shapes(model)
     notes += widen(model)
     if scatters := make_scatters_race_free(model):
         notes.append(f"{scatters} scatters made safe for several threads")
@@ -152,5 +152,10 @@ def _drop_unused(model: ir.Model, pairing: Pairing) -> None:
 
 
 def _infer_shapes(model: ir.Model) -> None:
-    """Fill in shapes and types of the new values, as far as ONNX can."""
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    """Fill in missing shapes and types, as far as ONNX can; a graph that it cannot infer stays as it is."""
+    inference = logging.getLogger("onnx_ir.passes.common.shape_inference")
+    inference.disabled = True  # it logs a traceback for each graph that it gives up on
+    try:
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    finally:
+        inference.disabled = False

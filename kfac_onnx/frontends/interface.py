@@ -33,9 +33,8 @@ class Interface:
     """
 
     frontend: str
-    gradients: dict[str, ir.Value]
-    orphans: dict[str, ir.Value] = field(default_factory=dict)
-    drop: frozenset[ir.Value] = frozenset()
+    gradients: dict[str, str]
+    orphans: dict[str, str] = field(default_factory=dict[str, str])
     boundary: bool = False
     by_position: bool = False
     notes: tuple[str, ...] = ()

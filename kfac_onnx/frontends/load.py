@@ -75,9 +75,9 @@ def _deserialize(proto: onnx.ModelProto, place: str | None) -> ir.Model:
 def _check_external_data(model: ir.Model, path: Path) -> None:
     """Point external tensors at the model's folder and see that each is there and long enough."""
     folder = path.resolve().parent
-    ir.external_data.set_base_dir(model.graph, folder)
     for tensor in _external_tensors(model):
-        location = Path(tensor.location)
+        tensor.base_dir = folder
+        location = Path(str(tensor.location))  # pyright: ignore[reportUnknownMemberType]  a PathLike of the library
         problem = f"the tensor '{tensor.name}' of '{path}' is stored in '{location}'"
         file = (folder / location).resolve()
         if location.is_absolute() or not file.is_relative_to(folder):

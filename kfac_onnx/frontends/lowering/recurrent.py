@@ -205,9 +205,14 @@ def lstm_training(emit: Emit, node: ir.Node) -> Lowered:
     last_h, last_c, every_h, every_c, gates = _scan(
         emit, node, start, [entering], step, outputs=3, backward=False
     )
-    results = [cell.unsqueeze(every_h, 1), cell.unsqueeze(last_h), cell.unsqueeze(last_c)]
-    results += [cell.unsqueeze(every_c, 1), cell.unsqueeze(gates, 1)]
-    return results[: len(node.outputs)]
+    results = [
+        cell.unsqueeze(every_h, 1),
+        cell.unsqueeze(last_h),
+        cell.unsqueeze(last_c),
+        cell.unsqueeze(every_c, 1),
+        cell.unsqueeze(gates, 1),
+    ]
+    return _wanted(node, results)
 
 
 def lstm_grad(emit: Emit, node: ir.Node) -> Lowered:
@@ -291,7 +296,7 @@ def gru_training(emit: Emit, node: ir.Node) -> Lowered:
     start = [cell.initial(h0, x, cell.squeeze(recurrent))]
     last, every, gates = _scan(emit, node, start, [entering], step, outputs=2, backward=False)
     results = [cell.unsqueeze(every, 1), cell.unsqueeze(last), cell.unsqueeze(gates, 1)]
-    return results[: len(node.outputs)]
+    return _wanted(node, results)
 
 
 def gru_grad(emit: Emit, node: ir.Node) -> Lowered:

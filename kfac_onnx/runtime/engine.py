@@ -1,0 +1,335 @@
+"""Runs the stages of a training step over buffers that are bound once.
+
+Each stage has one session. A value that crosses from one stage to a later one stays on the device; what
+has a fixed shape lives in one buffer that both are bound to for good. Bindings are cached by the buffers
+they name, so a usual step binds the batch and what depends on its size, and nothing else.
+
+A state held `in-place` has one buffer, which is input and output of the stage that writes it. A `double`
+state has two: stages read the current one and write the spare one, and keeping the step swaps them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx.runtime.tensors import Buffer, Device, element_type, host_value, open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    import onnx
+    import onnxruntime as ort
+
+    from kfac_onnx.metadata import State
+    from kfac_onnx.passes.partition import Plan, Slot, Stage
+
+__all__ = ["Engine", "Holder", "Runner"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Holder:
+    """A state's buffers; `current` is the one that holds its value between steps."""
+
+    state: State
+    buffers: list[Buffer]
+    current: int = 0
+
+    @property
+    def live(self) -> Buffer:
+        """The buffer that holds the state's value."""
+        return self.buffers[self.current]
+
+
+@dataclass
+class _Port:
+    """How a stage's input or output finds its value: a state's buffer, a fixed value, or the flow."""
+
+    name: str
+    holder: int | None = None
+    spare: bool = False
+    fixed: ort.OrtValue | None = None
+    flow: bool = False
+    batch: bool = False
+
+
+@dataclass
+class Runner:
+    """A stage with its session, ports and cached bindings; `loose` outputs are allocated at every run."""
+
+    stage: Stage
+    session: ort.InferenceSession
+    inputs: list[_Port]
+    outputs: list[_Port]
+    holders: tuple[int, ...]
+    loose: tuple[str, ...]
+    bindings: dict[tuple[int, ...], ort.IOBinding] = field(
+        default_factory=dict[tuple[int, ...], "ort.IOBinding"]
+    )
+
+
+def _fill_types(model: onnx.ModelProto, types: Mapping[str, tuple[int, tuple[object, ...]]]) -> None:
+    """Give inputs of unknown type the type that the session making them reports."""
+    import onnx
+
+    for value in model.graph.input:
+        if not value.type.tensor_type.elem_type and value.name in types:
+            element, shape = types[value.name]
+            dims = [size if isinstance(size, (int, str)) else None for size in shape]
+            # ONNX Runtime reports no dimensions for a scalar and for an unknown shape alike.
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, element, dims or None))
+
+
+class Engine:
+    """The sessions and buffers of one training step.
+
+    Args:
+        plan: the stages.
+        holders: buffers by `State.input`.
+        constants: values bound once, by input name.
+        scalars: host arrays that are inputs and that the caller may rewrite between steps.
+        batch: names of the inputs given at every step.
+        host: values that the caller reads after a stage.
+        providers, device, threads: where and how wide the all-thread stages run (0: all cores).
+
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        holders: Mapping[str, Holder],
+        *,
+        constants: Mapping[str, Buffer],
+        scalars: Mapping[str, np.ndarray],
+        batch: Collection[str],
+        host: Collection[str],
+        providers: Sequence[str | tuple[str, dict[str, str]]],
+        device: Device,
+        threads: int,
+    ) -> None:
+        self._plan = plan
+        self._names = list(holders)
+        self._holders = [holders[name] for name in self._names]
+        self._device = device
+        self._host = set(host)
+        self._index = {name: index for index, name in enumerate(self._names)}
+        self._spare_of = {
+            candidate: self._index[state]
+            for state, candidate in plan.candidates.items()
+            if candidate != state and state in self._index and state not in plan.versions.values()
+        }
+        self._fixed: dict[str, ort.OrtValue] = {name: buffer.value for name, buffer in constants.items()}
+        self._scalars = {
+            name: host_value(array, element_type(str(array.dtype))) for name, array in scalars.items()
+        }
+        self._fixed.update(self._scalars)
+        self._readable: dict[str, np.ndarray] = {}
+        self._keep_alive: list[object] = [dict(scalars), dict(constants)]
+        self._batch = set(batch)
+        self._otherwise: dict[str, str] = {}
+        self._types: dict[str, tuple[int, tuple[object, ...]]] = {}
+        self._flow: dict[str, ort.OrtValue] = {}
+        self._ran: dict[str, bool] = {}
+        self._copies = {
+            index
+            for index, holder in enumerate(self._holders)
+            if len(holder.buffers) == 2 and holder.state.input in plan.versions.values()
+        }
+        self._location = [0] * len(self._holders)
+        self.runners = [self._open(stage, providers, threads) for stage in plan.stages]
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    def _open(
+        self, stage: Stage, providers: Sequence[str | tuple[str, dict[str, str]]], threads: int
+    ) -> Runner:
+        _fill_types(stage.model, self._types)
+        session = open_session(stage.model, providers, threads=1 if stage.one_thread else threads)
+        loose: list[str] = []
+        outputs: list[_Port] = []
+        for info in session.get_outputs():
+            shape = tuple(info.shape)
+            self._types[info.name] = (element_type(info.type), shape)
+            port = self._output_port(info.name, shape, conditional=stage.condition is not None)
+            if port.flow:
+                loose.append(info.name)
+            outputs.append(port)
+        inputs = [self._input_port(info.name) for info in session.get_inputs()]
+        for name, other in stage.otherwise.items():
+            self._otherwise[name] = other
+        for name, array in stage.fixed.items():
+            element = self._types[name][0] if name in self._types else element_type(str(array.dtype))
+            constant = f"{name}/otherwise"
+            buffer = Buffer(array, element, self._device)
+            self._fixed[constant] = buffer.value
+            self._keep_alive.append(buffer)
+            if name in self._host:
+                self._readable[constant] = buffer.read()
+            self._otherwise[name] = constant
+        used = sorted({port.holder for port in (*inputs, *outputs) if port.holder is not None})
+        return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose))
+
+    def _output_port(self, name: str, shape: tuple[object, ...], *, conditional: bool) -> _Port:
+        if name in self._plan.versions:
+            return _Port(name, holder=self._index[self._plan.versions[name]], spare=True)
+        if name in self._spare_of:
+            return _Port(name, holder=self._spare_of[name], spare=True)
+        if self._is_fixed(name, shape) and not conditional:
+            element = self._types[name][0]
+            zeros = np.zeros([int(str(size)) for size in shape])
+            place = Device("cpu", 0) if name in self._host else self._device
+            buffer = Buffer(zeros, element, place)
+            self._keep_alive.append(buffer)
+            self._fixed[name] = buffer.value
+            if buffer.array is not None:
+                self._readable[name] = buffer.array
+            return _Port(name, fixed=buffer.value)
+        return _Port(name, flow=True)
+
+    def _is_fixed(self, name: str, shape: tuple[object, ...]) -> bool:
+        """Return whether a value has one shape always; no dimensions are a scalar if the model says so."""
+        if shape:
+            return all(isinstance(size, int) for size in shape)
+        declared = self._plan.source.types.get(name)
+        kind = None if declared is None else declared.type.tensor_type
+        return kind is not None and kind.HasField("shape") and not kind.shape.dim
+
+    def _input_port(self, name: str) -> _Port:
+        if name in self._plan.versions:
+            return _Port(name, holder=self._index[self._plan.versions[name]])
+        if name in self._index:
+            return _Port(name, holder=self._index[name])
+        if name in self._otherwise:
+            return _Port(name, flow=True)
+        if name in self._spare_of:
+            return _Port(name, holder=self._spare_of[name], spare=True)
+        if name in self._fixed:
+            return _Port(name, fixed=self._fixed[name])
+        return _Port(name, batch=name in self._batch, flow=name not in self._batch)
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Forget the values of the step before."""
+        self._flow.clear()
+        self._ran.clear()
+        for index, holder in enumerate(self._holders):
+            self._location[index] = holder.current
+
+    def run(self, runner: Runner, batch: Mapping[str, np.ndarray | ort.OrtValue]) -> bool:
+        """Run one stage; return False if its condition does not hold and it was left out."""
+        stage = runner.stage
+        if stage.condition is not None:
+            holds = bool(self.read(stage.condition))
+            self._ran.update(dict.fromkeys(stage.outputs, holds))
+            if not holds:
+                return False
+        key = tuple(self._location[index] for index in runner.holders)
+        binding = runner.bindings.get(key)
+        if binding is None:
+            binding = runner.bindings[key] = self._bind(runner)
+        for port in runner.inputs:
+            if port.batch:
+                value = batch[port.name]
+                if isinstance(value, np.ndarray):
+                    binding.bind_cpu_input(port.name, value)
+                else:
+                    binding.bind_ortvalue_input(port.name, value)
+            elif port.flow:
+                binding.bind_ortvalue_input(port.name, self.value(port.name))
+        for name in runner.loose:
+            if name in self._host:
+                binding.bind_output(name, "cpu", 0)
+            else:
+                binding.bind_output(name, self._device.name, self._device.index)
+        runner.session.run_with_iobinding(binding)
+        if not self._device.is_cpu:
+            binding.synchronize_outputs()
+        if runner.loose:
+            made = dict(zip(runner.stage.outputs, binding.get_outputs(), strict=True))
+            self._flow.update((name, made[name]) for name in runner.loose)
+        for name, state in stage.writes.items():
+            index = self._index[state]
+            if index in self._copies and name in runner.stage.outputs:
+                self._location[index] ^= 1
+        return True
+
+    def _bind(self, runner: Runner) -> ort.IOBinding:
+        binding = runner.session.io_binding()
+        for port in runner.inputs:
+            if port.fixed is not None:
+                binding.bind_ortvalue_input(port.name, port.fixed)
+            elif port.holder is not None:
+                binding.bind_ortvalue_input(port.name, self._buffer(port).value)
+        for port in runner.outputs:
+            if port.fixed is not None:
+                binding.bind_ortvalue_output(port.name, port.fixed)
+            elif port.holder is not None:
+                binding.bind_ortvalue_output(port.name, self._buffer(port).value)
+            else:
+                binding.bind_output(port.name, self._device.name, self._device.index)
+        return binding
+
+    def _buffer(self, port: _Port) -> Buffer:
+        index = 0 if port.holder is None else port.holder
+        holder = self._holders[index]
+        location = self._location[index]
+        if port.spare and len(holder.buffers) == 2:
+            location ^= 1
+        return holder.buffers[location]
+
+    def value(self, name: str) -> ort.OrtValue:
+        """Return the value a name has in this step, after the conditions that were decided."""
+        while name in self._otherwise and not self._ran.get(name, False):
+            name = self._otherwise[name]
+        if name in self._flow:
+            return self._flow[name]
+        if name in self._fixed:
+            return self._fixed[name]
+        return self.buffer(name).value
+
+    def buffer(self, name: str) -> Buffer:
+        """Return the state buffer that a value of this step lives in; KeyError if it lives in none."""
+        while name in self._otherwise and not self._ran.get(name, False):
+            name = self._otherwise[name]
+        if name in self._plan.versions:
+            return self._buffer(_Port(name, holder=self._index[self._plan.versions[name]]))
+        if name in self._index:
+            return self._buffer(_Port(name, holder=self._index[name]))
+        return self._buffer(_Port(name, holder=self._spare_of[name], spare=True))
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a value of this step on the host (not a copy where it lives there)."""
+        while name in self._otherwise and not self._ran.get(name, False):
+            name = self._otherwise[name]
+        if name in self._readable:
+            return self._readable[name]
+        if name in self._index or name in self._spare_of or name in self._plan.versions:
+            return self.buffer(name).read()
+        return self.value(name).numpy()
+
+    def swap(self) -> None:
+        """Keep the step: make the new value of every state the current one."""
+        for index, holder in enumerate(self._holders):
+            if len(holder.buffers) == 1:
+                continue
+            if index in self._copies:
+                holder.current = self._location[index]
+                continue
+            candidate = self._plan.candidates[self._names[index]]
+            if candidate != self._names[index] and self._ran.get(candidate, True):
+                holder.current ^= 1
+
+    def settle(self) -> None:
+        """Skip the step: double states keep their current buffer, copied ones follow the undo."""
+        for index in self._copies:
+            self._holders[index].current = self._location[index]
+
+    def stages(self, keep: Callable[[Slot], bool]) -> list[Runner]:
+        """Return the runners of some stages, in order."""
+        return [runner for runner in self.runners if keep(runner.stage.slot)]

@@ -1,0 +1,150 @@
+"""From a model file and the user's values to buffers: what `TrainingSession` does when it opens.
+
+Three kinds of inputs get their values here: states (parameters from the user or the file, everything
+else from `State.initial`), constants, and learning rates. What is left is the batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx import metadata
+from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.metadata import Step
+from kfac_onnx.runtime.batches import BatchInput
+from kfac_onnx.runtime.engine import Holder
+from kfac_onnx.runtime.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import onnx_ir as ir
+
+    from kfac_onnx.metadata import State
+    from kfac_onnx.passes.partition import Plan
+
+__all__ = ["batch_inputs", "build_constants", "build_holders", "check_names", "require_step"]
+
+
+def require_step(model: ir.Model, name: str) -> Step:
+    """Return the model's `kfac.step`; UserError with the remedy where it has none."""
+    step = metadata.read(model, "step", Step)
+    if step is None:
+        raise UserError(
+            f"{name} is not a training step: it has no 'kfac.step' entry",
+            help="make one from a training graph first: `kfac-onnx transform MODEL -o OUT`,"
+            " or `kfac_onnx.transform(...)`",
+        )
+    return step
+
+
+def check_names(plan: Plan, values: Mapping[str, np.ndarray]) -> None:
+    """Raise UserError for a value that belongs to no parameter and no input of the graph."""
+    known = {state.input for state in plan.states if state.initial == "parameter"}
+    known |= {*plan.step.constants, *plan.step.batch}
+    for name in values:
+        if name not in known:
+            message = f"there is no parameter '{name}' in the model{did_you_mean(name, sorted(known))}"
+            raise UserError(message)
+
+
+def _initial(state: State, plan: Plan, values: Mapping[str, np.ndarray], element: int) -> np.ndarray:
+    if state.initial == "parameter":
+        if state.input in values:
+            return _converted(values[state.input], state, element)
+        tensor = plan.initial.get(state.input)
+        if tensor is None:
+            raise UserError(
+                f"parameter '{state.input}' has no value",
+                help="the model file holds none: give it in parameters= (or --parameters FILE)",
+            )
+        return _converted(tensor.numpy(), state, element)
+    dtype = numpy_dtype(element)
+    match state.initial:
+        case "zeros":
+            return np.zeros(state.shape, dtype)
+        case "ones":
+            return np.ones(state.shape, dtype)
+        case "identity":
+            return np.broadcast_to(np.eye(state.shape[-1], dtype=np.float64), state.shape).astype(dtype)
+        case _:
+            return np.full(state.shape, float(state.initial), dtype)
+
+
+def _converted(array: np.ndarray, state: State, element: int) -> np.ndarray:
+    wanted = numpy_dtype(element)
+    if element == BFLOAT16 and array.dtype == np.uint16:
+        array = np.ascontiguousarray(array).view(wanted)
+    if tuple(array.shape) != tuple(state.shape):
+        message = (
+            f"the value of parameter '{state.input}' must have shape {list(state.shape)},"
+            f" got {list(array.shape)}"
+        )
+        raise UserError(message)
+    if array.dtype != wanted:
+        message = f"the value of parameter '{state.input}' must be {dtype_name(element)}, got {array.dtype}"
+        raise UserError(message, help=f"convert it: array.astype('{dtype_name(element)}')")
+    return array
+
+
+def build_holders(
+    plan: Plan, values: Mapping[str, np.ndarray], device: Device, *, in_place: bool
+) -> dict[str, Holder]:
+    """Return each state's buffers, by `State.input`: two, or one where it is held in place."""
+    holders: dict[str, Holder] = {}
+    for state in plan.states:
+        element = element_type(state.dtype)
+        first = Buffer(_initial(state, plan, values, element), element, device)
+        buffers = [first]
+        if state.update == "double" or not in_place:
+            buffers.append(Buffer(np.zeros(state.shape, numpy_dtype(element)), element, device))
+        holders[state.input] = Holder(state, buffers)
+    return holders
+
+
+def build_constants(plan: Plan, values: Mapping[str, np.ndarray], device: Device) -> dict[str, Buffer]:
+    """Return the buffers of inputs that keep their value: constants, frozen tables, given batch inputs."""
+    states = {state.input for state in plan.states}
+    rates = {rate.input for rate in plan.step.learning_rates}
+    constants: dict[str, Buffer] = {}
+    for name, tensor in plan.frozen.items():
+        constants[name] = Buffer(tensor.numpy(), int(tensor.dtype), device)
+    for name in plan.source.inputs:
+        if name in states or name in rates:
+            continue
+        element = plan.source.types[name].type.tensor_type.elem_type
+        if name in values:
+            array = values[name]
+            if element == BFLOAT16 and array.dtype == np.uint16:
+                array = np.ascontiguousarray(array).view(numpy_dtype(element))
+            if array.dtype != numpy_dtype(element):
+                message = f"the value of input '{name}' must be {dtype_name(element)}, got {array.dtype}"
+                raise UserError(message)
+            constants[name] = Buffer(array, element, device)
+        elif name in plan.initial and name not in plan.step.batch:
+            constants[name] = Buffer(plan.initial[name].numpy(), element, device)
+        elif name in plan.step.constants:
+            raise UserError(
+                f"input '{name}' has no value",
+                help="it is a constant of the graph: give it in parameters= (or --parameters FILE)",
+            )
+    return constants
+
+
+def batch_inputs(plan: Plan, constants: Mapping[str, Buffer]) -> tuple[BatchInput, ...]:
+    """Return the inputs that every step must be given, in the graph's order."""
+    inputs: list[BatchInput] = []
+    for name in plan.step.batch:
+        if name in constants:
+            continue
+        kind = plan.source.types[name].type.tensor_type
+        dims = None
+        if kind.HasField("shape"):
+            dims = tuple(
+                dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+                for dim in kind.shape.dim
+            )
+        inputs.append(BatchInput(name, kind.elem_type, dims))
+    return tuple(inputs)

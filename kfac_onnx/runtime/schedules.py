@@ -1,0 +1,112 @@
+"""Learning-rate schedules: one factor per batch that multiplies every learning rate.
+
+With warm-up over w batches and a horizon of n batches, batch p = 0, 1, ... gets
+
+    (p + 1) / w                              while p < w
+    1                                        constant
+    1 - (1 - final) · x                      linear    x = (p - w) / (n - w), at most 1
+    final + (1 - final) · (1 + cos πx) / 2   cosine
+
+Text form: `constant`, `cosine:warmup=100`, `linear:steps=2000,final=0.1,warmup=50`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Final, Literal, assert_never
+
+from kfac_onnx.errors import UserError, did_you_mean
+
+__all__ = ["Schedule", "parse"]
+
+Kind = Literal["constant", "linear", "cosine"]
+KINDS: Final[tuple[Kind, ...]] = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule; `steps` is the horizon in batches, warm-up included, `final` the factor at its end.
+
+    Raises UserError for values out of range.
+    """
+
+    kind: Kind = "constant"
+    warmup: int = 0
+    steps: int | None = None
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise UserError(f"a schedule's warmup must be at least 0, got {self.warmup}")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"a schedule's steps must be at least 1, got {self.steps}")
+        if not 0.0 <= self.final <= 1.0:
+            raise UserError(f"a schedule's final must lie between 0 and 1, got {self.final}")
+
+    def __str__(self) -> str:
+        defaults = Schedule()
+        options = [
+            f"{name}={getattr(self, name)}"
+            for name in ("warmup", "steps", "final")
+            if getattr(self, name) != getattr(defaults, name)
+        ]
+        return self.kind + (f":{','.join(options)}" if options else "")
+
+    def within(self, steps: int | None) -> Schedule:
+        """Return the schedule with this horizon, unless it has one of its own or needs none."""
+        if self.steps is not None or steps is None or self.kind == "constant":
+            return self
+        return dataclasses.replace(self, steps=steps)
+
+    def factor(self, position: int) -> float:
+        """Return the factor for batch `position` = 0, 1, ...
+
+        Raises UserError where the horizon is not known.
+        """
+        if position < self.warmup:
+            return (position + 1) / self.warmup
+        if self.kind == "constant":
+            return 1.0
+        if self.steps is None:
+            raise UserError(
+                f"the schedule '{self}' needs the number of steps",
+                help=f"write '{self.kind}:steps=N', or give steps= or epochs= to fit",
+            )
+        x = min(1.0, (position - self.warmup) / max(1, self.steps - self.warmup))
+        match self.kind:
+            case "linear":
+                return 1.0 - (1.0 - self.final) * x
+            case "cosine":
+                return self.final + (1.0 - self.final) * (1.0 + math.cos(math.pi * x)) / 2.0
+            case _:
+                assert_never(self.kind)
+
+
+def parse(text: str) -> Schedule:
+    """Return the schedule that `str(schedule)` wrote.
+
+    Raises UserError for an unknown kind or option, or a value that is no number.
+    """
+    name, _, rest = text.strip().partition(":")
+    kind = next((kind for kind in KINDS if kind == name), None)
+    if kind is None:
+        message = f"unknown schedule '{name}'{did_you_mean(name, KINDS)}"
+        raise UserError(message, help=f"schedules are {', '.join(KINDS)}")
+    values: dict[str, float] = {}
+    for part in filter(None, rest.split(",")):
+        option, _, value = part.partition("=")
+        known = ("warmup", "steps", "final")
+        if option not in known:
+            message = f"unknown option '{option}' of schedule '{name}'{did_you_mean(option, known)}"
+            raise UserError(message)
+        try:
+            values[option] = float(value) if option == "final" else int(value)
+        except ValueError as e:
+            message = f"option '{option}' of schedule '{name}' must be a number, got '{value}'"
+            raise UserError(message) from e
+    steps = values.get("steps")
+    return Schedule(
+        kind, int(values.get("warmup", 0)), None if steps is None else int(steps), values.get("final", 0.0)
+    )

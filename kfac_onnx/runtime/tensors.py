@@ -1,0 +1,234 @@
+"""Tensors on a device: dtypes, buffers that are bound once, and copies in and out.
+
+On the CPU a buffer is a NumPy array that ONNX Runtime uses as it stands (no copy is made either way).
+bfloat16 has no NumPy dtype that ONNX Runtime understands, so its bits travel as uint16 and come out as
+`ml_dtypes.bfloat16`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from kfac_onnx.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "Buffer",
+    "Device",
+    "Providers",
+    "device_of",
+    "dtype_name",
+    "element_type",
+    "numpy_dtype",
+    "open_session",
+    "provider_list",
+    "same_bits",
+]
+
+Providers = "Sequence[str | tuple[str, Mapping[str, object]]]"
+
+BFLOAT16: Final = int(onnx.TensorProto.BFLOAT16)
+_DEVICE_OF: Final = {
+    "CPUExecutionProvider": "cpu",
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+    "ROCMExecutionProvider": "cuda",
+    "MIGraphXExecutionProvider": "cuda",
+    "DmlExecutionProvider": "dml",
+    "CANNExecutionProvider": "cann",
+}
+_ORT_TYPES: Final = {
+    "float": onnx.TensorProto.FLOAT,
+    "double": onnx.TensorProto.DOUBLE,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "bool": onnx.TensorProto.BOOL,
+    **{
+        f"{sign}int{bits}": getattr(onnx.TensorProto, f"{sign}int{bits}".upper())
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where buffers live, such as `("cpu", 0)` or `("cuda", 1)`."""
+
+    name: str
+    index: int
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether NumPy arrays can be the buffers themselves."""
+        return self.name == "cpu"
+
+
+def provider_list(
+    providers: Sequence[str | tuple[str, Mapping[str, object]]],
+) -> list[str | tuple[str, dict[str, str]]]:
+    """Return the execution providers as ONNX Runtime takes them.
+
+    Raises UserError for a provider that the installed onnxruntime does not have.
+    """
+    available = ort.get_available_providers()
+    result: list[str | tuple[str, dict[str, str]]] = []
+    for item in providers:
+        name = item if isinstance(item, str) else item[0]
+        if name not in available:
+            message = f"this onnxruntime has no execution provider '{name}'"
+            raise UserError(message, help=f"available are {', '.join(available)}")
+        if isinstance(item, str):
+            result.append(item)
+        else:
+            result.append((name, {key: str(value) for key, value in item[1].items()}))
+    if not result:
+        raise UserError("no execution provider is given", help=f"available are {', '.join(available)}")
+    return result
+
+
+def device_of(providers: Sequence[str | tuple[str, dict[str, str]]]) -> Device:
+    """Return the device of the first provider."""
+    first = providers[0]
+    name, options = (first, {}) if isinstance(first, str) else first
+    return Device(_DEVICE_OF.get(name, "cpu"), int(options.get("device_id", "0")))
+
+
+def element_type(text: str) -> int:
+    """Return the ONNX element type of `float32`, `FLOAT` or `tensor(float)`.
+
+    Raises UserError for anything else.
+    """
+    inner = text.removeprefix("tensor(").removesuffix(")")
+    if text.startswith("tensor(") and inner in _ORT_TYPES:
+        return int(_ORT_TYPES[inner])
+    plain = {"float32": "FLOAT", "float64": "DOUBLE"}.get(text, text.upper())
+    if plain in ir.DataType.__members__:
+        return int(ir.DataType[plain])
+    raise UserError(f"'{text}' is not a tensor type this runtime can hold")
+
+
+def numpy_dtype(element: int) -> np.dtype[np.generic]:
+    """Return the NumPy dtype in which the user sees an ONNX element type (bfloat16 by `ml_dtypes`)."""
+    return (
+        np.dtype(ml_dtypes.bfloat16) if element == BFLOAT16 else onnx.helper.tensor_dtype_to_np_dtype(element)
+    )
+
+
+def dtype_name(element: int) -> str:
+    """Return the name users know, such as `float32` or `bfloat16`."""
+    return str(numpy_dtype(element))
+
+
+def _stored(array: np.ndarray, element: int) -> np.ndarray:
+    """Return the array as ONNX Runtime takes it: contiguous, bfloat16 as uint16 bits."""
+    flat = np.ascontiguousarray(array).reshape(array.shape)
+    return flat.view(np.uint16) if element == BFLOAT16 and flat.dtype != np.uint16 else flat
+
+
+def _wrap(stored: np.ndarray, element: int) -> ort.OrtValue:
+    if element == BFLOAT16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored, element)
+    return ort.OrtValue.ortvalue_from_numpy(stored)
+
+
+def host_value(array: np.ndarray, element: int) -> ort.OrtValue:
+    """Return a CPU value that uses the array's memory where it is contiguous (keep the array alive)."""
+    return _wrap(_stored(array, element), element)
+
+
+class Buffer:
+    """A tensor of fixed shape and dtype on a device, bound as input or output of sessions.
+
+    `array` is the buffer's memory on the CPU (the user's dtype), None on other devices.
+    """
+
+    def __init__(self, initial: np.ndarray, element: int, device: Device) -> None:
+        own = np.array(initial, dtype=numpy_dtype(element), order="C", copy=True)
+        self.element = element
+        self.shape = tuple(own.shape)
+        self.array: np.ndarray | None = own if device.is_cpu else None
+        if device.is_cpu:
+            self.value = host_value(own, element)
+        else:
+            self.value = ort.OrtValue.ortvalue_from_shape_and_type(
+                list(self.shape), element, device.name, device.index
+            )
+            self.write(own)
+
+    def read(self) -> np.ndarray:
+        """Return a copy of the contents."""
+        if self.array is not None:
+            return self.array.copy()
+        result = np.empty(self.shape, numpy_dtype(self.element))
+        _transfer(self.value, host_value(result, self.element), self.element)
+        return result
+
+    def write(self, contents: np.ndarray) -> None:
+        """Replace the contents; the shape is the buffer's."""
+        own = np.asarray(contents, numpy_dtype(self.element)).reshape(self.shape)
+        if self.array is not None:
+            self.array[...] = own
+        else:
+            _transfer(host_value(own, self.element), self.value, self.element)
+
+
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two arrays have the same shape, dtype and bits (NaN equals itself)."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return np.ascontiguousarray(one).tobytes() == np.ascontiguousarray(other).tobytes()
+
+
+@cache
+def _copier(element: int, device: str) -> ort.InferenceSession:
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["from"], ["to"])],
+        "copy",
+        [value("from", element, None)],
+        [value("to", element, None)],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    wanted = [name for name, place in _DEVICE_OF.items() if place == device]
+    providers = [name for name in ort.get_available_providers() if name in wanted]
+    return open_session(model, [*providers, "CPUExecutionProvider"], threads=1)
+
+
+def _transfer(source: ort.OrtValue, target: ort.OrtValue, element: int) -> None:
+    """Copy between the host and a device, for every dtype."""
+    device = next((v.device_name() for v in (source, target) if v.device_name() != "cpu"), "cpu")
+    session = _copier(element, device)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("from", source)
+    binding.bind_ortvalue_output("to", target)
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+
+
+def open_session(
+    model: onnx.ModelProto,
+    providers: Sequence[str | tuple[str, dict[str, str]]],
+    *,
+    threads: int,
+) -> ort.InferenceSession:
+    """Open a session; `threads` = 0 takes all cores.
+
+    Its own error lines are switched off: a failing run raises, and the caller says it in a sentence.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.use_deterministic_compute = True
+    return ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))

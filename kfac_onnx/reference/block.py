@@ -44,7 +44,7 @@ class BlockSettings:
 
 
 class BlockReference:
-    """State of one block: A (`input_factor`, [V]), G (`output_factor`, [D, D]), stored powers of G; float64.
+    """State of one block in float64: A (`input_factor`), G (`output_factor`) and stored powers of G."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from typing import Final
 
 import click
 
-from kfac_onnx.errors import UserError, VerifyError
+from kfac_onnx.errors import UserError, VerifyError, did_you_mean
 
 __all__ = ["VERBS", "cli", "main"]
 
@@ -49,6 +49,17 @@ class LazyVerbs(click.Group):
         if cmd_name not in VERBS:
             return None
         return importlib.import_module(f"kfac_onnx.cli.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first word names; raises UserError with the nearest verb."""
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            raise UserError(
+                f"unknown verb '{args[0]}'{did_you_mean(args[0], VERBS)}",
+                help=f"the verbs are: {', '.join(VERBS)}",
+            )
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table of verbs without importing any."""

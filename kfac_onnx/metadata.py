@@ -11,8 +11,10 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
 | `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
 | `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
-| `kfac.state`      | inserting passes       | list of `State`                               |
-| `kfac.step`       | inserting passes       | `Step`                                        |
+| `kfac.id_checks`  | `find-embeddings`      | list of `IdCheck`                             |
+| `kfac.draft`      | inserting passes       | what `close-step` still has to assemble       |
+| `kfac.state`      | `close-step`           | list of `State`                               |
+| `kfac.step`       | `close-step`           | `Step`                                        |
 | `kfac.pipeline`   | the pass manager       | the textual pipeline that made the model      |
 
 On nodes: `kfac.pass`, `kfac.site` (the parameter) and `kfac.phase` (a `Phase`).
@@ -45,6 +47,7 @@ __all__ = [
     "Use",
     "read",
     "read_list",
+    "read_strings",
     "write",
 ]
 
@@ -57,7 +60,7 @@ class Phase(enum.StrEnum):
     GRADIENTS = "gradients"
     """Loss, gradients, rows, new G; reads tables. All threads."""
     RENORMALIZE = "renormalize"
-    """Under an `If`: folds the running scale into the counts, once in over a thousand steps."""
+    """Under an `If`, last, in a kept step: folds the running scale into the counts, once in a thousand."""
     COUNT = "count"
     """Adds the batch's counts to A in place. One thread."""
     REFRESH = "refresh"
@@ -262,3 +265,8 @@ def read(model: ir.Model, key: str, cls: type[T]) -> T | None:
 def read_list(model: ir.Model, key: str, cls: type[T]) -> list[T]:
     """Return the dataclasses stored under `kfac.<key>`, empty when the model has no such entry."""
     return [_build(cls, item) for item in json.loads(model.metadata_props.get(f"kfac.{key}", "[]"))]
+
+
+def read_strings(model: ir.Model, key: str) -> list[str]:
+    """Return the list of sentences stored under `kfac.<key>`, empty when the model has no such entry."""
+    return [str(item) for item in json.loads(model.metadata_props.get(f"kfac.{key}", "[]"))]

@@ -62,12 +62,21 @@ def rank_of(value: ir.Value | None) -> int | None:
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """Return the array of an initializer that is no graph input, or of a Constant node, otherwise None.
 
-    Identity is looked through.
+    Identity and casts are looked through, and Unsqueeze and Squeeze of a single entry.
     """
-    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
-        value = node.inputs[0]
     if value is None or value.is_graph_input():
         return None
+    node = value.producer()
+    if node is not None and node.op_type == "Identity":
+        return constant(node.inputs[0])
+    if node is not None and node.op_type in ("Unsqueeze", "Squeeze"):
+        source = constant(node.inputs[0])
+        if source is None or source.size != 1:
+            return None
+        return source.reshape((1,) * (source.ndim + 1) if node.op_type == "Unsqueeze" else ())
+    if node is not None and node.op_type in ("Cast", "CastLike") and value.dtype is not None:
+        source = constant(node.inputs[0])
+        return None if source is None else source.astype(value.dtype.numpy())
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else np.asarray(tensor.numpy())
 

@@ -16,6 +16,7 @@ BUILT_IN: Final[dict[str, str]] = {
     "find-embeddings": "kfac_onnx.passes.find_embeddings",
     "insert-embedding-kfac": "kfac_onnx.passes.insert_embedding_kfac",
     "insert-optimizer": "kfac_onnx.passes.insert_optimizer",
+    "close-step": "kfac_onnx.passes.close_step",
     "lower": "kfac_onnx.passes.lower",
     "dce": "kfac_onnx.passes.dce",
 }

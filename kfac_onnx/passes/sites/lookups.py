@@ -253,10 +253,15 @@ def _equal_to_arange(node: ir.Node, facts: Facts) -> ir.Value | None:
 
 
 def unexpanded(indices: ir.Value, column_axis: int) -> ir.Value | None:
-    """Return the [N, 1] (or [1, N]) ids that an index tensor repeats over the columns, otherwise None."""
+    """Return the ids that an index tensor repeats over the columns, otherwise None.
+
+    They are [N, 1] ([1, N] if the columns are axis 0, where a plain [N] is broadcast alike).
+    """
     value: ir.Value | None = indices
     while value is not None:
         if value.shape is not None and len(value.shape) == 2 and value.shape[column_axis] == 1:
+            return value
+        if value.shape is not None and len(value.shape) == 1 and column_axis == 0:
             return value
         node = value.producer()
         if node is None or node.op_type not in ("Expand", "Identity", "Cast"):

@@ -55,7 +55,9 @@ def mark(site: SiteMatch, emitter: Emitter) -> Site:
     )
 
 
-def _joined(emit: Emitter, parts: list[ir.Value], name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
+def _joined(
+    emit: Emitter, parts: list[ir.Value], name: str, dtype: ir.DataType, shape: list[str | int]
+) -> ir.Value:
     if len(parts) == 1:
         return parts[0]
     return emit.node("Concat", parts, attributes={"axis": 0}, name=name, dtype=dtype, shape=shape)
@@ -64,7 +66,9 @@ def _joined(emit: Emitter, parts: list[ir.Value], name: str, dtype: ir.DataType,
 def _ones(emit: Emitter, ids: ir.Value) -> ir.Value:
     shape = emit.node("Shape", [ids], name="count", dtype=INT64, shape=[1])
     one = ir.tensor(np.ones(1, np.float32))
-    return emit.node("ConstantOfShape", [shape], attributes={"value": one}, name="keep", dtype=FLOAT, shape=["n"])
+    return emit.node(
+        "ConstantOfShape", [shape], attributes={"value": one}, name="keep", dtype=FLOAT, shape=["n"]
+    )
 
 
 class _Rows:
@@ -113,7 +117,9 @@ class _Rows:
         width = 1 if len(term.shape) == 1 else term.shape[1 - term.axis]
         updates = term.updates
         if term.columns and term.axis == 1:
-            updates = self.emitter.node("Transpose", [updates], attributes={"perm": [1, 0]}, name="rows_first")
+            updates = self.emitter.node(
+                "Transpose", [updates], attributes={"perm": [1, 0]}, name="rows_first"
+            )
             updates.dtype = term.updates.dtype
         return self._flat_rows(updates, width)
 
@@ -185,7 +191,9 @@ class _Rows:
             operand = emit.node("Gather", [operand, ids], name="factor", dtype=FLOAT, shape=["n"])
             one_column = emit.constant(np.asarray([-1, 1], np.int64), "one_column")
             operand = emit.node("Reshape", [operand, one_column], name="factor", dtype=FLOAT)
-        return emit.node("Div" if step.divide else "Mul", [rows, operand], name="rows", dtype=FLOAT, shape=rows.shape)
+        return emit.node(
+            "Div" if step.divide else "Mul", [rows, operand], name="rows", dtype=FLOAT, shape=rows.shape
+        )
 
     def _windowed(self, step: RowStep, ids: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Keep ids in [start, stop); the others become id 0 with a zero row that does not count."""

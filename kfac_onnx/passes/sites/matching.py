@@ -13,7 +13,7 @@ from kfac_onnx.metadata import Refusal, Site, Use
 from kfac_onnx.passes.sites.facts import Facts, static_shape
 from kfac_onnx.passes.sites.lookups import RESHAPES, DenseUse, Lookup, forward_uses, ids_chain
 from kfac_onnx.passes.sites.pulling import Miss, Pulled, RowStep, pull, pull_whole
-from kfac_onnx.passes.sites.scatters import DenseTerm, RowTerm, gradient_terms
+from kfac_onnx.passes.sites.scatters import DenseTerm, DropMask, RowTerm, gradient_terms
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -191,7 +191,9 @@ def _pair(
             [str(dense_left[0].value.name), str(gradient.name)],
         )
     if len({(use.pulled.layout, use.pulled.vocab_size, use.pulled.embedding_dim) for use in uses}) > 1:
-        return verdict.refuse("its uses disagree about which axis holds the rows", [_label(uses[1].lookup.node)])
+        return verdict.refuse(
+            "its uses disagree about which axis holds the rows", [_label(uses[1].lookup.node)]
+        )
     verdict.site = SiteMatch(verdict.weight, gradient, tuple(uses), tuple(dense_uses), dense_left)
     verdict.trail.append("accepted")
     return verdict
@@ -247,7 +249,9 @@ def _claim(
         if isinstance(pulled, Miss):
             misses.append(pulled.reason)
             continue
-        return MatchedUse(lookup, term, pulled, output_gradient(term.updates, lookup.output))
+        return MatchedUse(
+            lookup, term, pulled, output_gradient(term.updates, lookup.output, facts, term.mask)
+        )
     if lookup.constant_ids is None:
         return None
     for term in terms:
@@ -258,7 +262,7 @@ def _claim(
             misses.append(pulled.reason)
             continue
         if whole_ids(term, pulled) == lookup.constant_ids:
-            return MatchedUse(lookup, term, pulled, output_gradient(term.value, lookup.output))
+            return MatchedUse(lookup, term, pulled, output_gradient(term.value, lookup.output, facts))
         misses.append(f"'{term.value.name}' is not the rows of '{lookup.output.name}' in order")
     return None
 
@@ -290,34 +294,35 @@ def _same_rows(updates: ir.Value, rows: ir.Value) -> bool:
     return updates.shape is not None and rows.shape is not None and list(updates.shape) == list(rows.shape)
 
 
-def output_gradient(updates: ir.Value, rows: ir.Value) -> ir.Value:
-    """Return the value that is dL/d(rows): `updates` before masks and reshapes, in the rows' own shape."""
+def output_gradient(
+    updates: ir.Value, rows: ir.Value, facts: Facts, mask: DropMask | None = None
+) -> ir.Value:
+    """Return the value that is dL/d(rows): `updates` before the mask, and before reshapes of our own.
+
+    Values that the reader of the file added (`kfac/...`) are stepped over, and reshapes as far as to the
+    value that has the looked-up rows' own shape.
+    """
     found, value = updates, updates
-    while True:
-        node = value.producer()
-        if node is None:
-            return found
-        if node.op_type == "Where" and len(node.inputs) == 3:
-            source = _masked_operand(node)
-        elif node.op_type in RESHAPES:
-            source = node.inputs[0]
+    condition = None if mask is None else mask.condition
+    while (node := value.producer()) is not None:
+        masked = node.op_type == "Where" and len(node.inputs) == 3
+        if masked:
+            source = node.inputs[2] if facts.is_zeros(node.inputs[1]) else node.inputs[1]
+            masked = node.inputs[0] is condition or facts.constant(node.inputs[0]) is not None
         else:
-            return found
+            source = node.inputs[0] if node.op_type in RESHAPES or node.op_type == "Transpose" else None
         if source is None or source.dtype is None or not source.dtype.is_floating_point():
-            return found
-        if node.op_type == "Where" or (_same_rows(source, rows) and not _same_rows(found, rows)):
+            break
+        if node.op_type == "Where" and not masked:
+            break
+        ours = str(found.name).startswith("kfac/")
+        closer = _same_rows(source, rows) and not _same_rows(found, rows)
+        if masked or ours or closer:
             found = source
+        elif node.op_type == "Transpose":
+            break
         value = source
-
-
-def _masked_operand(node: ir.Node) -> ir.Value | None:
-    """Return the operand of a Where that is not the zero."""
-    sizes = [static_shape(item) for item in node.inputs[1:]]
-    if sizes[0] is not None and all(dim == 1 for dim in sizes[0]):
-        return node.inputs[2]
-    if sizes[1] is not None and all(dim == 1 for dim in sizes[1]):
-        return node.inputs[1]
-    return None
+    return found
 
 
 def _describe_term(term: RowTerm | DenseTerm) -> str:
@@ -325,7 +330,9 @@ def _describe_term(term: RowTerm | DenseTerm) -> str:
     if isinstance(term, RowTerm):
         return f"{term.op} scatters the rows '{term.updates.name}'{views}"
     node = term.value.producer()
-    return f"'{term.value.name}' ({node.op_type if node is not None else 'input'}) is dense in the table{views}"
+    return (
+        f"'{term.value.name}' ({node.op_type if node is not None else 'input'}) is dense in the table{views}"
+    )
 
 
 def _label(node: ir.Node) -> str:

@@ -1,0 +1,295 @@
+"""What users call from Python: `scan`, `transform`, `why` and `save` (DESIGN section 9)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from kfac_onnx import metadata
+from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.fisher.presets import PRESETS
+from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import onnx
+    import onnx_ir as ir
+
+    from kfac_onnx.passes.log import Log
+
+    Source = str | Path | ir.Model | onnx.ModelProto
+
+__all__ = ["PLAIN", "Report", "Verdicts", "pipeline_text", "save", "scan", "transform", "why"]
+
+PLAIN = ("plain-sgd", "plain-momentum", "plain-adam", "plain-adagrad")
+"""Presets that train the tables with an ordinary optimizer, for comparison."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `scan` found: sites, refusals, the loss, and every input by its kind."""
+
+    frontend: str
+    sites: tuple[Site, ...]
+    refused: tuple[Refusal, ...]
+    loss: str | None
+    reduction: str
+    batch_inputs: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    notes: tuple[str, ...]
+    trainable: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON data (the contract of DESIGN section 9)."""
+        return {
+            "trainable": self.trainable,
+            "sites": [_site_json(site) for site in self.sites],
+            "refused": [asdict(item) for item in self.refused],
+            "loss": self.loss,
+            "reduction": self.reduction,
+            "batch_inputs": list(self.batch_inputs),
+            "parameters": [
+                {"name": item.name, "shape": list(item.shape), "gradient": item.gradient}
+                for item in self.parameters
+            ],
+            "frontend": self.frontend,
+            "notes": list(self.notes),
+        }
+
+
+def _site_json(site: Site) -> dict[str, Any]:
+    names = ("parameter", "vocab_size", "embedding_dim", "dtype", "layout", "padding_idx", "gradient")
+    data: dict[str, Any] = {name: getattr(site, name) for name in names}
+    data["uses"] = [asdict(use) for use in site.uses]
+    data["dense_uses"] = [{"op": use.op, "output": use.output} for use in site.dense_uses]
+    return data
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What `why` found of one parameter: `verdict` in one sentence, and what was tried, in order."""
+
+    parameter: str
+    verdict: Literal["embedding", "refused", "not an embedding"]
+    trail: tuple[str, ...]
+    refusal: Refusal | None = None
+
+
+def _canonical(source: Source, loss: str | None, gradients: Mapping[str, str] | None) -> ir.Model:
+    from kfac_onnx.frontends import read_training_graph
+
+    return read_training_graph(source, loss=loss, gradients=gradients)
+
+
+def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str] | None = None) -> Report:
+    """Return the embedding tables of a training graph and what was refused, with reasons.
+
+    A graph without gradients is read too: its tables are listed with `trainable` false.
+
+    Args:
+        source: a file, or a model already read.
+        loss: the scalar output that is the loss, where several qualify.
+        gradients: parameter name to the output that is its gradient, where names do not tell.
+
+    Raises:
+        UserError: the file is not a model, or holds something that cannot be read.
+    """
+    from kfac_onnx.passes.find_embeddings import find_tables
+    from kfac_onnx.passes.sites.untrained import forward_tables
+
+    model = _canonical(source, loss, gradients)
+    parameters = metadata.read_list(model, "parameters", Parameter)
+    found_loss = metadata.read(model, "loss", Loss)
+    refused = metadata.read_list(model, "refused", Refusal)
+    if parameters:
+        verdicts = find_tables(model)
+        sites = [item.site.describe() for item in verdicts if item.site is not None]
+        refused += [item.refusal for item in verdicts if item.refusal is not None]
+    else:
+        sites = forward_tables(model)
+    names = {item.name for item in parameters}
+    return Report(
+        frontend=model.metadata_props.get("kfac.frontend", ""),
+        sites=tuple(sites),
+        refused=tuple(refused),
+        loss=None if found_loss is None else found_loss.value,
+        reduction="unknown" if found_loss is None else found_loss.reduction,
+        batch_inputs=tuple(
+            str(value.name)
+            for value in model.graph.inputs
+            if value.name not in names and value.name not in model.graph.initializers
+        ),
+        parameters=tuple(parameters),
+        notes=tuple(metadata.read_strings(model, "notes")),
+        trainable=bool(parameters),
+    )
+
+
+def why(
+    source: Source,
+    parameter: str,
+    *,
+    loss: str | None = None,
+    gradients: Mapping[str, str] | None = None,
+) -> Verdicts:
+    """Return why a parameter is an embedding table or not, with everything that was tried.
+
+    Raises UserError when the graph has no such trained parameter.
+    """
+    from kfac_onnx.passes.find_embeddings import find_tables
+
+    model = _canonical(source, loss, gradients)
+    for refusal in metadata.read_list(model, "refused", Refusal):
+        if refusal.parameter == parameter:
+            return Verdicts(parameter, "refused", (refusal.path, refusal.reason), refusal)
+    for item in find_tables(model):
+        if item.weight.name == parameter:
+            verdict = "embedding" if item.site else "refused" if item.refusal else "not an embedding"
+            return Verdicts(parameter, verdict, tuple(item.trail), item.refusal)
+    known = [item.name for item in metadata.read_list(model, "parameters", Parameter)]
+    raise UserError(
+        f"the graph has no trained parameter '{parameter}'{did_you_mean(parameter, known)}",
+        help="`scan MODEL` lists the trained parameters",
+    )
+
+
+def pipeline_text(
+    *,
+    preset: str = "half",
+    lr: float | None = None,
+    rest: str = "adam",
+    rest_lr: float | None = None,
+    shape: str = "rows",
+    target: str = "cpu",
+    grad_scale: float | None = None,
+    allow_fallback: tuple[str, ...] = (),
+    **options: float | int | None,
+) -> str:
+    """Return the textual pipeline that `transform` runs for these settings.
+
+    `options` are those of `insert-embedding-kfac`: damping, decay_a, decay_g, refresh_every.
+
+    Raises UserError for an unknown preset or optimizer, or a setting out of range.
+    """
+    from kfac_onnx.passes.find_embeddings import FindEmbeddings
+    from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
+    from kfac_onnx.passes.insert_optimizer import InsertOptimizer
+    from kfac_onnx.passes.registry import pass_class
+
+    known = (*PRESETS, *PLAIN)
+    if preset not in known:
+        raise UserError(
+            f"unknown preset '{preset}'{did_you_mean(preset, known)}",
+            help="the presets are: " + ", ".join(known),
+        )
+    methods = ("sgd", "momentum", "adam", "adagrad")
+    if rest not in methods:
+        raise UserError(
+            f"unknown optimizer '{rest}'{did_you_mean(rest, methods)}",
+            help="the optimizers are: " + ", ".join(methods),
+        )
+    steps = [str(FindEmbeddings())]
+    others: dict[str, Any] = {} if rest_lr is None else {"lr": rest_lr}
+    if preset in PLAIN:
+        rates: dict[str, Any] = {} if lr is None else {"lr": lr}
+        method: Any = preset.removeprefix("plain-")
+        steps.append(str(InsertOptimizer(method=method, parameters="tables", **rates)))
+    else:
+        steps.append(
+            str(
+                InsertEmbeddingKfac(
+                    preset=preset,  # pyright: ignore[reportArgumentType]  checked above
+                    lr=lr,
+                    grad_scale=grad_scale,
+                    shape=shape,  # pyright: ignore[reportArgumentType]  checked by the option
+                    allow_fallback=allow_fallback,
+                    **options,  # pyright: ignore[reportArgumentType]  checked by the options
+                )
+            )
+        )
+    if shape == "rows":
+        chosen: Any = rest
+        steps.append(str(InsertOptimizer(method=chosen, **others)))
+    steps += ["close-step", "dce"]
+    steps.append(str(pass_class("lower")(target=target)))  # pyright: ignore[reportCallIssue]
+    return ",".join(steps)
+
+
+def transform(
+    source: Source,
+    *,
+    preset: str = "half",
+    lr: float | None = None,
+    rest: str = "adam",
+    rest_lr: float | None = None,
+    shape: str = "rows",
+    target: str = "cpu",
+    pipeline: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    constants: tuple[str, ...] = (),
+    loss: str | None = None,
+    gradients: Mapping[str, str] | None = None,
+    grad_scale: float | None = None,
+    allow_fallback: tuple[str, ...] = (),
+    log: Log | None = None,
+    **options: float | int | None,
+) -> ir.Model:
+    """Return a training graph as one model that is a whole preconditioned training step.
+
+    Args:
+        source: a file, or a model already read (which is not changed).
+        preset: `half`, `r1.7`, `adagrad`, `adaptive`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
+            `plain-adagrad` for the tables too.
+        lr: learning rate of the tables; rest_lr: that of the other parameters.
+        rest: optimizer of the other parameters.
+        shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
+        target: `cpu` or `cuda`: where the written model runs unaided.
+        pipeline: a textual pipeline that replaces all of the above.
+        parameters: values to store in the model as defaults, by parameter or constant name.
+        constants: inputs that are given once and not at every step.
+        loss, gradients: as for `scan`.
+        grad_scale, allow_fallback, options: as in the pass `insert-embedding-kfac`.
+
+    Raises:
+        UserError: the graph has no gradients or no table, a table is refused, or a setting is wrong.
+    """
+    from kfac_onnx.passes.pipeline import parse_pipeline
+
+    text = pipeline or pipeline_text(
+        preset=preset,
+        lr=lr,
+        rest=rest,
+        rest_lr=rest_lr,
+        shape=shape,
+        target=target,
+        grad_scale=grad_scale,
+        allow_fallback=allow_fallback,
+        **options,
+    )
+    passes = parse_pipeline(text)
+    model = _canonical(source, loss, gradients)
+    if not metadata.read_list(model, "parameters", Parameter):
+        raise UserError(
+            "the graph has no gradients: none of its outputs is the gradient of a parameter",
+            place=str(source) if not hasattr(source, "graph") else None,
+            help="export the training graph (forward, loss and backward), or name the gradients: "
+            "--gradients PARAM=OUTPUT",
+        )
+    if parameters or constants:
+        from kfac_onnx.passes.values import give_values
+
+        give_values(model, parameters or {}, constants)
+    passes.run(model, log=log)
+    return model
+
+
+def save(model: ir.Model, path: str | Path) -> None:
+    """Write a model; above 2 GB its tensors go into a file beside it.
+
+    Raises UserError when the file cannot be written; then nothing is left behind.
+    """
+    from kfac_onnx.files import save_model
+
+    save_model(model, path)

@@ -1,0 +1,172 @@
+"""The pass that gives every embedding table its K-FAC block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from kfac_onnx import metadata
+from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.fisher.presets import PRESETS, Preset
+from kfac_onnx.metadata import Loss, Phase, Refusal, Site
+from kfac_onnx.passes.base import Changes, Pass
+from kfac_onnx.passes.find_embeddings import values_by_name
+from kfac_onnx.passes.insertion.draft import FLOAT, Draft
+from kfac_onnx.passes.insertion.table import RowUpdate, TableBlock, from_rows
+from kfac_onnx.passes.insertion.writing import drop_gradient, write_table
+from kfac_onnx.passes.options import opt
+from kfac_onnx.passes.registry import register
+from kfac_onnx.passes.rewriter import Emitter, Out
+
+if TYPE_CHECKING:
+    from kfac_onnx.passes.log import Log
+
+__all__ = ["LEARNING_RATES", "InsertEmbeddingKfac"]
+
+LEARNING_RATES: Final = {"half": 0.01, "r1.7": 0.01, "adagrad": 0.1, "adaptive": 0.01}
+"""Starting points: near the table's tuned Adam rate; Adagrad's for `adagrad`."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class InsertEmbeddingKfac(Pass):
+    """Insert the factors, the inverse root and the preconditioned update of every embedding table.
+
+    Reads   the sites left by `find-embeddings`.
+    Adds    state kfac/<table>/A      float32[V]     debiased average of lookup counts per row
+            state kfac/<table>/G      float32[D, D]  average of gᵀg / M over lookups, g = dL/d(row)
+            state kfac/<table>/root   float32[D, D]  (G + damping)^exponent as of the last refresh
+    Shape   `rows` updates each table in place and removes its dense gradient; `dense` replaces the
+            gradient output by the preconditioned one, under its own name.
+    Source  spec sections 1 to 4; Martens & Grosse 2015, sections 5 and 6.3.
+    """
+
+    name: ClassVar[str] = "insert-embedding-kfac"
+    preset: Literal["half", "r1.7", "adagrad", "adaptive"] = opt("half", "named settings of the block")
+    lr: float | None = opt(None, "learning rate of the tables; the preset's own if none", lo=0.0)
+    damping: float | None = opt(None, "λ (r1.7) or ρ (the others); the preset's own if none", lo=1e-30)
+    decay_a: float | None = opt(None, "weight kept from the old counts at each update", lo=0.0, hi=0.9999999)
+    decay_g: float | None = opt(None, "weight kept from the old G at each update", lo=0.0, hi=0.9999999)
+    refresh_every: int | None = opt(None, "committed steps between refreshes of the root", lo=1)
+    grad_scale: float | None = opt(
+        None, "r1.7: examples that a mean loss divides by; found in the graph if none", lo=0.0
+    )
+    shape: Literal["rows", "dense"] = opt("rows", "update tables in place, or replace their gradients")
+    allow_fallback: tuple[str, ...] = opt((), "refused tables that the ordinary optimizer may train")
+
+    def settings(self) -> Preset:
+        """Return the preset with this pass's options in place."""
+        preset = PRESETS[self.preset]
+        given = {
+            "damping": None if self.damping is None else replace(preset.damping, value=self.damping),
+            "input_decay": self.decay_a,
+            "output_decay": self.decay_g,
+            "refresh_every": self.refresh_every,
+        }
+        return replace(preset, **{key: value for key, value in given.items() if value is not None})
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place.
+
+        Raises UserError for a table that was refused and is not in `allow-fallback`, when there is no
+        table at all, and for r1.7 where the divisor of the loss is unknown.
+        """
+        sites = metadata.read_list(model, "sites", Site)
+        self._check(model, sites)
+        preset = self.settings()
+        emitter = Emitter(model, self.name)
+        draft = Draft(model, emitter, values_by_name(model))
+        scale = self._gradient_scale(model, emitter, draft) if preset.scale_gradients else None
+        for site in sites:
+            self._insert(site, preset, draft, scale, log)
+        draft.settings["preset"] = preset.name
+        draft.settings["shape"] = self.shape
+        draft.save()
+        return emitter.changes
+
+    def _insert(self, site: Site, preset: Preset, draft: Draft, scale: ir.Value | None, log: Log) -> None:
+        result = TableBlock(site, preset, draft, scale).update()
+        with draft.at(draft.emitter.derive(site=site.parameter)):
+            if self.shape == "dense":
+                self._replace_gradient(site, result, draft)
+            else:
+                drop_gradient(draft, site.gradient)
+                rate = draft.learning_rate(
+                    "kfac/lr", LEARNING_RATES[preset.name] if self.lr is None else self.lr
+                )
+                write_table(site, result, rate, draft)
+        log.count("tables")
+
+    def _replace_gradient(self, site: Site, result: RowUpdate, draft: Draft) -> None:
+        emit = draft.emitter.derive(phase=Phase.PRECONDITION)
+        if site.gradient is None:
+            raise AssertionError("find-embeddings accepts no table without a gradient")
+        table = result.update
+        if result.ids is not None:
+            (table,) = draft.op(
+                "ScatterRows",
+                [result.ids, result.update],
+                [Out("preconditioned", FLOAT, [site.vocab_size, site.embedding_dim])],
+                Phase.PRECONDITION,
+                vocab_size=site.vocab_size,
+            )
+        table = from_rows(emit, table, site)
+        old = draft.value(site.gradient)
+        old_name = site.gradient
+        old.name = emit.unique_name(f"{old_name}.unconditioned")
+        cast = ir.DataType.FLOAT if old.dtype is None else old.dtype
+        new = emit.node("Cast", [table], attributes={"to": cast}, name=old_name, dtype=cast, shape=old.shape)
+        new.name = old_name
+        outputs = draft.model.graph.outputs
+        for index, value in enumerate(outputs):
+            if value is old:
+                outputs[index] = new
+        draft.remember(new, old)
+
+    def _check(self, model: ir.Model, sites: list[Site]) -> None:
+        refused = metadata.read_list(model, "refused", Refusal)
+        present = set(values_by_name(model))
+        for name in self.allow_fallback:
+            known = [item.parameter for item in refused]
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise UserError(
+                    f"allow-fallback names '{name}', which was not refused{near}",
+                    help="`scan MODEL` lists the refused parameters",
+                )
+        for item in refused:
+            if item.parameter in present and item.parameter not in self.allow_fallback:
+                raise UserError(
+                    f"parameter '{item.parameter}' is used in a way that no block covers: {item.reason}",
+                    path=item.path,
+                    context=self.name,
+                    help=item.remedy,
+                )
+        if not sites and not self.allow_fallback:
+            raise UserError(
+                "the graph has no embedding table: no operator looks up rows of a trained parameter",
+                context=self.name,
+                help="`scan MODEL` lists the trained parameters, `why MODEL PARAM` what was tried for one",
+            )
+
+    def _gradient_scale(self, model: ir.Model, emitter: Emitter, draft: Draft) -> ir.Value:
+        """Emit c², c being the divisor of a mean loss: G wants gradients of a loss summed over examples."""
+        emit = emitter.derive(phase=Phase.GRADIENTS)
+        if self.grad_scale is not None:
+            return emit.constant(np.float32(self.grad_scale**2), "grad_scale_squared")
+        from kfac_onnx.frontends import emit_divisor
+
+        divisor = emit_divisor(model)
+        if divisor is None:
+            loss = metadata.read(model, "loss", Loss)
+            named = "the loss" if loss is None or loss.value is None else f"the loss '{loss.value}'"
+            raise UserError(
+                f"preset r1.7 needs the number of examples that {named} divides by, and the graph does not show it",
+                context=self.name,
+                help="give it: grad-scale=N, or 1 for a loss that is a sum",
+            )
+        draft.remember(divisor)
+        return emit.node("Mul", [divisor, divisor], name="grad_scale_squared", dtype=FLOAT, shape=[])

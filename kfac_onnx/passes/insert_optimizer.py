@@ -1,0 +1,149 @@
+"""The pass that gives the other parameters an ordinary optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from kfac_onnx import metadata
+from kfac_onnx.metadata import Parameter, Phase, Site
+from kfac_onnx.passes.base import Changes, Pass
+from kfac_onnx.passes.find_embeddings import values_by_name
+from kfac_onnx.passes.insertion.draft import FLOAT, INT64, Draft
+from kfac_onnx.passes.insertion.table import RowUpdate
+from kfac_onnx.passes.insertion.writing import as_float32, drop_gradient, keep_parameter, write_table
+from kfac_onnx.passes.options import opt
+from kfac_onnx.passes.registry import register
+from kfac_onnx.passes.rewriter import Emitter, Out
+
+if TYPE_CHECKING:
+    from kfac_onnx.passes.log import Log
+
+__all__ = ["InsertOptimizer"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class InsertOptimizer(Pass):
+    """Insert sgd, momentum, adam or adagrad for every parameter that has no optimizer yet.
+
+    Reads   `kfac.parameters`, and what earlier passes already update.
+    Adds    per parameter its new value and the optimizer's state, float32 of the parameter's shape
+    Tables  with `parameters=tables` or `all`, embedding tables too, for comparison: sgd and adagrad on
+            the looked-up rows (repeated rows merged), momentum and adam on the whole table.
+    Source  Kingma & Ba 2015, algorithm 1; Duchi et al. 2011, section 1.1. No weight decay.
+    """
+
+    name: ClassVar[str] = "insert-optimizer"
+    method: Literal["sgd", "momentum", "adam", "adagrad"] = opt("adam", "the optimizer")
+    parameters: Literal["rest", "tables", "all"] = opt("rest", "which parameters get it")
+    lr: float = opt(1e-3, "learning rate", lo=0.0)
+    momentum: float = opt(0.9, "weight kept from the old velocity (momentum)", lo=0.0, hi=1.0)
+    beta1: float = opt(0.9, "weight kept from the old first moment (adam)", lo=0.0, hi=1.0)
+    beta2: float = opt(0.999, "weight kept from the old second moment (adam)", lo=0.0, hi=1.0)
+    epsilon: float | None = opt(None, "added to the root: 1e-8 for adam, 1e-10 for adagrad if none", lo=0.0)
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        emitter = Emitter(model, self.name)
+        draft = Draft(model, emitter, values_by_name(model))
+        done = {state.parameter for state in draft.states if state.role == "parameter"}
+        sites = {site.parameter: site for site in metadata.read_list(model, "sites", Site)}
+        for parameter in metadata.read_list(model, "parameters", Parameter):
+            if parameter.name in done or parameter.gradient is None or parameter.name not in draft.values:
+                continue
+            site = sites.get(parameter.name)
+            if (self.parameters == "rest" and site is not None) or (
+                self.parameters == "tables" and site is None
+            ):
+                continue
+            rate = draft.learning_rate("kfac/lr" if self.parameters == "tables" else "kfac/rest_lr", self.lr)
+            with draft.at(emitter.derive(site=parameter.name)):
+                drop_gradient(draft, parameter.gradient)
+                if site is not None and site.dense is None and self.method in ("sgd", "adagrad"):
+                    self._rows(site, rate, draft)
+                else:
+                    self._dense(parameter.name, draft.value(parameter.gradient), rate, draft)
+            log.count("parameters")
+        draft.settings.setdefault("optimizer", {})[self.parameters] = self.method
+        draft.save()
+        return emitter.changes
+
+    def _epsilon(self) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        return 1e-8 if self.method == "adam" else 1e-10
+
+    def _rows(self, site: Site, rate: ir.Value, draft: Draft) -> None:
+        """Plain sgd or adagrad on a table's looked-up rows."""
+        if site.ids is None or site.rows is None:
+            raise AssertionError("find-embeddings marks the ids and rows of every site")
+        ids, rows = draft.value(site.ids), draft.value(site.rows)
+        draft.flag(rows)
+        if self.method == "sgd":
+            write_table(site, RowUpdate(ids, rows, unique=False), rate, draft)
+            return
+        V, D = site.vocab_size, site.embedding_dim
+        outs = [Out("unique_ids", INT64, ["U"]), Out("merged", FLOAT, ["U", D])]
+        ids, rows = draft.op("MergeRows", [ids, rows], outs, Phase.PRECONDITION)
+        old = draft.state(
+            f"kfac/{site.parameter}/acc", FLOAT, [V, D], "zeros", "optimizer", parameter=site.parameter
+        )
+        held = draft.emitter.node(
+            "Gather", [old, ids], name="acc_before", phase=Phase.PRECONDITION, dtype=FLOAT, shape=["U", D]
+        )
+        draft.remember(held)
+        outs = [Out("update", FLOAT, ["U", D]), Out("acc", FLOAT, ["U", D])]
+        update, new = draft.op(
+            "RowElementAdagrad", [rows, held], outs, Phase.PRECONDITION, epsilon=self._epsilon()
+        )
+        draft.flag(update, new)
+        (written,) = draft.op("WriteRows", [old, ids, new], [Out("acc", FLOAT, [V, D])], Phase.COMMIT)
+        node = written.producer()
+        if node is not None:
+            draft.guard(node, 2, held)
+        draft.write(old, written, Phase.COMMIT)
+        write_table(site, RowUpdate(ids, update, unique=True), rate, draft)
+
+    def _dense(self, name: str, gradient: ir.Value, rate: ir.Value, draft: Draft) -> None:
+        emit = draft.emitter.derive(phase=Phase.PRECONDITION)
+        weight = draft.parameter(name)
+        W, g = as_float32(emit, weight, "W"), as_float32(emit, gradient, "g")
+        shape = [int(dim) for dim in (weight.shape or ()) if isinstance(dim, int)]
+        draft.flag(g)
+
+        def moment(what: str) -> ir.Value:
+            return draft.state(f"kfac/{name}/{what}", FLOAT, shape, "zeros", "optimizer", parameter=name)
+
+        def made(*names: str) -> list[Out]:
+            return [Out(item, FLOAT, shape) for item in names]
+
+        phase = Phase.PRECONDITION
+        match self.method:
+            case "sgd":
+                (new,) = draft.op("Sgd", [W, g, rate], made("new"), phase)
+            case "momentum":
+                v = moment("velocity")
+                new, new_v = draft.op(
+                    "Momentum", [W, g, v, rate], made("new", "velocity"), phase, mu=self.momentum
+                )
+                draft.keep(v, new_v, phase)
+            case "adam":
+                m, v = moment("m"), moment("v")
+                inputs = [W, g, m, v, draft.step_number(), rate]
+                betas = {"beta1": self.beta1, "beta2": self.beta2, "epsilon": self._epsilon()}
+                new, new_m, new_v = draft.op("Adam", inputs, made("new", "m", "v"), phase, **betas)
+                draft.keep(m, new_m, phase)
+                draft.keep(v, new_v, phase)
+                draft.flag(new_v)
+            case "adagrad":
+                acc = moment("acc")
+                inputs = [W, g, acc, rate]
+                new, new_acc = draft.op("Adagrad", inputs, made("new", "acc"), phase, epsilon=self._epsilon())
+                draft.keep(acc, new_acc, phase)
+                draft.flag(new_acc)
+        draft.flag(new)
+        keep_parameter(draft, weight, new)

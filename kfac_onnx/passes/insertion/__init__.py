@@ -1,0 +1,1 @@
+"""What the inserting passes share: the draft of the step, and the nodes of one table."""

@@ -1,0 +1,128 @@
+"""Writes an update into a parameter: rows in place, or a whole tensor in two buffers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from kfac_onnx.metadata import Phase, Site
+from kfac_onnx.passes.insertion.draft import FLOAT, INT64, Draft
+from kfac_onnx.passes.insertion.table import RowUpdate, from_rows, to_rows
+from kfac_onnx.passes.rewriter import Out
+
+if TYPE_CHECKING:
+    from kfac_onnx.passes.rewriter import Emitter
+
+__all__ = ["as_float32", "drop_gradient", "keep_parameter", "write_table"]
+
+_APPLY = {"rows": "ApplyRows", "columns": "ApplyColumns", "flat": "ApplyFlat"}
+
+
+def drop_gradient(draft: Draft, name: str | None) -> None:
+    """Take a gradient out of the graph's outputs: the step uses it, nobody else needs it."""
+    outputs = draft.model.graph.outputs
+    for value in [value for value in outputs if value.name == name]:
+        outputs.remove(value)
+        draft.emitter.count(removed=1)
+
+
+def as_float32(emit: Emitter, value: ir.Value, name: str) -> ir.Value:
+    """Return a value as float32."""
+    if value.dtype == FLOAT:
+        return value
+    return emit.node("Cast", [value], attributes={"to": FLOAT}, name=name, dtype=FLOAT, shape=value.shape)
+
+
+def keep_parameter(draft: Draft, weight: ir.Value, new: ir.Value) -> None:
+    """Make float32 `new` the parameter's next value, in the parameter's own dtype."""
+    if weight.dtype is not None and weight.dtype != FLOAT:
+        emit = draft.emitter.derive(phase=Phase.PRECONDITION)
+        new = emit.node(
+            "Cast", [new], attributes={"to": weight.dtype}, name="new", dtype=weight.dtype, shape=weight.shape
+        )
+    draft.keep(weight, new, Phase.PRECONDITION)
+
+
+def write_table(site: Site, result: RowUpdate, rate: ir.Value, draft: Draft) -> None:
+    """Emit W ← W − lr · update: a scatter in the commit phase, or a whole-table step for tied tables."""
+    weight = draft.parameter(site.parameter)
+    emit = draft.emitter.derive(phase=Phase.PRECONDITION)
+    if result.ids is None:
+        _write_whole(site, result.update, weight, rate, draft)
+        return
+    if weight.dtype == FLOAT:
+        (written,) = draft.op(
+            _APPLY[site.layout],
+            [weight, result.ids, result.update, rate],
+            [Out("written", FLOAT, weight.shape)],
+            Phase.COMMIT,
+        )
+        _in_place(draft, weight, written, None)
+        return
+    if site.layout != "rows":
+        shape = [site.vocab_size, site.embedding_dim]
+        (table,) = draft.op(
+            "ScatterRows",
+            [result.ids, result.update],
+            [Out("scattered", FLOAT, shape)],
+            Phase.PRECONDITION,
+            vocab_size=site.vocab_size,
+        )
+        _write_whole(site, table, weight, rate, draft)
+        return
+    # A half-precision table: repeated rows are summed in float32 and rounded once.
+    ids, update = result.ids, result.update
+    if not result.unique:
+        outs = [Out("unique_ids", INT64, ["U"]), Out("merged", FLOAT, ["U", site.embedding_dim])]
+        ids, update = draft.op("MergeRows", [ids, update], outs, Phase.PRECONDITION)
+    before = emit.node("Gather", [weight, ids], name="rows_before", dtype=weight.dtype, shape=update.shape)
+    draft.remember(before)
+    (after,) = draft.op(
+        "Sgd",
+        [as_float32(emit, before, "rows_before"), update, rate],
+        [Out("rows_after", FLOAT, update.shape)],
+        Phase.PRECONDITION,
+    )
+    rounded = emit.node(
+        "Cast",
+        [after],
+        attributes={"to": weight.dtype},
+        name="rows_after",
+        dtype=weight.dtype,
+        shape=update.shape,
+    )
+    draft.flag(rounded)
+    (written,) = draft.op(
+        "WriteRows", [weight, ids, rounded], [Out("written", weight.dtype, weight.shape)], Phase.COMMIT
+    )
+    _in_place(draft, weight, written, before)
+
+
+def _in_place(draft: Draft, weight: ir.Value, written: ir.Value, fallback: ir.Value | None) -> None:
+    node = written.producer()
+    if node is not None:
+        draft.guard(node, 2, fallback)
+    draft.write(weight, written, Phase.COMMIT)
+
+
+def _write_whole(site: Site, update: ir.Value, weight: ir.Value, rate: ir.Value, draft: Draft) -> None:
+    emit = draft.emitter.derive(phase=Phase.PRECONDITION)
+    table = (
+        to_rows(emit, weight, site)
+        if weight.dtype == FLOAT
+        else to_rows(emit, as_float32(emit, weight, "W"), site)
+    )
+    (new,) = draft.op(
+        "Sgd",
+        [table, update, rate],
+        [Out("new", FLOAT, [site.vocab_size, site.embedding_dim])],
+        Phase.PRECONDITION,
+    )
+    keep_parameter(draft, weight, from_rows(emit, new, site))
+
+
+def zeros_like(emit: Emitter, dtype: ir.DataType) -> ir.Value:
+    """Return the scalar zero of a dtype, for a `Where`."""
+    return emit.constant(np.zeros((), dtype.numpy()), "nothing")

@@ -128,11 +128,19 @@ class Plan:
     source: Source
 
 
-def _drop_selects(items: Iterable[Item]) -> tuple[list[Item], dict[str, str]]:
-    """Remove `select` nodes; return the rest, and for each removed output the new value it stood for."""
+def _drop_selects(items: Iterable[Item], ok: str) -> tuple[list[Item], dict[str, str]]:
+    """Remove the nodes that look at `ok`, which the host decides; return the rest and what outputs stood for.
+
+    A `select` node stands for its new value. In the undo phase `ok` is false, so that a `Where(ok, a, b)` there
+    stands for b: an undo must also be possible when the step stopped before `a` was made.
+    """
     kept: list[Item] = []
     stands_for: dict[str, str] = {}
     for item in items:
+        if item.phase == Phase.UNDO and item.node.op_type == "Where" and item.node.input[0] == ok:
+            old = item.node.input[2]
+            stands_for[item.makes[0]] = stands_for.get(old, old)
+            continue
         if item.phase == Phase.SELECT:
             if item.node.op_type not in ("Where", "Identity") or len(item.makes) != 1:
                 message = f"node '{item.node.name}' of phase select is a {item.node.op_type}, not a Where"
@@ -272,7 +280,7 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
         raise VerifyError(message)
     states = tuple(metadata.read_list(model, "state", State))
     source = read_source(model)
-    items, stands_for = _drop_selects(source.items)
+    items, stands_for = _drop_selects(source.items, step.ok)
     candidates = {state.input: stands_for.get(state.candidate, state.candidate) for state in states}
     versions: dict[str, str] = {}
     for state in states:

@@ -146,6 +146,22 @@ def with_functions(source: Source, functions: Mapping[str, ir.Function]) -> Sour
     return dataclasses.replace(source, functions=table)
 
 
+def _info(source: Source, name: str) -> onnx.ValueInfoProto:
+    """Return what is known of a value. Names of dimensions are kept for the whole model's own inputs only:
+
+    there users chose them; between stages equal names would promise ONNX Runtime equal sizes.
+    """
+    known = source.types.get(name)
+    if known is None:
+        return onnx.ValueInfoProto(name=name)
+    info = onnx.ValueInfoProto()
+    info.CopyFrom(known)
+    if name not in source.inputs:
+        for dim in info.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    return info
+
+
 def build_model(
     source: Source,
     nodes: Sequence[onnx.NodeProto],
@@ -177,9 +193,8 @@ def build_model(
             copied.name = read
             graph.initializer.append(copied)
         else:
-            graph.input.append(source.types.get(read, onnx.ValueInfoProto(name=read)))
-    for output in outputs:
-        graph.output.append(source.types.get(output, onnx.ValueInfoProto(name=output)))
+            graph.input.append(_info(source, read))
+    graph.output.extend(_info(source, output) for output in outputs)
     functions = _used_functions(nodes, source.functions)
     model = onnx.ModelProto(ir_version=source.ir_version, producer_name="kfac-onnx", graph=graph)
     model.functions.extend(functions.values())

@@ -80,7 +80,7 @@ def _fill_types(model: onnx.ModelProto, types: Mapping[str, tuple[int, tuple[obj
     for value in model.graph.input:
         if not value.type.tensor_type.elem_type and value.name in types:
             element, shape = types[value.name]
-            dims = [size if isinstance(size, (int, str)) else None for size in shape]
+            dims = [size if isinstance(size, int) else None for size in shape]
             # ONNX Runtime reports no dimensions for a scalar and for an unknown shape alike.
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, element, dims or None))
 

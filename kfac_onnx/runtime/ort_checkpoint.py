@@ -7,11 +7,15 @@ here; numbers are field positions in each table:
     ModuleState  0 requires_grad_params   1 frozen_params   (vectors of Tensor)
     Tensor       0 name   1 doc   2 dims (int64)   3 data_type (int32, ONNX's)   4 raw_data (bytes)
                  6 external_data_offset (int64), then the data lies in `<file>.data`
+
+A flatbuffer table starts with the distance back to its list of field offsets; offsets inside a table lead
+forward, to a string or vector that starts with its length.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,37 +25,70 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.tensors import numpy_dtype
 
 if TYPE_CHECKING:
-    from flatbuffers.table import Table
+    from collections.abc import Iterator
 
 __all__ = ["read_ort_checkpoint"]
 
 IDENTIFIER: Final = b"ODTC"
 
 
-def _field(table: Table, position: int) -> int:
-    """Return the absolute place of a field, 0 where the table leaves it out."""
-    offset = table.Offset(4 + 2 * position)
-    return 0 if offset == 0 else offset + table.Pos
+@dataclass(frozen=True)
+class _Table:
+    """A table at a byte position; every read outside the data raises struct.error."""
+
+    data: bytes
+    place: int
+
+    def number(self, kind: str, place: int) -> int:
+        value: int = struct.unpack_from(f"<{kind}", self.data, place)[0]
+        return value
+
+    def field(self, position: int) -> int:
+        """Return where a field lies, 0 where the table leaves it out."""
+        names = self.place - self.number("i", self.place)
+        entry = 4 + 2 * position
+        if entry >= self.number("H", names):
+            return 0
+        offset = self.number("H", names + entry)
+        return self.place + offset if offset else 0
+
+    def vector(self, position: int) -> tuple[int, int]:
+        """Return where a vector's first element lies and how many there are."""
+        place = self.field(position)
+        if not place:
+            return 0, 0
+        start = place + self.number("I", place)
+        return start + 4, self.number("I", start)
+
+    def raw(self, position: int) -> bytes:
+        """Return a vector of bytes or a string."""
+        first, count = self.vector(position)
+        return self.data[first : first + count]
+
+    def table(self, place: int) -> _Table:
+        """Return the table that the offset at `place` leads to."""
+        return _Table(self.data, place + self.number("I", place))
+
+    def tables(self, position: int) -> Iterator[_Table]:
+        """Yield the tables of a vector of tables."""
+        first, count = self.vector(position)
+        for index in range(count):
+            yield self.table(first + 4 * index)
 
 
-def _array(table: Table, data_file: Path) -> tuple[str, np.ndarray]:
-    from flatbuffers import number_types
-
-    name = bytes(table.String(_field(table, 0))).decode()
-    dims_at, type_at, raw_at, external_at = (_field(table, position) for position in (2, 3, 4, 6))
-    start = table.Vector(dims_at - table.Pos) if dims_at else 0
-    count = table.VectorLen(dims_at - table.Pos) if dims_at else 0
-    dims = struct.unpack_from(f"<{count}q", table.Bytes, start)
-    dtype = numpy_dtype(int(table.Get(number_types.Int32Flags, type_at)))
+def _array(table: _Table, data_file: Path) -> tuple[str, np.ndarray]:
+    name = table.raw(0).decode()
+    first, count = table.vector(2)
+    dims = struct.unpack_from(f"<{count}q", table.data, first)
+    dtype = numpy_dtype(table.number("i", table.field(3)))
     size = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
-    if external_at:
-        place = int(table.Get(number_types.Int64Flags, external_at))
+    external = table.field(6)
+    if external:
         with data_file.open("rb") as file:
-            file.seek(place)
+            file.seek(table.number("q", external))
             raw = file.read(size)
     else:
-        first = table.Vector(raw_at - table.Pos)
-        raw = bytes(table.Bytes[first : first + table.VectorLen(raw_at - table.Pos)])
+        raw = table.raw(4)
     if len(raw) != size:
         raise ValueError(f"tensor '{name}' holds {len(raw)} bytes instead of {size}")
     return name, np.frombuffer(raw, dtype).reshape(dims).copy()
@@ -62,24 +99,14 @@ def read_ort_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises UserError when the file is no such checkpoint, or damaged.
     """
-    from flatbuffers.table import Table
-
     data = Path(path).read_bytes()
     if data[4:8] != IDENTIFIER:
         raise UserError(f"'{path}' is not an ONNX Runtime training checkpoint")
-    result: dict[str, np.ndarray] = {}
     try:
-        root = Table(data, struct.unpack_from("<I", data, 0)[0])
-        module = Table(data, root.Indirect(_field(root, 1)))
-        for position in (0, 1):
-            place = _field(module, position)
-            if not place:
-                continue
-            first = module.Vector(place - module.Pos)
-            for index in range(module.VectorLen(place - module.Pos)):
-                tensor = Table(data, module.Indirect(first + 4 * index))
-                name, array = _array(tensor, Path(f"{path}.data"))
-                result[name] = array
-    except (struct.error, IndexError, ValueError, TypeError, OSError, KeyError) as e:
+        file = _Table(data, 0)
+        root = file.table(0)
+        module = root.table(root.field(1))
+        tensors = [*module.tables(0), *module.tables(1)]
+        return dict(_array(tensor, Path(f"{path}.data")) for tensor in tensors)
+    except (struct.error, ValueError, TypeError, OSError, KeyError) as e:
         raise UserError(f"'{path}' is a damaged ONNX Runtime training checkpoint: {e}") from e
-    return result

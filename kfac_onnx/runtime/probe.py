@@ -55,16 +55,14 @@ def in_place_problem(
 
 def _model(operator: str, reduction: str) -> onnx.ModelProto:
     value, types = onnx.helper.make_tensor_value_info, onnx.TensorProto
-    attributes = {"axis": 0} if operator == "ScatterElements" else {}
-    node = onnx.helper.make_node(
-        operator, ["table", "ids", "rows"], ["new"], reduction=reduction, **attributes
-    )
+    columns = WIDTH if operator == "ScatterElements" else 1
+    node = onnx.helper.make_node(operator, ["table", "ids", "rows"], ["new"], reduction=reduction)
     graph = onnx.helper.make_graph(
         [node],
         "probe",
         [
             value("table", types.FLOAT, [ROWS, WIDTH]),
-            value("ids", types.INT64, ["n", WIDTH if attributes else 1]),
+            value("ids", types.INT64, ["n", columns]),
             value("rows", types.FLOAT, ["n", WIDTH]),
         ],
         [value("new", types.FLOAT, [ROWS, WIDTH])],

@@ -90,7 +90,7 @@ def parse(text: str) -> Schedule:
     Raises UserError for an unknown kind or option, or a value that is no number.
     """
     name, _, rest = text.strip().partition(":")
-    kind = next((kind for kind in KINDS if kind == name), None)
+    kind: Kind | None = next((kind for kind in KINDS if kind == name), None)
     if kind is None:
         message = f"unknown schedule '{name}'{did_you_mean(name, KINDS)}"
         raise UserError(message, help=f"schedules are {', '.join(KINDS)}")
@@ -107,6 +107,5 @@ def parse(text: str) -> Schedule:
             message = f"option '{option}' of schedule '{name}' must be a number, got '{value}'"
             raise UserError(message) from e
     steps = values.get("steps")
-    return Schedule(
-        kind, int(values.get("warmup", 0)), None if steps is None else int(steps), values.get("final", 0.0)
-    )
+    horizon = None if steps is None else int(steps)
+    return Schedule(kind, int(values.get("warmup", 0)), horizon, values.get("final", 0.0))

@@ -40,7 +40,7 @@ def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
-        return dict(load_file(path))
+        return dict(load_file(str(path)))  # pyright: ignore[reportUnknownVariableType]  its PathLike has no parameter
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"'{path}' is not a readable .safetensors file: {first_line(e)}") from e
 

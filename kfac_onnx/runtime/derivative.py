@@ -1,0 +1,153 @@
+"""A training graph's loss as a function of its parameters, and the gradients that the graph computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.runtime.double import in_double, only_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["LossFunction", "graph_gradients", "open_loss"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Arithmetic = Literal["float64", "float32"]
+_ARITHMETICS: Final[tuple[tuple[Arithmetic, type[np.floating[Any]]], ...]] = (
+    ("float64", np.float64),
+    ("float32", np.float32),
+)
+
+
+@dataclass(frozen=True)
+class LossFunction:
+    """The loss as a function of one parameter at a time, the others at their values."""
+
+    session: ort.InferenceSession
+    feeds: dict[str, Array]
+    arithmetic: Arithmetic
+
+    def at(self, name: str, value: Array) -> float:
+        """Return the loss with this value of one parameter."""
+        dtype = self.feeds[name].dtype
+        return float(self.session.run(None, {**self.feeds, name: value.astype(dtype)})[0])
+
+
+def _open(proto: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _bake(proto: onnx.ModelProto, values: Mapping[str, Array]) -> None:
+    """Make values initializers, in place of the inputs and initializers of their names."""
+    graph = proto.graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in values]
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in values]
+    for name, array in values.items():
+        dtype = ir.DataType(kinds[name]).numpy()
+        tensors.append(ir.to_proto(ir.tensor(array.astype(dtype), name=name)))
+    del graph.input[:], graph.initializer[:]
+    graph.input.extend(inputs)
+    graph.initializer.extend(tensors)
+
+
+def graph_gradients(
+    proto: onnx.ModelProto,
+    loss: str,
+    gradients: Mapping[str, str],
+    values: Mapping[str, Array],
+    feeds: Mapping[str, Array],
+) -> dict[str, Array]:
+    """Return each parameter's gradient as the graph computes it, as float64.
+
+    Raises UserError when the graph cannot be run or gives another loss each time.
+    """
+    names = list(gradients.values())
+    graph = only_for(proto, dict.fromkeys([loss, *names]))
+    _bake(graph, {name: value for name, value in values.items() if name in _named(graph)})
+    outputs: list[str] = []
+    for number, name in enumerate([loss, *names]):  # bfloat16 has no NumPy form in ONNX Runtime
+        outputs.append(f"as_double_{number}")
+        graph.graph.node.append(
+            onnx.helper.make_node("Cast", [name], [outputs[-1]], to=onnx.TensorProto.DOUBLE)
+        )
+        graph.graph.output.append(
+            onnx.helper.make_tensor_value_info(outputs[-1], onnx.TensorProto.DOUBLE, None)
+        )
+    used = _named(graph)
+    given = {name: array for name, array in feeds.items() if name in used}
+    try:
+        session = _open(graph)
+        first, *found = session.run(outputs, given)
+        (second,) = session.run(outputs[:1], given)
+    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        raise UserError(f"the graph cannot be run on this batch: {first_line(e)}") from e
+    if not np.array_equal(first, second):
+        raise UserError(
+            "the graph's loss is random, so its gradients cannot be checked",
+            help="export it without dropout",
+        )
+    return dict(zip(gradients, found, strict=True))
+
+
+def _named(proto: onnx.ModelProto) -> set[str]:
+    return {value.name for value in (*proto.graph.input, *proto.graph.initializer)}
+
+
+def open_loss(
+    proto: onnx.ModelProto,
+    loss: str,
+    names: Sequence[str],
+    values: Mapping[str, Array],
+    feeds: Mapping[str, Array],
+) -> LossFunction:
+    """Return the loss as a function; in float64 where ONNX Runtime can.
+
+    Raises UserError when it runs neither way.
+    """
+    graph = only_for(proto, [loss])
+    constants = {name: array for name, array in values.items() if name not in names and name in _named(graph)}
+    _bake(graph, constants)
+    tensors = [tensor for tensor in graph.graph.initializer if tensor.name not in names]
+    known = {value.name for value in graph.graph.input}
+    for tensor in graph.graph.initializer:
+        if tensor.name in names and tensor.name not in known:
+            graph.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(tensors)
+    used = {value.name for value in graph.graph.input}
+    trained = {name: values[name] for name in names if name in used}
+    batch = {name: array for name, array in feeds.items() if name in used}
+    last: Exception | None = None
+    for arithmetic, dtype in _ARITHMETICS:
+        wide = arithmetic == "float64"
+        try:
+            session = _open(in_double(graph) if wide else graph)
+            ready = {name: _as(array, dtype) for name, array in trained.items()}
+            ready |= {name: _as(array, np.float64) if wide else array for name, array in batch.items()}
+            session.run(None, ready)
+        except Exception as e:  #  ONNX Runtime's exceptions share no class of their own
+            last = e
+            continue
+        return LossFunction(session, ready, arithmetic)
+    raise UserError(
+        f"the graph's loss cannot be run on this batch: {first_line(last)}" if last else ""
+    ) from last
+
+
+def _as(array: Array, dtype: type[np.floating[Any]]) -> Array:
+    """Return a float array in another float type, and anything else as it is."""
+    whole = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
+    return array if whole else array.astype(dtype)

@@ -1,0 +1,106 @@
+"""A graph in float64: the same operators with every float widened, for checks that need more digits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["in_double", "only_for"]
+
+_NARROW: Final = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_TYPE_ATTRIBUTES: Final = {
+    "Cast": "to",
+    "EyeLike": "dtype",
+    "RandomNormal": "dtype",
+    "RandomUniform": "dtype",
+}
+
+
+def only_for(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
+    """Return a copy of the model with these outputs alone, and only the nodes that they need."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = copy.graph
+    needed = set(outputs)
+    known = {value.name: value for value in (*graph.output, *graph.value_info, *graph.input)}
+    chosen = [known.get(name, onnx.ValueInfoProto(name=name)) for name in outputs]
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(_reads(node))
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    del graph.output[:]
+    graph.output.extend(chosen)
+    inputs = [value for value in graph.input if value.name in needed]
+    initializers = [tensor for tensor in graph.initializer if tensor.name in needed]
+    del graph.input[:], graph.initializer[:]
+    graph.input.extend(inputs)
+    graph.initializer.extend(initializers)
+    return copy
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Return the names that a node reads, its sub-graphs' included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            names.update(value.name for value in graph.output)
+            for inner in graph.node:
+                names |= _reads(inner)
+    return names
+
+
+def in_double(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which every float tensor is float64.
+
+    Operators that ONNX Runtime has in narrower types only make the copy fail to load there.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    _widen_graph(copy.graph)
+    return copy
+
+
+def _widen_graph(graph: onnx.GraphProto) -> None:
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type in _NARROW:
+            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                _widen_tensor(attribute.t)
+            if attribute.HasField("g"):
+                _widen_graph(attribute.g)
+            for inner in attribute.graphs:
+                _widen_graph(inner)
+            if attribute.name == _TYPE_ATTRIBUTES.get(node.op_type) and attribute.i in _NARROW:
+                attribute.i = onnx.TensorProto.DOUBLE
+        if node.op_type == "Constant":
+            _widen_constant(node)
+
+
+def _widen_constant(node: onnx.NodeProto) -> None:
+    """Turn a `Constant` of Python floats, which is float32, into one of a float64 tensor."""
+    (attribute,) = node.attribute
+    if attribute.name in ("value_float", "value_floats"):
+        found = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+        tensor = numpy_helper.from_array(np.asarray(found, np.float64))
+        del node.attribute[:]
+        node.attribute.append(onnx.helper.make_attribute("value", tensor))
+
+
+def _widen_tensor(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type in _NARROW:
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), name))

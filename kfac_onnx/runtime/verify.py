@@ -1,0 +1,213 @@
+"""Is each gradient of a training graph the gradient of its loss? Checked by finite differences.
+
+For a parameter W with gradient g, and a direction v over W's entries (a row that the graph means to drop,
+`padding_idx`, stays still):
+
+    found    = <g, v>
+    expected = (loss(W + h v) - loss(W - h v)) / (2 h)
+    error    = |found - expected| / max(|found|, |expected|, |g|)        entries of v have size 1
+
+Two directions are tried, along g (a wrong scale shows) and a random one (a missing part shows), and the
+larger error counts. The loss runs in float64 where ONNX Runtime has its operators in float64, else in
+float32 with a longer step and a tolerance that allows for rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from kfac_onnx import metadata
+from kfac_onnx.errors import UserError
+from kfac_onnx.metadata import Loss, Parameter, Site
+from kfac_onnx.runtime.batches import BatchInput, checked_batch
+from kfac_onnx.runtime.derivative import graph_gradients, open_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import onnx
+
+    from kfac_onnx.runtime.derivative import LossFunction
+
+__all__ = ["GradientCheck", "verify_gradients"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Status = Literal["ok", "wrong", "unclear", "skipped"]
+
+_STEP: Final = {"float64": 1e-4, "float32": 1e-2}
+"""h, times the root mean square of W: truncation is h² of the third derivative, rounding eps·loss/h."""
+_TOLERANCE: Final = {"FLOAT": 2e-3, "DOUBLE": 1e-6, "FLOAT16": 3e-2, "BFLOAT16": 1e-1}
+"""What the graph's own arithmetic may lose, by the dtype of the parameter."""
+_UNCLEAR: Final = 0.1
+"""A tolerance above this says nothing."""
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """The verdict on one parameter. `error` and `tolerance` are relative; `why` explains all but `ok`."""
+
+    parameter: str
+    gradient: str | None
+    status: Status
+    error: float | None
+    tolerance: float | None
+    arithmetic: Literal["float64", "float32"]
+    why: str = ""
+
+
+def verify_gradients(
+    model: ir.Model,
+    batch: Mapping[str, Array],
+    *,
+    parameters: Mapping[str, Array] | None = None,
+    sites: Iterable[Site] = (),
+    seed: int = 0,
+) -> list[GradientCheck]:
+    """Return a verdict on each trained parameter of a canonical training graph.
+
+    Args:
+        model: as `read_training_graph` returns it; not changed.
+        batch: one batch by input name.
+        parameters: values of parameters and constants that the graph takes as inputs.
+        sites: the tables, for their padding rows.
+        seed: of the random directions.
+
+    Raises:
+        UserError: a value is missing, the batch does not fit, the graph has no loss, or it is random.
+
+    """
+    loss = metadata.read(model, "loss", Loss)
+    if loss is None or loss.value is None:
+        raise UserError(
+            "the graph has no loss, so its gradients cannot be checked", help="name it with --loss"
+        )
+    pairs = metadata.read_list(model, "parameters", Parameter)
+    proto = ir.to_proto(model)
+    values = _values(model, pairs, parameters or {})
+    fed = checked_batch(batch, _batch_inputs(proto, values))
+    arrays = {name: value for name, value in fed.items() if isinstance(value, np.ndarray)}
+    named = {pair.name: pair.gradient for pair in pairs if pair.gradient is not None}
+    gradients = graph_gradients(proto, loss.value, named, values, arrays)
+    evaluate = open_loss(proto, loss.value, [pair.name for pair in pairs], values, arrays)
+    rng = np.random.default_rng(seed)
+    padding = {site.parameter: site for site in sites if site.padding_idx is not None}
+    return [
+        _check(pair, values[pair.name], gradients.get(pair.name), evaluate, padding.get(pair.name), rng)
+        for pair in pairs
+    ]
+
+
+def _values(model: ir.Model, pairs: Iterable[Parameter], given: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the value of every parameter and constant: given ones first, then the graph's own.
+
+    Raises UserError for a parameter without a value, or of another shape.
+    """
+    values: dict[str, Array] = {}
+    for pair in pairs:
+        if pair.name in given:
+            values[pair.name] = np.asarray(given[pair.name])
+        elif pair.name in model.graph.initializers:
+            tensor = model.graph.initializers[pair.name].const_value
+            if tensor is not None:
+                values[pair.name] = tensor.numpy()
+        if pair.name not in values:
+            raise UserError(
+                f"the parameter '{pair.name}' has no value", help="give it with --parameters FILE"
+            )
+        if values[pair.name].shape != pair.shape:
+            raise UserError(
+                f"the value of parameter '{pair.name}' has shape {list(values[pair.name].shape)}, "
+                f"but the graph wants {list(pair.shape)}"
+            )
+    inputs = {str(value.name) for value in model.graph.inputs}
+    values |= {name: np.asarray(value) for name, value in given.items() if name in inputs}
+    return values
+
+
+def _batch_inputs(proto: onnx.ModelProto, values: Mapping[str, Array]) -> list[BatchInput]:
+    held = {tensor.name for tensor in proto.graph.initializer}
+    return [
+        BatchInput(value.name, value.type.tensor_type.elem_type, _dims(value.type.tensor_type))
+        for value in proto.graph.input
+        if value.name not in values and value.name not in held
+    ]
+
+
+def _dims(kind: onnx.TypeProto.Tensor) -> tuple[int | str | None, ...] | None:
+    if not kind.HasField("shape"):
+        return None
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
+    )
+
+
+def _check(
+    pair: Parameter,
+    value: Array,
+    gradient: Array | None,
+    loss: LossFunction,
+    padded: Site | None,
+    rng: np.random.Generator,
+) -> GradientCheck:
+    def verdict(status: Status, error: float | None, tolerance: float | None, why: str = "") -> GradientCheck:
+        return GradientCheck(pair.name, pair.gradient, status, error, tolerance, loss.arithmetic, why)
+
+    if gradient is None:
+        return verdict("skipped", None, None, "the graph has no gradient of it")
+    if gradient.shape != value.shape:
+        return verdict(
+            "wrong", None, None, f"its gradient has shape {list(gradient.shape)}, not {list(value.shape)}"
+        )
+    if not np.isfinite(gradient).all():
+        return verdict("wrong", None, None, "its gradient is not finite on this batch")
+    if pair.name not in loss.feeds:
+        zero = not gradient.any()
+        return verdict(
+            "ok" if zero else "wrong", None, None, "" if zero else "the loss does not depend on it"
+        )
+    start = value.astype(np.float64)
+    scale = _STEP[loss.arithmetic] * max(float(np.sqrt(np.mean(start**2))) if start.size else 0.0, 1e-3)
+    norm = float(np.linalg.norm(gradient))
+    random: Array = np.asarray(rng.normal(size=start.shape))
+    if padded is not None:
+        _hold_still(random, padded)
+    directions: list[Array] = [random] if norm == 0.0 else [gradient * (np.sqrt(start.size) / norm), random]
+    error = 0.0
+    for direction in directions:
+        middle = loss.at(pair.name, start)
+        up, down = (
+            loss.at(pair.name, start + scale * direction),
+            loss.at(pair.name, start - scale * direction),
+        )
+        expected, found = (up - down) / (2 * scale), float(np.vdot(gradient, direction))
+        size = max(abs(expected), abs(found), norm, abs(middle) * 1e-12 / scale, 1e-30)
+        error = max(error, abs(found - expected) / size)
+    tolerance = _TOLERANCE.get(
+        pair.dtype.upper().replace("FLOAT32", "FLOAT").replace("FLOAT64", "DOUBLE"), 2e-3
+    )
+    if loss.arithmetic == "float32":
+        rounding = 8 * float(np.finfo(np.float32).eps) * abs(loss.at(pair.name, start)) / scale
+        tolerance = max(tolerance, 5e-3) + rounding / max(norm, 1e-30)
+    if error <= tolerance:
+        unclear = tolerance > _UNCLEAR
+        why = "float32 has too few digits for this parameter" if unclear else ""
+        return verdict("unclear" if unclear else "ok", error, tolerance, why)
+    return verdict("wrong", error, tolerance, "it is not the gradient of the loss")
+
+
+def _hold_still(direction: Array, site: Site) -> None:
+    """Set the padding row of a table to 0, in the layout in which the parameter stores it."""
+    row = site.padding_idx
+    if row is None:
+        return
+    match site.layout:
+        case "rows":
+            direction[row] = 0.0
+        case "columns":
+            direction[:, row] = 0.0
+        case "flat":
+            direction[row * site.embedding_dim : (row + 1) * site.embedding_dim] = 0.0

@@ -1,1 +1,61 @@
-"""The embedding block of K-FAC: factors, blocks, presets."""
+"""The embedding block of K-FAC: the original's interface over symbolic ONNX tensors, and the presets.
+
+```python
+collection = LayerCollection()
+block = collection.register_embedding(table, ids, outputs)       # ir.Values of a graph under construction
+block.instantiate_factors([[gradients]], damping=1e-3)           # [source][tower]
+session = FisherSession(collection, ema_decay=0.95)
+session.covariance_update({"ids": ..., "gradients": ...})
+session.inverse_update()
+session.multiply_inverse(block, (indices, values))
+```
+"""
+
+from __future__ import annotations
+
+from kfac_onnx.fisher.blocks import (
+    EmbeddingKFACFB,
+    EmbeddingKFACMultiIndepFB,
+    FisherBlock,
+    KroneckerProductFB,
+)
+from kfac_onnx.fisher.errors import FisherIndexError, FisherKeyError, FisherTypeError, FisherValueError
+from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor
+from kfac_onnx.fisher.layer_collection import AUTO_REUSE, LayerCollection
+from kfac_onnx.fisher.output_factor import FullyConnectedKroneckerFactor
+from kfac_onnx.fisher.presets import ADAGRAD, ADAPTIVE, HALF, PRESETS, R17, Damping, Preset, find_preset
+from kfac_onnx.fisher.session import FisherSession
+from kfac_onnx.fisher.settings import FactorSettings, settings_of
+from kfac_onnx.fisher.symbols import HostPower, SparseRows, Update, Variable, constant, placeholder
+
+__all__ = [
+    "ADAGRAD",
+    "ADAPTIVE",
+    "AUTO_REUSE",
+    "HALF",
+    "PRESETS",
+    "R17",
+    "Damping",
+    "EmbeddingInputKroneckerFactor",
+    "EmbeddingKFACFB",
+    "EmbeddingKFACMultiIndepFB",
+    "FactorSettings",
+    "FisherBlock",
+    "FisherIndexError",
+    "FisherKeyError",
+    "FisherSession",
+    "FisherTypeError",
+    "FisherValueError",
+    "FullyConnectedKroneckerFactor",
+    "HostPower",
+    "KroneckerProductFB",
+    "LayerCollection",
+    "Preset",
+    "SparseRows",
+    "Update",
+    "Variable",
+    "constant",
+    "find_preset",
+    "placeholder",
+    "settings_of",
+]

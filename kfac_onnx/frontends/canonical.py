@@ -11,13 +11,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.copies import undo_stale_copies
-from kfac_onnx.frontends.interface import READERS, Interface
+from kfac_onnx.frontends.interface import READERS, Interface, is_float
 from kfac_onnx.frontends.load import Exported, load
 from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidates
 from kfac_onnx.frontends.lowering import lower_training_operators
-from kfac_onnx.frontends.pairing import Pairing, find_value, pair
+from kfac_onnx.frontends.pairing import Pairing, find_value, pair, parameter_of
 from kfac_onnx.frontends.scatters import make_scatters_race_free
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
+from kfac_onnx.frontends.values import rank_of
 from kfac_onnx.frontends.widen import widen
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-__all__ = ["read_training_graph"]
+__all__ = ["read_forward_graph", "read_training_graph"]
 
 
 def read_training_graph(
@@ -55,16 +56,9 @@ def read_training_graph(
     model, place = exported.model, exported.place
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
-    interface = _read_interface(exported, loss, gradients)
+    interface = _read_interface(exported, gradients)
     notes += interface.notes
-    _infer_shapes(model)
-    notes += lower_training_operators(model, place)
-    _infer_shapes(model)
-    notes += widen(model)
-    if scatters := make_scatters_race_free(model):
-        notes.append(f"{scatters} scatters made safe for several threads")
-    clean_imports(model)
-    _infer_shapes(model)
+    notes += _to_standard_operators(model, place)
 
     loss_value, pairing = _loss_and_pairs(exported, interface, loss, gradients)
     notes += pairing.notes
@@ -82,7 +76,52 @@ def read_training_graph(
     return model
 
 
-def _read_interface(exported: Exported, loss: str | None, gradients: Mapping[str, str] | None) -> Interface:
+def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
+    """Return the canonical form of a graph without gradients: what `scan` can still tell about it.
+
+    As `read_training_graph`, but every float initializer of one or more dimensions is listed as a
+    parameter, with gradient null; the loss is null too unless one output is a scalar.
+
+    Raises:
+        UserError: if the file cannot be read, or uses operators that cannot be lowered.
+
+    """
+    exported = load(source)
+    model, place = exported.model, exported.place
+    flatten(model, place)
+    notes = [note for note in (upgrade(model, place),) if note is not None]
+    notes += _to_standard_operators(model, place)
+    found = loss_candidates(model, ())
+    loss = found[0] if len(found) == 1 else None
+    parameters = [
+        parameter_of(value, None)
+        for value in model.graph.initializers.values()
+        if is_float(value) and rank_of(value)
+    ]
+    metadata.write(model, "frontend", "forward")
+    metadata.write(model, "parameters", parameters)
+    metadata.write(
+        model, "loss", metadata.Loss(None if loss is None else loss.name, find_reduction(loss).kind)
+    )
+    metadata.write(model, "notes", notes)
+    metadata.write(model, "refused", [])
+    return model
+
+
+def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
+    """Lower, widen and make scatters safe; shapes are inferred between, since the rules look at them."""
+    _infer_shapes(model)
+    notes = lower_training_operators(model, place)
+    _infer_shapes(model)
+    notes += widen(model)
+    if scatters := make_scatters_race_free(model):
+        notes.append(f"{scatters} scatters made safe for several threads")
+    clean_imports(model)
+    _infer_shapes(model)
+    return notes
+
+
+def _read_interface(exported: Exported, gradients: Mapping[str, str] | None) -> Interface:
     misses: list[str] = []
     for reader in READERS:
         found = reader(exported)
@@ -95,7 +134,7 @@ def _read_interface(exported: Exported, loss: str | None, gradients: Mapping[str
         "the graph has no gradients of its parameters",
         place=exported.place,
         tried=misses,
-        help="export a training graph (loss and gradients), or name the pairs with --gradients PARAMETER=OUTPUT",
+        help="export loss and gradients as outputs, or name the pairs with --gradients PARAMETER=OUTPUT",
     )
 
 

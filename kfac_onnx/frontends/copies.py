@@ -56,9 +56,8 @@ def undo_stale_copies(model: ir.Model, parameters: Mapping[str, ir.Value]) -> tu
             continue
         name, value, _, transposed = equal[0]
         _replace(model, constant, value, transposed=transposed)
-        notes.append(
-            f"'{constant.name}' was a {'transposed ' if transposed else ''}copy of '{name}': now computed from it"
-        )
+        kind = "transposed copy" if transposed else "copy"
+        notes.append(f"'{constant.name}' was a {kind} of '{name}': now computed from it")
     return notes, refusals
 
 
@@ -92,7 +91,7 @@ def _refusal(name: str, constant: ir.Value, owners: list[str]) -> Refusal:
     return Refusal(
         parameter=name,
         path=f"constant {constant.name}",
-        reason=f"the constant '{constant.name}' equals {_names(owners)}: it is a folded copy of one, nobody can tell which",
+        reason=f"the constant '{constant.name}' is a folded copy of one of {_names(owners)}, which are equal",
         remedy="export without constant folding, or from parameters with different values",
     )
 

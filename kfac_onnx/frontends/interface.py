@@ -28,8 +28,8 @@ class Interface:
     """What a reader found.
 
     `gradients` maps a parameter's name to the name of the value that is its gradient; `orphans` does so
-    for parameters that are no longer in the graph. `boundary` says that the loss lies outside the graph. `by_position` says that gradients
-    must be paired by position if no name does it.
+    for parameters that are no longer in the graph. `boundary` says that the loss lies outside the graph,
+    `by_position` that gradients must be paired by position if no name does it.
     """
 
     frontend: str
@@ -60,7 +60,7 @@ def _owner(value: ir.Value) -> str | None:
 
 
 def ort_artifacts(exported: Exported) -> Interface | Miss:
-    """ONNX Runtime training artifacts: each gradient goes into an InPlaceAccumulatorV2 with its buffer.
+    """Read ONNX Runtime training artifacts: each gradient goes into an InPlaceAccumulatorV2 with its buffer.
 
     The buffer is the input `<p>_grad.accumulation.buffer`. The accumulators, their buffers, the reset
     flag and the flags that they return belong to the exporter's optimizer and are removed.
@@ -94,7 +94,7 @@ def ort_artifacts(exported: Exported) -> Interface | Miss:
 
 
 def ort_module(exported: Exported) -> Interface | Miss:
-    """A graph captured by ORTModule: a YieldOp hands out predictions and takes in dL/dpredictions.
+    """Read a graph captured by ORTModule: a YieldOp hands out predictions and takes in dL/dpredictions.
 
     The predictions become outputs, dL/dpredictions inputs of the same shape; the loss is outside.
     """
@@ -103,19 +103,18 @@ def ort_module(exported: Exported) -> Interface | Miss:
     if not nodes:
         return Miss("it has no YieldOp")
     for node in nodes:
-        full = node.attributes.get("full_shape_outputs")
-        sources = list(node.inputs) if full is None else [node.inputs[i] for i in full.as_ints()]
-        if len(sources) != len(node.outputs):
-            sources = list(node.inputs)
-        for source, output in zip(sources, node.outputs, strict=False):
+        without = node.attributes.get("non_differentiable_outputs")
+        skipped = set[int]() if without is None else set(without.as_ints())
+        sources = [value for index, value in enumerate(node.inputs) if index not in skipped]
+        for source, output in zip(sources, node.outputs, strict=True):
             if source is None:
                 continue
-            incoming = ir.Value(
-                name=output.name, type=output.type or source.type, shape=output.shape or source.shape
-            )
+            kind, shape = output.type or source.type, output.shape or source.shape
+            incoming = ir.Value(name=output.name, type=kind, shape=shape)
             output.replace_all_uses_with(incoming, replace_graph_outputs=True)
             graph.inputs.append(incoming)
-            if source.producer() is not None and not source.is_graph_output():
+        for source in node.inputs:
+            if source is not None and source.producer() is not None and not source.is_graph_output():
                 graph.outputs.append(source)
         graph.remove(node, safe=True)
     named = named_gradients(exported)
@@ -125,7 +124,7 @@ def ort_module(exported: Exported) -> Interface | Miss:
 
 
 def named_gradients(exported: Exported) -> Interface | Miss:
-    """A joint graph: the output `<p>_grad` is the gradient of the input or initializer `<p>`."""
+    """Read a joint graph: the output `<p>_grad` is the gradient of the input or initializer `<p>`."""
     model = exported.model
     gradients: dict[str, str] = {}
     orphans: dict[str, str] = {}
@@ -143,7 +142,7 @@ def named_gradients(exported: Exported) -> Interface | Miss:
 
 
 def positional(exported: Exported) -> Interface | Miss:
-    """A joint graph without names: outputs after the loss have the shapes of the first float inputs, in order."""
+    """Read a joint graph without names: its gradients follow the loss, in the order of the first inputs."""
     outputs = [value for value in exported.model.graph.outputs if is_float(value)]
     if len(outputs) < 2:
         return Miss("it has fewer than two floating-point outputs, a loss and a gradient")

@@ -19,7 +19,7 @@ from kfac_onnx.metadata import Parameter, Refusal
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Pairing", "candidates", "find_value", "pair"]
+__all__ = ["Pairing", "candidates", "find_value", "pair", "parameter_of"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,13 @@ class Pairing:
 
     def described(self) -> list[Parameter]:
         """Return what `kfac.parameters` says of them."""
-        found: list[Parameter] = []
-        for name, value in self.parameters.items():
-            dtype = dtype_of(value) or ir.DataType.FLOAT
-            shape = static_shape(value) or ()
-            found.append(Parameter(name, shape, str(dtype.numpy()), self.gradients[name].name))
-        return found
+        return [parameter_of(value, self.gradients[name].name) for name, value in self.parameters.items()]
+
+
+def parameter_of(value: ir.Value, gradient: str | None) -> Parameter:
+    """Return what `kfac.parameters` says of one parameter."""
+    dtype = dtype_of(value) or ir.DataType.FLOAT
+    return Parameter(str(value.name), static_shape(value) or (), str(dtype.numpy()), gradient)
 
 
 def candidates(model: ir.Model) -> dict[str, ir.Value]:
@@ -86,7 +87,7 @@ def pair(
     """Return the trained parameters and their gradients; the shapes of each pair agree.
 
     Raises:
-        UserError: if a name that the user gave is unknown, or a gradient has another shape than its parameter.
+        UserError: if a name that the user gave is unknown, or a gradient's shape is not its parameter's.
 
     """
     known = candidates(model)
@@ -109,7 +110,7 @@ def pair(
         Refusal(
             parameter=name,
             path=f"gradient output {output}",
-            reason="the graph computes its gradient but no longer contains the parameter: the exporter folded it",
+            reason="its gradient is computed, but the parameter is gone from the graph: the exporter folded it",
             remedy="export without constant folding (torch.onnx.export(..., optimize=False)) "
             "or with the parameters as inputs",
         )
@@ -137,10 +138,8 @@ def _check_shapes(parameter: ir.Value, gradient: ir.Value, place: str | None) ->
 def _by_position(model: ir.Model, losses: Sequence[ir.Value], place: str | None) -> dict[str, ir.Value]:
     outputs = [value for value in model.graph.outputs if is_float(value) and value not in losses]
     inputs = [value for value in model.graph.inputs if is_float(value)][: len(outputs)]
-    same = [
-        static_shape(a) is not None and static_shape(a) == static_shape(b)
-        for a, b in zip(inputs, outputs, strict=False)
-    ]
+    pairs = zip(map(static_shape, inputs), map(static_shape, outputs), strict=False)
+    same = [own is not None and own == other for own, other in pairs]
     if not outputs or len(inputs) < len(outputs) or not all(same):
         raise UserError(
             "the graph does not say which outputs are the gradients of which parameters",

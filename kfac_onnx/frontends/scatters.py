@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.lowering.emit import HALF_TYPES, Emit, Miss, Names, replace_node
@@ -17,6 +18,9 @@ from kfac_onnx.frontends.values import (
     int_attribute,
     static_shape,
 )
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["make_scatters_race_free"]
 

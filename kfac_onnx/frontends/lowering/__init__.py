@@ -70,9 +70,9 @@ def lower_training_operators(model: ir.Model, place: str | None = None) -> list[
             replace_node(node, emit, results)
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
     if missing:
-        kinds = "operator" if len(missing) == 1 else "operators"
+        what = "1 node that" if len(missing) == 1 else f"{len(missing)} nodes that"
         raise UserError(
-            f"the graph uses {len(missing)} {kinds} that onnxruntime does not have and that cannot be lowered",
+            f"the graph has {what} onnxruntime cannot run and no rule can lower",
             place=place,
             tried=missing,
             help="export the model without these operators",

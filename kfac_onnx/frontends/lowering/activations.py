@@ -71,12 +71,6 @@ def leaky_relu_grad(emit: Emit, node: ir.Node, grad: ir.Value, output: ir.Value)
     return emit.op("Where", positive, grad, emit.op("Mul", grad, alpha))
 
 
-def erf_grad(emit: Emit, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
-    """ErfGrad(dY, X) = dY 2/√π exp(−X²)."""
-    bell = emit.op("Exp", emit.op("Neg", emit.op("Mul", x, x)))
-    return emit.op("Mul", grad, emit.op("Mul", bell, number(emit, 2 / math.sqrt(math.pi), grad)))
-
-
 def gelu_grad(emit: Emit, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
     """GeluGrad(dY, X) = dY (Φ(X) + X φ(X)), the exact Gelu with Φ, φ of the normal distribution."""
     error = emit.op("Erf", emit.op("Mul", x, number(emit, math.sqrt(0.5), grad)))
@@ -230,7 +224,6 @@ MICROSOFT: dict[str, Rule] = {
     "SigmoidGrad": elementwise(sigmoid_grad),
     "ReluGrad": elementwise(relu_grad),
     "LeakyReluGrad": elementwise(leaky_relu_grad),
-    "ErfGrad": elementwise(erf_grad),
     "GeluGrad": elementwise(gelu_grad),
     "FastGeluGrad": elementwise(fast_gelu_grad),
     "QuickGeluGrad": elementwise(quick_gelu_grad),

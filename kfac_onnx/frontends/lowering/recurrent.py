@@ -1,12 +1,14 @@
 """LSTM and GRU with saved gates, and their gradients through time, each as one Scan.
 
-Shapes: X float[T, B, I], W float[1, gH, I], R float[1, gH, H], bias float[1, 2gH] (input biases, then recurrent
-ones), h0 and c0 float[1, B, H], Y float[T, 1, B, H]; g = 4 gates i, o, f, c (LSTM) or 3 gates z, r, h (GRU).
-Only the recurrence runs inside the Scan; every product with X or W, and every weight gradient, is one MatMul
-over all T steps.
+Shapes: X float[T, B, I], W float[1, gH, I], R float[1, gH, H], bias float[1, 2gH] (input biases, then
+recurrent ones), h0 and c0 float[1, B, H], Y float[T, 1, B, H]; g = 4 gates i, o, f, c (LSTM) or 3 gates
+z, r, h (GRU). Only the recurrence runs inside the Scan; every product with X or W, and every weight
+gradient, is one MatMul over all T steps.
 
     LSTM  c_t = f c_{t−1} + i c̃,  h_t = o tanh(c_t)
-    GRU   h_t = (1 − z) h̃ + z h_{t−1},  h̃ = tanh(W x + b_W + r (R h_{t−1} + b_R))     (linear_before_reset = 1)
+    GRU   h_t = (1 − z) h̃ + z h_{t−1},  h̃ = tanh(W x + b_W + r (R h_{t−1} + b_R))
+
+The GRU is the one with linear_before_reset = 1, which PyTorch uses.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def _scan(
     outputs: int,
     backward: bool,
 ) -> tuple[ir.Value, ...]:
-    """Run `step` over the first axis (backwards in time if asked); return final states and stacked outputs."""
+    """Run `step` over the first axis (backwards if asked); return final states and stacked outputs."""
     dtype = dtype_of(node.inputs[0]) or ir.DataType.FLOAT
     inner = Emit(emit.names, node)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from kfac_onnx.frontends.lowering.emit import Miss
 from kfac_onnx.frontends.lowering.scatter import END, linear_index, scatter_elements, scatter_slices
@@ -13,6 +12,8 @@ from kfac_onnx.frontends.values import constant, dtype_of, int_attribute, static
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import onnx_ir as ir
 
     from kfac_onnx.frontends.lowering.emit import Emit, Lowered
 

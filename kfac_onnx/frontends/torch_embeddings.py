@@ -82,7 +82,9 @@ def embedding_bag(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     rows = functional.embedding(input, weight, padding_idx)
-    kept = None if padding_idx is None else (input != padding_idx).to(rows.dtype).unsqueeze(-1)
+    # Written as a difference, so that the exporter does not merge it with the mask of the backward, which
+    # tells readers of the graph that the table drops these rows.
+    kept = None if padding_idx is None else (input - padding_idx).ne(0).to(rows.dtype).unsqueeze(-1)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1)
     if input.ndim == 2:

@@ -13,6 +13,7 @@ import pytest
 import kfac_onnx.frontends
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.torch import export_training_graph
+from kfac_onnx.passes.api import scan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,6 +104,8 @@ def test_tied_weights_are_one_parameter_with_the_sum_of_both_gradients(torch: An
     module = language_model(torch, tied=True)
     model = export_training_graph(module, batch(torch, 5))
     got = check(model, module, ("ids", "labels"), batch(torch, 7))
+    (site,) = scan(model).sites
+    assert (site.parameter, len(site.uses), len(site.dense_uses)) == ("emb.weight", 1, 1)
     assert sorted(got) == ["emb.weight_grad", "fc.bias_grad", "fc.weight_grad", "loss", "out.bias_grad"]
 
 
@@ -156,6 +159,9 @@ def test_embedding_bag_over_offsets(torch: Any, mode: str, padding_idx: int | No
     module.bag.sparse = False
     check(model, module, ("ids", "offsets"), (ids, offsets))
     check(model, module, ("ids", "offsets"), (torch.tensor([3, 3, 2]), torch.tensor([0, 2])))
+    (site,) = scan(model).sites
+    assert (site.parameter, site.vocab_size, site.embedding_dim) == ("bag.weight", 12, 4)
+    assert site.padding_idx == padding_idx
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

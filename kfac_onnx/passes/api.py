@@ -95,6 +95,7 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
 
     Raises:
         UserError: the file is not a model, or holds something that cannot be read.
+
     """
     from kfac_onnx.passes.find_embeddings import find_tables
     from kfac_onnx.passes.sites.untrained import forward_tables
@@ -242,18 +243,24 @@ def transform(
         source: a file, or a model already read (which is not changed).
         preset: `half`, `r1.7`, `adagrad`, `adaptive`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
             `plain-adagrad` for the tables too.
-        lr: learning rate of the tables; rest_lr: that of the other parameters.
-        rest: optimizer of the other parameters.
+        lr: learning rate of the tables; the preset's own if None.
+        rest: optimizer of the other parameters: sgd, momentum, adam or adagrad.
+        rest_lr: learning rate of the other parameters.
         shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
         target: `cpu` or `cuda`: where the written model runs unaided.
         pipeline: a textual pipeline that replaces all of the above.
         parameters: values to store in the model as defaults, by parameter or constant name.
         constants: inputs that are given once and not at every step.
-        loss, gradients: as for `scan`.
-        grad_scale, allow_fallback, options: as in the pass `insert-embedding-kfac`.
+        loss: as for `scan`.
+        gradients: as for `scan`.
+        grad_scale: r1.7: the number of examples that a mean loss divides by.
+        allow_fallback: refused tables that the ordinary optimizer may train.
+        log: receives what the passes say.
+        **options: further options of the pass `insert-embedding-kfac`.
 
     Raises:
         UserError: the graph has no gradients or no table, a table is refused, or a setting is wrong.
+
     """
     from kfac_onnx.passes.pipeline import parse_pipeline
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
@@ -18,6 +17,8 @@ from kfac_onnx.passes.registry import register
 from kfac_onnx.passes.rewriter import Emitter, Out
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from kfac_onnx.passes.log import Log
 
 __all__ = ["CloseStep"]

@@ -164,7 +164,8 @@ class InsertEmbeddingKfac(Pass):
             loss = metadata.read(model, "loss", Loss)
             named = "the loss" if loss is None or loss.value is None else f"the loss '{loss.value}'"
             raise UserError(
-                f"preset r1.7 needs the number of examples that {named} divides by, and the graph does not show it",
+                f"preset r1.7 needs the number of examples that {named} divides by, "
+                "and the graph does not show it",
                 context=self.name,
                 help="give it: grad-scale=N, or 1 for a loss that is a sum",
             )

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-import onnx_ir as ir
-
 from kfac_onnx import metadata
 from kfac_onnx.metadata import Parameter, Phase, Site
 from kfac_onnx.passes.base import Changes, Pass
@@ -20,6 +17,8 @@ from kfac_onnx.passes.registry import register
 from kfac_onnx.passes.rewriter import Emitter, Out
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from kfac_onnx.passes.log import Log
 
 __all__ = ["InsertOptimizer"]

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Dims", "Emitter", "Out", "graphs_of"]
 
-Dims = Sequence[int | str | None]
-"""A shape: numbers, names of symbolic dimensions, None for an unknown one."""
+Dims = Sequence[int | str | None] | ir.Shape
+"""A shape: numbers, names of symbolic dimensions, None for an unknown one; or another value's."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def give_values(model: ir.Model, values: Mapping[str, Any], constants: tuple[str
             )
         if value.dtype is not None and tensor.dtype != value.dtype:
             raise UserError(
-                f"the value of '{name}' is {tensor.dtype.numpy().name}, the graph wants {value.dtype.numpy().name}"
+                f"the value of '{name}' is {tensor.dtype.numpy().name}, "
+                f"the graph wants {value.dtype.numpy().name}"
             )
         value.const_value = tensor
         if name not in model.graph.initializers:

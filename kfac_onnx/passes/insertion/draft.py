@@ -1,8 +1,8 @@
 """The training step while passes are still adding to it.
 
-Every inserting pass registers its states, learning rates and finite flags here; they are kept in the model's
-metadata (`kfac.draft`, `kfac.draft_states`), so that passes run in any order and in separate runs of the tool.
-The pass `close-step` assembles the step from them.
+Every inserting pass registers its states, learning rates and finite flags here; they are kept in the
+model's metadata (`kfac.draft`, `kfac.draft_states`), so that passes run in any order and in separate runs
+of the tool. The pass `close-step` assembles the step from them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State
-from kfac_onnx.passes.rewriter import Emitter, Out
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
+
+    from kfac_onnx.passes.rewriter import Emitter, Out
 
 __all__ = ["DOMAIN", "GUARD", "Draft"]
 
 DOMAIN = "ai.kfac"
 GUARD = "kfac.guard"
-"""Node metadata: `index` or `index:fallback`, the input that a skipped step replaces by zeros or by a value."""
+"""Node metadata: `index` or `index:fallback`: the input that a skipped step replaces by zeros or a value."""
 
 FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
 
@@ -57,7 +58,7 @@ class Draft:
         self.emitter.metadata("draft", data)
 
     @contextmanager
-    def at(self, emitter: Emitter) -> Iterator[None]:
+    def at(self, emitter: Emitter) -> Generator[None]:
         """Add nodes through another emitter, for one site."""
         outer, self.emitter = self.emitter, emitter
         try:

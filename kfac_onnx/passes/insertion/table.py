@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from kfac_onnx.metadata import Phase, RootCheck, Site
 from kfac_onnx.passes.insertion.draft import BOOL, DOUBLE, FLOAT, INT64, Draft
 from kfac_onnx.passes.rewriter import Emitter, Out
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from kfac_onnx.fisher.presets import Preset
 
 __all__ = ["RowUpdate", "TableBlock", "renormalization_states"]
@@ -68,6 +69,7 @@ class TableBlock:
         self.rows = draft.value(site.rows)
         self.mask = None if site.keep is None else draft.value(site.keep)
         self.V, self.D = site.vocab_size, site.embedding_dim
+        self.counts = self.ids  # set by the input factor
         self.decay_a = preset.input_decay if preset.input_decay is not None else 0.0
 
     def update(self) -> RowUpdate:
@@ -110,7 +112,7 @@ class TableBlock:
         factor = draft.state(
             self._name("A"), FLOAT, [self.V], initial, "factor", parameter=self.site.parameter
         )
-        self.A = factor
+        self.counts = factor
         if self.decay_a < PLAIN_DECAY:
             return self._plain_input_factor(factor, lookups)
         scale = self._counter("A.scale", DOUBLE, 1.0)
@@ -147,7 +149,7 @@ class TableBlock:
         draft.remember(kept)
         undo = draft.settings.setdefault("undo", [])
         undo.append({"state": factor.name, "ids": self.ids.name, "before": kept.name})
-        self.A = counted
+        self.counts = counted
         return gain, total_a
 
     def _plain_input_factor(self, factor: ir.Value, lookups: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -167,7 +169,7 @@ class TableBlock:
             decay=self.decay_a,
         )
         draft.keep(factor, averaged, Phase.GRADIENTS)
-        self.A = averaged
+        self.counts = averaged
         gain = one
         if preset.debias:
             count = self._counter("A.count", INT64, 0.0)
@@ -344,7 +346,7 @@ class TableBlock:
     def _by_counts(self, gain: ir.Value, damping_a: ir.Value, root: ir.Value) -> RowUpdate:
         draft, exponent = self.draft, self.preset.exponent
         emit = self.emit.derive(phase=Phase.PRECONDITION)
-        counts = emit.node("Gather", [self.A, self.ids], name="A.after", dtype=FLOAT, shape=["N"])
+        counts = emit.node("Gather", [self.counts, self.ids], name="A.after", dtype=FLOAT, shape=["N"])
         draft.remember(counts)
         for entry in draft.settings.get("undo", []):
             if entry["state"] == self._name("A"):
@@ -352,7 +354,7 @@ class TableBlock:
         if self.site.dense is not None:
             (update,) = draft.op(
                 "PreconditionDense",
-                [self.dense_gradient(), self.A, gain, damping_a, root],
+                [self.dense_gradient(), self.counts, gain, damping_a, root],
                 [Out("update", FLOAT, [self.V, self.D])],
                 Phase.PRECONDITION,
                 exponent=exponent,

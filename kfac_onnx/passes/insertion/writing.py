@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from kfac_onnx.metadata import Phase, Site
 from kfac_onnx.passes.insertion.draft import FLOAT, INT64, Draft
@@ -13,6 +12,8 @@ from kfac_onnx.passes.insertion.table import RowUpdate, from_rows, to_rows
 from kfac_onnx.passes.rewriter import Out
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from kfac_onnx.passes.rewriter import Emitter
 
 __all__ = ["as_float32", "drop_gradient", "keep_parameter", "write_table"]

@@ -5,7 +5,7 @@ All answers come from data flow and static shapes; names are never looked at.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -174,8 +174,9 @@ def _run_node(node: ir.Node, inputs: list[np.ndarray], model: ir.Model) -> np.nd
     info = onnx.helper.make_empty_tensor_value_info
     graph = onnx.helper.make_graph([proto], "constant", [info(n) for n in names], [info(proto.output[0])])
     opset = onnx.helper.make_opsetid("", model.opset_imports.get("", 18))
+    evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[opset]))
     try:
-        result = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[opset])).run(None, feeds)
+        result: Any = evaluator.run(None, feeds)  # pyright: ignore[reportUnknownMemberType]  untyped library
     except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError):
         return None  # not evaluable is an answer: the value is then simply not known
     return np.asarray(result[0])

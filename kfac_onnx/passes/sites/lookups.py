@@ -7,7 +7,6 @@ projection of tied weights. One rule per operator; a rule looks and never edits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +15,8 @@ import numpy as np
 from kfac_onnx.passes.sites.facts import attribute, static_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import onnx_ir as ir
 
     from kfac_onnx.passes.sites.facts import Facts

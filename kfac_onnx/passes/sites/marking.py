@@ -118,9 +118,12 @@ class _Rows:
         updates = term.updates
         if term.columns and term.axis == 1:
             updates = self.emitter.node(
-                "Transpose", [updates], attributes={"perm": [1, 0]}, name="rows_first"
+                "Transpose",
+                [updates],
+                attributes={"perm": [1, 0]},
+                name="rows_first",
+                dtype=updates.dtype,
             )
-            updates.dtype = term.updates.dtype
         return self._flat_rows(updates, width)
 
     def _flat_rows(self, updates: ir.Value, width: int) -> ir.Value:

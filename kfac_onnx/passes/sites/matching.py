@@ -100,7 +100,7 @@ class Verdict:
     weight: ir.Value
     site: SiteMatch | None = None
     refusal: Refusal | None = None
-    trail: list[str] = field(default_factory=lambda: [])
+    trail: list[str] = field(default_factory=list[str])
 
     def refuse(self, reason: str, path: list[str], remedy: str | None = None) -> Verdict:
         """Turn the verdict into a refusal."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx.passes.sites.facts import static_shape
-from kfac_onnx.passes.sites.scatters import DenseTerm, RowTerm, ViewStep
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from kfac_onnx.passes.sites.scatters import DenseTerm, RowTerm, ViewStep
 
 __all__ = ["Miss", "Pulled", "RowStep", "pull", "pull_whole"]
 

@@ -7,7 +7,6 @@ the chain back over the rows instead of over the table is what makes a step cost
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +16,8 @@ from kfac_onnx.passes.sites.facts import attribute, static_shape
 from kfac_onnx.passes.sites.lookups import RESHAPES, one_hot_ids, slice_window, unexpanded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import onnx_ir as ir
 
     from kfac_onnx.passes.sites.facts import Facts
@@ -44,7 +45,7 @@ class DropMask:
     padding_idx: int | None
     drops_negatives: bool
     exact: bool
-    """True if every part of the condition was understood: then valid ids are dropped at `padding_idx` only."""
+    """True if every part of the condition was understood: valid ids are dropped at `padding_idx` only."""
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ def forward_tables(model: ir.Model) -> list[Site]:
         if value.dtype is not None and value.dtype.is_floating_point() and len(value.shape or ()) == 2
     ]
     facts = Facts(model, tables, None)
-    outputs = [value for value in model.graph.outputs]
+    outputs = list(model.graph.outputs)
     from kfac_onnx.passes.sites.facts import ancestors
 
     facts.forward = ancestors(outputs)
     sites: list[Site] = []
     for table in tables:
         lookups, _ = forward_uses(table, facts)
-        if not lookups or lookups[0].constant_ids is not None and lookups[0].op != "Gather":
+        if not lookups or (lookups[0].constant_ids is not None and lookups[0].op != "Gather"):
             continue
         shape = [int(dim) for dim in (table.shape or ()) if isinstance(dim, int)]
         if len(shape) != 2 or table.dtype is None:

@@ -1,0 +1,189 @@
+"""The committed training graphs with their sidecars, and the float64 reference of a whole step on them.
+
+The reference knows nothing of how the product finds tables: ids and dL/d(rows) come from the marked
+canonical graph run by ONNX Runtime at each step's weights, and are checked against the exporter's own dense
+gradient and, at the first batch, against torch's numbers in the sidecar.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from kfac_onnx import metadata
+from kfac_onnx.frontends import read_training_graph
+from kfac_onnx.metadata import Parameter, Site
+from kfac_onnx.passes.find_embeddings import values_by_name
+from kfac_onnx.passes.pipeline import parse_pipeline
+from kfac_onnx.reference import (
+    AdagradReference,
+    AdamReference,
+    MomentumReference,
+    SgdReference,
+    TableReference,
+)
+
+GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
+OPTIMIZERS = {
+    "adam": AdamReference,
+    "sgd": SgdReference,
+    "momentum": MomentumReference,
+    "adagrad": AdagradReference,
+}
+
+
+@dataclass
+class Case:
+    """One exported graph: its file, its sidecar, and two feeds."""
+
+    name: str
+    folder: Path = GRAPHS
+    sidecar: dict[str, Any] = field(init=False)
+    arrays: dict[str, np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sidecar = json.loads((self.folder / f"{self.name}.json").read_text())
+        with np.load(self.folder / f"{self.name}.npz", allow_pickle=False) as data:
+            self.arrays = {key: data[key] for key in data.files}
+        for key, array in self.arrays.items():  # the sidecars store bfloat16 as uint16 bit patterns
+            if array.dtype == np.uint16:
+                self.arrays[key] = array.view(ml_dtypes.bfloat16)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.onnx"
+
+    def feed(self, which: str = "in") -> dict[str, np.ndarray]:
+        """Return a full feed, parameters included."""
+        feed = {key.removeprefix("in:"): value for key, value in self.arrays.items() if key.startswith("in:")}
+        prefix = f"{which}:"
+        feed.update((key.removeprefix(prefix), value) for key, value in self.arrays.items() if key.startswith(prefix))
+        return feed
+
+
+def case_names(*prefixes: str) -> list[str]:
+    """Return the committed graphs whose names start with one of these exporters."""
+    names = sorted(path.stem for path in GRAPHS.glob("*.onnx"))
+    return [name for name in names if name.startswith(prefixes)]
+
+
+class MarkedGraph:
+    """The canonical graph with the values of every site as outputs, run by plain ONNX Runtime."""
+
+    def __init__(self, case: Case) -> None:
+        self.model = read_training_graph(case.path)
+        self.parameters = metadata.read_list(self.model, "parameters", Parameter)
+        parse_pipeline("find-embeddings").run(self.model)
+        self.sites = metadata.read_list(self.model, "sites", Site)
+        values = values_by_name(self.model)
+        wanted = [name for site in self.sites for name in (site.ids, site.rows, site.keep) if name]
+        self.loss = str(json.loads(self.model.metadata_props["kfac.loss"])["value"])
+        wanted += [item.gradient for item in self.parameters if item.gradient]
+        from kfac_onnx.frontends import emit_divisor
+
+        divisor = emit_divisor(self.model)
+        self.divisor = None if divisor is None else str(divisor.name)
+        values = values_by_name(self.model)
+        if self.divisor is not None:
+            wanted.append(self.divisor)
+        outputs = self.model.graph.outputs
+        outputs.clear()
+        self.names = list(dict.fromkeys([self.loss, *wanted]))
+        for name in self.names:  # bfloat16 has no NumPy dtype: read it as float32
+            cast = ir.node("Cast", [values[name]], {"to": ir.DataType.FLOAT}) if is_bf16(values[name]) else None
+            if cast is not None:
+                self.model.graph.append(cast)
+            outputs.append(values[name] if cast is None else cast.outputs[0])
+        for item in self.parameters:  # the reference feeds every weight
+            if not values[item.name].is_graph_input():
+                self.model.graph.inputs.append(values[item.name])
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        proto = ir.to_proto(self.model).SerializeToString()
+        self.session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        self.inputs = {item.name: item.type for item in self.session.get_inputs()}
+
+    def initial(self, case: Case) -> dict[str, np.ndarray]:
+        """Return every parameter's starting value."""
+        feed = case.feed()
+        found = {}
+        for item in self.parameters:
+            held = self.model.graph.initializers.get(item.name)
+            found[item.name] = feed[item.name] if item.name in feed else held.const_value.numpy()
+        return found
+
+    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return every output as an array."""
+        values = {}
+        for name, array in feed.items():
+            if name not in self.inputs:
+                continue
+            if array.dtype == ml_dtypes.bfloat16:
+                bits = array.view(np.uint16)
+                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)
+            else:
+                values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        results = self.session.run_with_ort_values([item.name for item in self.session.get_outputs()], values)
+        return {name: item.numpy() for name, item in zip(self.names, results, strict=True)}
+
+
+def is_bf16(value: ir.Value) -> bool:
+    """Say whether a value is bfloat16."""
+    return value.dtype == ir.DataType.BFLOAT16
+
+
+class StepReference:
+    """A whole training step in float64 from gradients that somebody else computed."""
+
+    def __init__(self, graph: MarkedGraph, weights: dict[str, np.ndarray], preset: str, lr: float, rest: str, rest_lr: float) -> None:
+        self.graph = graph
+        self.dtypes = {name: value.dtype for name, value in weights.items()}
+        self.weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+        self.tables = {
+            site.parameter: TableReference(preset, site.vocab_size, site.embedding_dim, lr) for site in graph.sites
+        }
+        names = [item.name for item in graph.parameters if item.name not in self.tables]
+        self.rest = {name: OPTIMIZERS[rest](lr=rest_lr) for name in names}
+
+    def feed(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return a feed at this reference's weights, rounded to the graph's dtypes."""
+        return {**batch, **{name: value.astype(self.dtypes[name]) for name, value in self.weights.items()}}
+
+    def step(self, out: dict[str, np.ndarray]) -> None:
+        """Advance by the gradients in `out`, which were computed at `feed`."""
+        graph = self.graph
+        gradients = {item.name: item.gradient for item in graph.parameters}
+        scale = 1.0 if graph.divisor is None else float(out[graph.divisor])
+        for site in graph.sites:
+            ids, rows = out[site.ids], out[site.rows]
+            keep = None if site.keep is None else out[site.keep]
+            stored = np.asarray(out[gradients[site.parameter]], np.float64)
+            table = to_table(self.weights[site.parameter], site)
+            scattered = np.zeros((site.vocab_size, site.embedding_dim))
+            np.add.at(scattered, ids, np.asarray(rows, np.float64))
+            dense = None
+            if site.dense is not None:
+                dense = to_table(stored, site) - scattered
+            new = self.tables[site.parameter].step(table, ids, rows, keep, scale, dense)
+            self.weights[site.parameter] = from_table(new, site, self.weights[site.parameter].shape)
+        for name, optimizer in self.rest.items():
+            self.weights[name] = optimizer.step(self.weights[name], np.asarray(out[gradients[name]], np.float64))
+
+
+def to_table(stored: np.ndarray, site: Site) -> np.ndarray:
+    """Return a stored tensor as [V, D]."""
+    if site.layout == "columns":
+        return stored.T
+    return stored.reshape(site.vocab_size, site.embedding_dim)
+
+
+def from_table(table: np.ndarray, site: Site, shape: tuple[int, ...]) -> np.ndarray:
+    """Return [V, D] in the layout of the parameter."""
+    return table.T if site.layout == "columns" else table.reshape(shape)

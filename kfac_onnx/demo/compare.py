@@ -97,8 +97,8 @@ def run(
     corpus = load_corpus()
     held_out = corpus.held_out(limit=scale.held_out)
     quiet.print(
-        f"King James Bible: {len(corpus.tokens):,} words, {len(corpus.words):,} different. "
-        f"Model: the next word ({CLASSES:,} classes) from the {CONTEXT} before it."
+        f"data: King James Bible, {len(corpus.tokens):,} words, {len(corpus.words):,} different; "
+        f"predict the next ({CLASSES:,} classes) from the {CONTEXT} before it"
     )
     models = _models(quiet)
     parameters = initial_parameters(seed)
@@ -152,12 +152,12 @@ def _models(console: Console) -> dict[Arm, ir.Model]:
     with resources.as_file(packed) as path:
         for site in scan(path).sites:
             console.print(
-                f"scan: table {site.parameter}, {site.vocab_size:,} x {site.embedding_dim}, "
-                f"{len(site.uses)} use(s)"
+                f"scan: {site.parameter} is a table of {site.vocab_size:,} x {site.embedding_dim}, "
+                f"read by {', '.join(use.op for use in site.uses)}"
             )
         for arm in ARMS:
             models[arm] = transform(path, preset=arm.preset, lr=arm.lr, rest="adam", rest_lr=arm.rest_lr)
-            console.print(f"transform: {arm.preset}, {len(models[arm].graph)} nodes")
+            console.print(f"transform: {arm.preset}, rest adam: {len(models[arm].graph)} nodes")
     return models
 
 
@@ -173,14 +173,16 @@ def _progress() -> Progress:
 
 
 def _table(result: DemoResult) -> Table:
+    adam = result.arms[0].arm.name
     table = Table(
-        title=f"Held-out loss in nats; level = Adam's best, {result.level:.4f} "
-        f"({result.steps:,} steps, seed {result.seed}, {result.seconds:.0f} s)"
+        title=f"{result.steps:,} steps of {_BATCH} examples each, seed {result.seed}, {result.seconds:.0f} s",
+        caption=f"loss: held out, in nats; steps: until {adam}'s best loss, {result.level:.4f}; "
+        "state: what the table's optimizer keeps",
     )
-    table.add_column("optimizer of the table")
-    for heading in ("lr", "best", "final", "steps to level", "of Adam's", "ms/step", "state of the table"):
+    table.add_column("table by")
+    for heading in ("lr", "best loss", "final loss", "steps", f"/ {adam}'s", "ms/step", "state"):
         table.add_column(heading, justify="right")
-    adam = result.steps_to_level(result.arms[0])
+    reference = result.steps_to_level(result.arms[0])
     for entry in result.arms:
         reached = result.steps_to_level(entry)
         table.add_row(
@@ -189,7 +191,7 @@ def _table(result: DemoResult) -> Table:
             f"{entry.curve.best:.4f}",
             f"{entry.curve.losses[-1]:.4f}",
             "not reached" if reached is None else f"{reached:.0f}",
-            "" if reached is None or not adam else f"{reached / adam:.2f}",
+            "" if reached is None or reference is None else f"{reached / reference:.2f}",
             f"{entry.ms_per_step:.1f}",
             _bytes(entry.state_bytes),
         )

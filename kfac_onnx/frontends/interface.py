@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 
 import onnx_ir as ir
 
+from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.load import Exported
 from kfac_onnx.frontends.lowering.emit import Miss
 from kfac_onnx.frontends.values import dtype_of
@@ -135,10 +136,26 @@ def named_gradients(exported: Exported) -> Interface | Miss:
         (gradients if _known(model, name) else orphans)[name] = str(value.name)
     if not gradients:
         return Miss("none of its outputs is named <parameter>_grad after one of its parameters")
-    made_by_ort = any(
-        node.domain == "com.microsoft" and node.op_type.endswith("Grad") for node in model.graph
-    )
-    return Interface("ort-gradient-graph" if made_by_ort else "torch-joint", gradients, orphans)
+    _refuse_sparse(exported)
+    if any(node.domain == "com.microsoft" and node.op_type.endswith("Grad") for node in model.graph):
+        frontend = "ort-gradient-graph"
+    else:
+        frontend = "torch-joint" if model.producer_name == "pytorch" else "named-gradients"
+    return Interface(frontend, gradients, orphans)
+
+
+def _refuse_sparse(exported: Exported) -> None:
+    """Raise UserError for gradients given as rows and ids, which would otherwise silently not be trained."""
+    outputs = {str(value.name) for value in exported.model.graph.outputs}
+    sparse = sorted(name.removesuffix("_values") for name in outputs if name.endswith("_grad_values"))
+    rows = [name for name in sparse if f"{name}_indices" in outputs]
+    if rows:
+        raise UserError(
+            f"the gradient of '{rows[0].removesuffix(GRADIENT_SUFFIX)}' is given as rows and their ids",
+            place=exported.place,
+            path=f"outputs {rows[0]}_values, {rows[0]}_indices",
+            help="export it as a dense tensor (tf.convert_to_tensor): its scatter is removed again on import",
+        )
 
 
 def positional(exported: Exported) -> Interface | Miss:

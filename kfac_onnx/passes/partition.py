@@ -131,7 +131,7 @@ class Plan:
 def _drop_selects(items: Iterable[Item], ok: str) -> tuple[list[Item], dict[str, str]]:
     """Remove the nodes that look at `ok`, which the host decides; return the rest and what outputs stood for.
 
-    A `select` node stands for its new value. In the undo phase `ok` is false, so that a `Where(ok, a, b)` there
+    A `select` node stands for its new value. In the undo phase `ok` is false, so a `Where(ok, a, b)` there
     stands for b: an undo must also be possible when the step stopped before `a` was made.
     """
     kept: list[Item] = []

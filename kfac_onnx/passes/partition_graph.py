@@ -147,9 +147,9 @@ def with_functions(source: Source, functions: Mapping[str, ir.Function]) -> Sour
 
 
 def _info(source: Source, name: str) -> onnx.ValueInfoProto:
-    """Return what is known of a value. Names of dimensions are kept for the whole model's own inputs only:
+    """Return what is known of a value, with names of dimensions for the whole model's own inputs only.
 
-    there users chose them; between stages equal names would promise ONNX Runtime equal sizes.
+    Between stages equal names would promise ONNX Runtime equal sizes.
     """
     known = source.types.get(name)
     if known is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import onnxruntime as ort
 
-__all__ = ["BatchInput", "Batches", "checked_batch", "examples_in"]
+__all__ = ["BatchInput", "checked_batch", "examples_in"]
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,17 @@ class BatchInput:
     dims: tuple[int | str | None, ...] | None
 
 
-Batches = "Mapping[str, np.ndarray]"
-
-
 def checked_batch(
-    batch: Mapping[str, np.ndarray], inputs: Sequence[BatchInput]
+    batch: Mapping[str, np.ndarray], inputs: Sequence[BatchInput], *, allowed: Sequence[str] = ()
 ) -> dict[str, np.ndarray | ort.OrtValue]:
-    """Return the batch as ONNX Runtime takes it.
+    """Return the batch as ONNX Runtime takes it; names in `allowed` may be there and are left out.
 
     Raises UserError for a missing or unknown name, another dtype, rank or size, and where two inputs
     disagree about a dimension that the graph gives one name.
     """
     known = [item.name for item in inputs]
     for name in batch:
-        if name not in known:
+        if name not in known and name not in allowed:
             message = f"the batch has an unknown input '{name}'{did_you_mean(name, known)}"
             raise UserError(message, help=f"the graph's batch inputs are {_listed(known)}")
     sizes: dict[str, tuple[str, int]] = {}

@@ -333,3 +333,10 @@ class Engine:
     def stages(self, keep: Callable[[Slot], bool]) -> list[Runner]:
         """Return the runners of some stages, in order."""
         return [runner for runner in self.runners if keep(runner.stage.slot)]
+
+    def close(self) -> None:
+        """Release the sessions and their bindings."""
+        for runner in self.runners:
+            runner.bindings.clear()
+        self.runners.clear()
+        self._flow.clear()

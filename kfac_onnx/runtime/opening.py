@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kfac_onnx.metadata import State
     from kfac_onnx.passes.partition import Plan
 
-__all__ = ["batch_inputs", "build_constants", "build_holders", "check_names", "require_step"]
+__all__ = ["batch_inputs", "build_constants", "build_holders", "check_names", "fitting_value", "require_step"]
 
 
 def require_step(model: ir.Model, name: str) -> Step:
@@ -42,8 +42,9 @@ def require_step(model: ir.Model, name: str) -> Step:
 
 def check_names(plan: Plan, values: Mapping[str, np.ndarray]) -> None:
     """Raise UserError for a value that belongs to no parameter and no input of the graph."""
-    known = {state.input for state in plan.states if state.initial == "parameter"}
-    known |= {*plan.step.constants, *plan.step.batch}
+    own = {state.input for state in plan.states if state.initial != "parameter"}
+    own |= {rate.input for rate in plan.step.learning_rates}
+    known = ({state.input for state in plan.states} | set(plan.source.inputs)) - own
     for name in values:
         if name not in known:
             message = f"there is no parameter '{name}' in the model{did_you_mean(name, sorted(known))}"
@@ -53,14 +54,14 @@ def check_names(plan: Plan, values: Mapping[str, np.ndarray]) -> None:
 def _initial(state: State, plan: Plan, values: Mapping[str, np.ndarray], element: int) -> np.ndarray:
     if state.initial == "parameter":
         if state.input in values:
-            return _converted(values[state.input], state, element)
+            return fitting_value(values[state.input], state)
         tensor = plan.initial.get(state.input)
         if tensor is None:
             raise UserError(
                 f"parameter '{state.input}' has no value",
                 help="the model file holds none: give it in parameters= (or --parameters FILE)",
             )
-        return _converted(tensor.numpy(), state, element)
+        return fitting_value(tensor.numpy(), state)
     dtype = numpy_dtype(element)
     match state.initial:
         case "zeros":
@@ -73,7 +74,12 @@ def _initial(state: State, plan: Plan, values: Mapping[str, np.ndarray], element
             return np.full(state.shape, float(state.initial), dtype)
 
 
-def _converted(array: np.ndarray, state: State, element: int) -> np.ndarray:
+def fitting_value(array: np.ndarray, state: State) -> np.ndarray:
+    """Return a parameter's value in the state's dtype (bfloat16 may come as uint16 bits).
+
+    Raises UserError for another shape or dtype.
+    """
+    element = element_type(state.dtype)
     wanted = numpy_dtype(element)
     if element == BFLOAT16 and array.dtype == np.uint16:
         array = np.ascontiguousarray(array).view(wanted)

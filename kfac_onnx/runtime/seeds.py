@@ -32,16 +32,21 @@ def _nodes(graph: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(inner.node)
 
 
-def seed_random_nodes(models: Iterable[onnx.ModelProto], seed: int) -> int:
+def seed_random_nodes(models: Iterable[onnx.ModelProto], seed: int | None) -> int:
     """Give every random operator a seed of its own, from `seed` on; return how many there are.
 
-    Seeds that the exporter wrote are replaced: the caller's seed decides.
+    Seeds that the exporter wrote are replaced; without a seed nothing is changed.
     """
     count = 0
     for model in models:
         for node in _nodes(model.graph.node):
             kind = RANDOM.get(node.op_type)
             if kind is None or node.domain not in ("", "ai.onnx"):
+                continue
+            if node.op_type == "Dropout" and len(node.input) < 3:  # without training_mode it passes through
+                continue
+            if seed is None:
+                count += 1
                 continue
             kept = [attribute for attribute in node.attribute if attribute.name != "seed"]
             del node.attribute[:]

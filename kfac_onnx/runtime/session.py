@@ -9,72 +9,55 @@ wrote is undone, the step is counted as skipped, and only the data position and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
-from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.files import load_model
-from kfac_onnx.metadata import State
-from kfac_onnx.passes.partition import Slot, partition
+from kfac_onnx.errors import UserError
+from kfac_onnx.files import load_model, save_model
+from kfac_onnx.metadata import Loss, State
+from kfac_onnx.passes.partition import partition
 from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.batches import checked_batch
-from kfac_onnx.runtime.engine import Engine, Runner
-from kfac_onnx.runtime.ids import check_ids, explain_failure, origin_of
+from kfac_onnx.runtime.checkpoint import (
+    Checkpoint,
+    model_bytes,
+    model_hash,
+    proto_of,
+    read_checkpoint,
+    write_checkpoint,
+)
+from kfac_onnx.runtime.engine import Engine
+from kfac_onnx.runtime.evaluation import Evaluator
+from kfac_onnx.runtime.export import forward_model, write_into
+from kfac_onnx.runtime.fitting import FitResult, Row, fit
 from kfac_onnx.runtime.opening import (
     batch_inputs,
     build_constants,
     build_holders,
     check_names,
+    fitting_value,
     require_step,
 )
 from kfac_onnx.runtime.probe import in_place_problem, scatters_of
-from kfac_onnx.runtime.roots import eigen_power
 from kfac_onnx.runtime.seeds import seed_random_nodes
+from kfac_onnx.runtime.stepper import Stepper
 from kfac_onnx.runtime.tensors import device_of, provider_list
+from kfac_onnx.runtime.views import Description, Metrics, Parameters
 from kfac_onnx.runtime.weights import read_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    import onnxruntime as ort
-
-    from kfac_onnx.runtime.engine import Holder
     from kfac_onnx.runtime.schedules import Schedule
 
-__all__ = ["Metrics", "Parameters", "TrainingSession"]
+__all__ = ["TrainingSession"]
 
 _log = logging.getLogger(__name__)
-
-
-class Metrics(TypedDict):
-    """What a step reports: `step` counts kept steps, `lr` is the factor's product for the tables."""
-
-    loss: float
-    skipped: bool
-    step: int
-    lr: float
-
-
-class Parameters(Mapping[str, np.ndarray]):
-    """The trained parameters as copies, in the exporter's names, layouts and dtypes."""
-
-    def __init__(self, holders: Mapping[str, Holder]) -> None:
-        self._holders = {name: holder for name, holder in holders.items() if holder.state.role == "parameter"}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._holders[name].live.read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._holders)
-
-    def __len__(self) -> int:
-        return len(self._holders)
 
 
 class TrainingSession:
@@ -116,10 +99,8 @@ class TrainingSession:
         self._device = device_of(self._providers)
         self._threads = threads
         self._seed = seed
-        self._checks = [
-            check for check in step.id_checks if check.negatives == "reject" or not self._device.is_cpu
-        ]
-        watch = [check.ids for check in self._checks]
+        checks = [check for check in step.id_checks if check.negatives == "reject" or not self._device.is_cpu]
+        watch = [check.ids for check in checks]
         outputs = {state.output for state in metadata.read_list(loaded, "state", State)}
         self._extra = [
             value.name
@@ -127,12 +108,13 @@ class TrainingSession:
             if step.shape == "dense" and value.name and value.name != step.loss and value.name not in outputs
         ]
         plan = partition(loaded, watch=[*watch, *self._extra])
-        if seed is not None:
-            seed_random_nodes((stage.model for stage in plan.stages), seed)
+        self._random_operators = seed_random_nodes((stage.model for stage in plan.stages), seed)
         self._plan = plan
-        self._metadata = {
-            key: value for key, value in loaded.metadata_props.items() if key.startswith("kfac.")
-        }
+        self._metadata = _kfac_metadata(loaded)
+        loss = metadata.read(loaded, "loss", Loss)
+        self._reduction = "unknown" if loss is None else loss.reduction
+        self._evaluator: Evaluator | None = None
+        self._serialized: bytes | None = None
         values = read_weights(parameters) if isinstance(parameters, (str, Path)) else dict(parameters or {})
         check_names(plan, values)
         self.in_place_problem = self._probe()
@@ -149,7 +131,6 @@ class TrainingSession:
         self.committed = 0
         self.skipped = 0
         self.position = 0
-        self.host_roots = 0
         host = {step.loss, step.ok, *watch, *self._extra}
         host.update(stage.condition for stage in plan.stages if stage.condition is not None)
         host.update(check.residual for check in step.root_checks)
@@ -164,10 +145,7 @@ class TrainingSession:
             device=self._device,
             threads=threads or 0,
         )
-        engine = self._engine
-        self._before = engine.stages(lambda slot: slot <= Slot.PRECONDITION)
-        self._keep = engine.stages(lambda slot: Slot.PRECONDITION < slot <= Slot.RENORMALIZE)
-        self._undo = engine.stages(lambda slot: slot >= Slot.UNDO_READ)
+        self._stepper = Stepper(plan, self._engine, checks)
         self.closed = False
 
     def _probe(self) -> str | None:
@@ -195,75 +173,20 @@ class TrainingSession:
         factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
         for name, rate in self.learning_rates.items():
             self._rates[name][...] = rate * factor
-        engine = self._engine
-        engine.start()
-        counted = decided = False
-        try:
-            for runner in self._before:
-                slot = runner.stage.slot
-                counted = counted or slot == Slot.COUNT
-                ran = self._run_first(runner, ready) if slot == Slot.GRADIENTS else engine.run(runner, ready)
-                if slot == Slot.REFRESH and ran:
-                    self._check_roots(runner.stage.outputs)
-            decided = True
-            kept = bool(engine.read(self._plan.step.ok))
-            for runner in self._keep if kept else self._undo:
-                engine.run(runner, ready)
-        except BaseException:
-            if counted and not decided:
-                for runner in self._undo:
-                    engine.run(runner, ready)
-                engine.settle()
-            raise
+        loss, kept = self._stepper.step(ready)
         self.position += 1
         if kept:
-            engine.swap()
             self.committed += 1
         else:
-            engine.settle()
             self.skipped += 1
             _log.info("batch %d was skipped: a gradient, factor or update is not finite", self.position)
-        loss = float(engine.read(self._plan.step.loss).reshape(()))
         first = next(iter(self.learning_rates.values()), 0.0) * factor
         return {"loss": loss, "skipped": not kept, "step": self.committed, "lr": first}
 
-    def _run_first(self, runner: Runner, batch: Mapping[str, np.ndarray | ort.OrtValue]) -> bool:
-        """Run the gradients, which write nothing, and check the ids that reached the tables."""
-        try:
-            ran = self._engine.run(runner, batch)
-        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
-            explain_failure(self._plan, batch, self._value)
-            message = f"the batch cannot be run through the graph: {first_line(e)}"
-            raise UserError(message, help="nothing was written") from e
-        for check in self._checks:
-            given = batch.get(check.ids)
-            ids = given if isinstance(given, np.ndarray) else self._engine.read(check.ids)
-            check_ids(check, ids, lambda check=check: origin_of(self._plan, check, batch))
-        return ran
-
-    def _value(self, name: str) -> ort.OrtValue:
-        return self._engine.value(name)
-
-    def _check_roots(self, outputs: Sequence[str]) -> None:
-        """Replace a root that missed its tolerance by an eigendecomposition in float64."""
-        for check in self._plan.step.root_checks:
-            if check.root not in outputs:
-                continue
-            residual = float(self._engine.read(check.residual).reshape(()))
-            if residual <= check.tolerance:
-                continue
-            factor = self._engine.read(check.factor)
-            damping = float(self._engine.read(check.damping).reshape(()))
-            root = eigen_power(factor, damping, check.exponent)
-            if root is not None:
-                self._engine.buffer(check.root).write(root)
-                self.host_roots += 1
-                _log.info(
-                    "the root of '%s' was computed on the host (residual %.3g above %.3g)",
-                    check.parameter,
-                    residual,
-                    check.tolerance,
-                )
+    @property
+    def host_roots(self) -> int:
+        """How often an inverse root was computed on the host, because the graph's missed its tolerance."""
+        return self._stepper.host_roots
 
     # -- what it holds ---------------------------------------------------------------------------
 
@@ -277,6 +200,217 @@ class TrainingSession:
         """Copies of everything that a step changes, by the name of its input in the model."""
         return {name: holder.live.read() for name, holder in self._holders.items()}
 
+    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Return the loss per example over batches at the current weights, with dropout off.
+
+        A mean loss counts each batch by its examples, a summed loss is divided by them. Inputs that only the
+        backward part reads may be left out of the batches.
+
+        Raises:
+            UserError: as `step`, and where there is no batch.
+
+        """
+        self._require_open()
+        if self._evaluator is None:
+            self._evaluator = Evaluator(
+                self._plan,
+                self._holders,
+                self._constants,
+                self.batch_inputs,
+                reduction=self._reduction,
+                providers=self._providers,
+                device=self._device,
+                threads=self._threads or 0,
+            )
+        return self._evaluator.mean(batches)
+
+    def fit(
+        self,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        held_out: Iterable[Mapping[str, np.ndarray]] | None = None,
+        eval_every: int | None = None,
+        metrics: Callable[[Row], None] | str | Path | None = None,
+        progress: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+    ) -> FitResult:
+        """Train on an iterable of dicts of arrays, or on `data.Batches`, which go on where the run is.
+
+        Args:
+            batches: the training data; iterated again for every epoch.
+            steps: how many more steps.
+            epochs: how many more passes over the data; without steps and epochs, to the end of the data.
+            held_out: batches to evaluate, at the end and
+            eval_every: every so many steps.
+            metrics: called with a `Row` per step, or a file to which rows are added as JSON lines.
+            progress: show a progress bar on stderr.
+            checkpoint: file to save to, at the end and
+            checkpoint_every: every so many steps.
+
+        Raises:
+            UserError: as `step`.
+
+        """
+        return fit(
+            self,
+            batches,
+            steps=steps,
+            epochs=epochs,
+            held_out=held_out,
+            eval_every=eval_every,
+            metrics=metrics,
+            progress=progress,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )
+
+    def assign(self, values: Mapping[str, np.ndarray]) -> None:
+        """Replace the values of trained parameters; nothing is written if one does not fit.
+
+        Raises:
+            UserError: an unknown name, or another shape or dtype.
+
+        """
+        self._require_open()
+        check_names(self._plan, values)
+        ready = {
+            name: fitting_value(array, self._holders[name].state)
+            for name, array in values.items()
+            if name in self._holders
+        }
+        for name in values:
+            if name not in ready:
+                raise UserError(f"'{name}' is not a trained parameter")
+        for name, array in ready.items():
+            self._holders[name].live.write(array)
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint with everything a run needs to go on; whole or not at all.
+
+        Random operators in the graph (Dropout) start their sequence anew after `resume`.
+
+        Raises:
+            UserError: the place cannot be written.
+
+        """
+        self._require_open()
+        checkpoint = Checkpoint(
+            model=self._model_bytes(),
+            states=self.states,
+            constants={name: buffer.read() for name, buffer in self._constants.items()},
+            committed=self.committed,
+            skipped=self.skipped,
+            position=self.position,
+            host_roots=self.host_roots,
+            learning_rates=self.learning_rates,
+            schedule=None if self.schedule is None else str(self.schedule),
+            seed=self._seed,
+        )
+        write_checkpoint(path, checkpoint)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        model: str | Path | ir.Model | None = None,
+        providers: Sequence[str | tuple[str, Mapping[str, object]]] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+    ) -> TrainingSession:
+        """Return a session that goes on where `save` was called.
+
+        Args:
+            path: the checkpoint; it holds the model.
+            model: the model that the caller expects it to be of; another one is an error.
+            providers: as for a new session.
+            threads: as for a new session.
+
+        Raises:
+            UserError: no such file, a damaged one, or a checkpoint of another model.
+
+        """
+        checkpoint = read_checkpoint(path)
+        session = cls(
+            ir.from_proto(proto_of(checkpoint)),
+            providers=providers,
+            threads=threads,
+            parameters=_given(checkpoint),
+            schedule=checkpoint.schedule,
+            seed=checkpoint.seed,
+        )
+        if model is not None:
+            loaded = model if isinstance(model, ir.Model) else load_model(model)
+            require_step(loaded, "the model" if isinstance(model, ir.Model) else f"'{model}'")
+            expected = model_hash(model_bytes(partition(loaded), _kfac_metadata(loaded)))
+            if expected != model_hash(checkpoint.model):
+                raise UserError(
+                    f"checkpoint '{path}' was made with another model",
+                    help="resume with the model that it was made with, or start without --resume",
+                )
+        for name, holder in session._holders.items():
+            holder.live.write(checkpoint.states[name])
+        session.learning_rates.update(checkpoint.learning_rates)
+        session.committed, session.skipped = checkpoint.committed, checkpoint.skipped
+        session.position = checkpoint.position
+        session._stepper.host_roots = checkpoint.host_roots
+        session._serialized = checkpoint.model
+        return session
+
+    def _model_bytes(self) -> bytes:
+        if self._serialized is None:
+            self._serialized = model_bytes(self._plan, self._metadata)
+        return self._serialized
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        outputs: Sequence[str] | None = None,
+        into: str | Path | None = None,
+    ) -> dict[str, str]:
+        """Write a forward graph with the trained weights; return the place of each weight in it.
+
+        Args:
+            path: the file to write.
+            outputs: values of the training graph to cut at; inputs that they do not need are left out.
+                None cuts at the loss.
+            into: a forward model of the user's; its initializers get the weights, by name or shape.
+
+        Raises:
+            UserError: an unknown output, a weight that fits nowhere, a place that cannot be written.
+
+        """
+        self._require_open()
+        weights = {**self.parameters}
+        if into is not None:
+            if outputs is not None:
+                raise UserError("outputs and into cannot be given together")
+            return write_into(weights, into, path)
+        constants = {name: buffer.read() for name, buffer in self._constants.items()}
+        model = forward_model(self._plan, constants | weights, outputs or [self._plan.step.loss])
+        save_model(model, path)
+        return {name: name for name in weights if name in model.graph.initializers}
+
+    def describe(self) -> Description:
+        """Return what runs where: providers, phases, how each state is held, and what was fallen back on."""
+        return {
+            "providers": [item if isinstance(item, str) else item[0] for item in self._providers],
+            "device": f"{self._device.name}:{self._device.index}",
+            "threads": self._threads,
+            "stages": [runner.stage.name for runner in self._engine.runners],
+            "in_place": self.in_place_problem is None,
+            "in_place_problem": self.in_place_problem,
+            "states": {
+                name: "in-place" if len(holder.buffers) == 1 else "two buffers"
+                for name, holder in self._holders.items()
+            },
+            "state_bytes": sum(b.nbytes for holder in self._holders.values() for b in holder.buffers),
+            "random_operators": self._random_operators,
+        }
+
     def _require_open(self) -> None:
         if self.closed:
             raise UserError("the training session is closed", help="open a new one, or resume a checkpoint")
@@ -285,8 +419,8 @@ class TrainingSession:
         """Release sessions and buffers."""
         if not self.closed:
             self.closed = True
-            self._before, self._keep, self._undo = [], [], []
-            self._engine.runners = []
+            self._engine.close()
+            self._evaluator = None
 
     def __enter__(self) -> TrainingSession:
         return self
@@ -295,3 +429,16 @@ class TrainingSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _kfac_metadata(model: ir.Model) -> dict[str, str]:
+    return {key: value for key, value in model.metadata_props.items() if key.startswith("kfac.")}
+
+
+def _given(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Return the values a new session needs: parameters and constants."""
+    model = ir.from_proto(proto_of(checkpoint))
+    names = {
+        state.input for state in metadata.read_list(model, "state", State) if state.initial == "parameter"
+    }
+    return {name: checkpoint.states[name] for name in names} | dict(checkpoint.constants)

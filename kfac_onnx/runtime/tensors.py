@@ -25,17 +25,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Buffer",
     "Device",
-    "Providers",
     "device_of",
     "dtype_name",
     "element_type",
+    "host_value",
     "numpy_dtype",
     "open_session",
     "provider_list",
     "same_bits",
 ]
-
-Providers = "Sequence[str | tuple[str, Mapping[str, object]]]"
 
 BFLOAT16: Final = int(onnx.TensorProto.BFLOAT16)
 _DEVICE_OF: Final = {
@@ -165,6 +163,11 @@ class Buffer:
                 list(self.shape), element, device.name, device.index
             )
             self.write(own)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.element).itemsize
 
     def read(self) -> np.ndarray:
         """Return a copy of the contents."""

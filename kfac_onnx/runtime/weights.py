@@ -37,7 +37,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]  bare PathLike
 
     try:
         return dict(load_file(str(path)))  # pyright: ignore[reportUnknownVariableType]  its PathLike has no parameter

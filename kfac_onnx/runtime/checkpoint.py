@@ -1,0 +1,166 @@
+"""Checkpoints: everything a run needs to go on as if it had not stopped, in one file.
+
+A safetensors file. Tensors: `state/<input>` for every state, `constant/<input>` for values given once, and
+`model` (uint8), the model itself without those values. Its metadata entry `kfac_onnx` is JSON: counters,
+data position, learning rates, schedule, seed, the model's hash, and for each tensor its dtype and checksum.
+bfloat16 is stored as uint16 bits. The file is written beside its place and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.files import atomic_path
+from kfac_onnx.passes.partition_graph import build_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from kfac_onnx.passes.partition import Plan
+
+__all__ = ["Checkpoint", "model_bytes", "model_hash", "read_checkpoint", "write_checkpoint"]
+
+VERSION: Final = 1
+KEY: Final = "kfac_onnx"
+BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The contents of a checkpoint file."""
+
+    model: bytes
+    states: Mapping[str, np.ndarray]
+    constants: Mapping[str, np.ndarray]
+    committed: int
+    skipped: int
+    position: int
+    host_roots: int
+    learning_rates: dict[str, float]
+    schedule: str | None
+    seed: int | None
+    version: int = VERSION
+    dtypes: dict[str, str] = field(default_factory=dict[str, str])
+    checksums: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def model_bytes(plan: Plan, metadata: Mapping[str, str]) -> bytes:
+    """Return the whole-step model without the values of states and constants."""
+    source = plan.source
+    nodes = [item.node for item in source.items]
+    as_inputs = {*source.inputs, *(state.input for state in plan.states), *plan.frozen}
+    model = build_model(source, nodes, source.outputs, name="step", as_inputs=as_inputs)
+    present = {value.name for value in model.graph.input}
+    model.graph.input.extend(source.types[name] for name in source.inputs if name not in present)
+    given = {value.name for value in (*model.graph.input, *model.graph.output)}
+    made = (name for item in source.items for name in item.makes)
+    model.graph.value_info.extend(source.types[n] for n in made if n in source.types and n not in given)
+    for key, value in sorted(metadata.items()):
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    return model.SerializeToString(deterministic=True)
+
+
+def model_hash(model: bytes) -> str:
+    """Return the SHA-256 of a model's bytes, in hexadecimal."""
+    return hashlib.sha256(model).hexdigest()
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    flat = np.ascontiguousarray(array).reshape(array.shape)
+    return flat.view(np.uint16) if flat.dtype == BFLOAT16 else flat
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write the file, whole or not at all.
+
+    Raises UserError when the place cannot be written.
+    """
+    from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]  bare PathLike
+
+    named = {f"state/{name}": array for name, array in checkpoint.states.items()}
+    named |= {f"constant/{name}": array for name, array in checkpoint.constants.items()}
+    named["model"] = np.frombuffer(checkpoint.model, np.uint8)
+    tensors = {name: _plain(array) for name, array in named.items()}
+    header = asdict(checkpoint)
+    for key in ("model", "states", "constants"):
+        del header[key]
+    header["model_hash"] = model_hash(checkpoint.model)
+    header["dtypes"] = {name: str(array.dtype) for name, array in named.items()}
+    header["checksums"] = {name: _checksum(array) for name, array in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata={KEY: json.dumps(header)})
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Return the contents of a checkpoint file.
+
+    Raises UserError when there is no such file, it is no checkpoint, or it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    opener: Any = safe_open  # the package declares no type for what it opens
+    try:
+        with opener(str(path), framework="numpy") as file:
+            entries: dict[str, str] = file.metadata() or {}
+            if KEY not in entries:
+                raise UserError(f"'{path}' is not a checkpoint of a training session")
+            header: dict[str, Any] = json.loads(entries[KEY])
+            names: list[str] = list(file.keys())
+            tensors: dict[str, np.ndarray] = {name: np.array(file.get_tensor(name)) for name in names}
+    except FileNotFoundError as e:
+        raise UserError(f"there is no checkpoint '{path}'") from e
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise _damaged(path, first_line(e)) from e
+    if header.get("version") != VERSION:
+        message = f"checkpoint '{path}' has version {header.get('version')}, this program reads {VERSION}"
+        raise UserError(message)
+    return _checked(path, header, tensors)
+
+
+def _damaged(path: str | Path, detail: str) -> UserError:
+    return UserError(f"checkpoint '{path}' is damaged: {detail}", help="take an older one")
+
+
+def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
+    checksums: dict[str, int] = header.get("checksums", {})
+    dtypes: dict[str, str] = header.get("dtypes", {})
+    for name, expected in checksums.items():
+        if name not in tensors:
+            raise _damaged(path, f"tensor '{name}' is missing")
+        if _checksum(tensors[name]) != expected:
+            raise _damaged(path, f"the checksum of tensor '{name}' is wrong")
+        if dtypes.get(name) == "bfloat16":
+            tensors[name] = tensors[name].view(BFLOAT16)
+    model = tensors["model"].tobytes()
+    if header.get("model_hash") != model_hash(model):
+        raise _damaged(path, "the hash of its model is wrong")
+
+    def part(prefix: str) -> dict[str, np.ndarray]:
+        return {n.removeprefix(prefix): array for n, array in tensors.items() if n.startswith(prefix)}
+
+    keys = ("committed", "skipped", "position", "host_roots", "learning_rates", "schedule", "seed")
+    try:
+        fields = {key: header[key] for key in keys}
+        return Checkpoint(model=model, states=part("state/"), constants=part("constant/"), **fields)
+    except KeyError as e:
+        raise _damaged(path, f"its header has no {e}") from e
+
+
+def proto_of(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """Return the checkpoint's model."""
+    return onnx.ModelProto.FromString(checkpoint.model)

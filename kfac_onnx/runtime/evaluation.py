@@ -1,0 +1,94 @@
+"""The loss on held-out batches: the forward part of the graph, with dropout off, at the current weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.passes.partition import extract
+from kfac_onnx.runtime.batches import checked_batch, examples_in
+from kfac_onnx.runtime.ids import explain_failure
+from kfac_onnx.runtime.tensors import Buffer, Device, open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import onnxruntime as ort
+
+    from kfac_onnx.passes.partition import Plan
+    from kfac_onnx.runtime.batches import BatchInput
+    from kfac_onnx.runtime.engine import Holder
+
+__all__ = ["Evaluator"]
+
+
+class Evaluator:
+    """A session for the loss alone, reading the training session's own buffers."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        holders: Mapping[str, Holder],
+        constants: Mapping[str, Buffer],
+        batch: Sequence[BatchInput],
+        *,
+        reduction: str,
+        providers: Sequence[str | tuple[str, dict[str, str]]],
+        device: Device,
+        threads: int,
+    ) -> None:
+        self._plan = plan
+        self._holders = holders
+        self._constants = constants
+        self._reduction = reduction
+        self._device = device
+        self._session = open_session(extract(plan, [plan.step.loss]), providers, threads=threads)
+        used = [info.name for info in self._session.get_inputs()]
+        self._inputs = [item for item in batch if item.name in used]
+        self._known = [item.name for item in batch]
+        self._bound = [name for name in used if name not in {item.name for item in batch}]
+
+    def _value(self, name: str) -> ort.OrtValue:
+        return self._holders[name].live.value if name in self._holders else self._constants[name].value
+
+    def loss(self, batch: Mapping[str, np.ndarray]) -> float:
+        """Return the loss of one batch; inputs that only the backward part reads may be left out.
+
+        Raises UserError as `TrainingSession.step` does.
+        """
+        ready = checked_batch(batch, self._inputs, allowed=self._known)
+        binding = self._session.io_binding()
+        for name in self._bound:
+            binding.bind_ortvalue_input(name, self._value(name))
+        for name, value in ready.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, value)
+            else:
+                binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._plan.step.loss, "cpu", 0)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+            explain_failure(self._plan, ready, self._value)
+            raise UserError(f"the batch cannot be run through the graph: {first_line(e)}") from e
+        if not self._device.is_cpu:
+            binding.synchronize_outputs()
+        return float(np.asarray(binding.get_outputs()[0].numpy(), np.float64).reshape(()))
+
+    def mean(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Return the loss per example over all batches.
+
+        A mean (or unknown) loss counts each batch by its examples, a summed loss is divided by them.
+
+        Raises UserError when there is no batch.
+        """
+        total, examples = 0.0, 0
+        for batch in batches:
+            size = examples_in({name: batch[name] for name in self._known if name in batch})
+            total += self.loss(batch) * (1 if self._reduction == "sum" else size)
+            examples += size
+        if examples == 0:
+            raise UserError("there is no batch to evaluate")
+        return total / examples

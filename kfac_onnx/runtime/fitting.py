@@ -1,0 +1,204 @@
+"""The training loop: steps over batches, held-out evaluation, metrics and a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from kfac_onnx.errors import UserError
+from kfac_onnx.runtime.batches import examples_in
+from kfac_onnx.runtime.data import Batches
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+
+    import numpy as np
+
+    from kfac_onnx.runtime.session import Metrics, TrainingSession
+
+__all__ = ["FitResult", "Row", "fit"]
+
+SMOOTHING = 0.98
+"""Weight of the past in the running loss that the progress bar shows."""
+
+
+class Row(TypedDict):
+    """One line of metrics; `loss` is null where it is not finite, `held_out` where it was not measured."""
+
+    step: int
+    position: int
+    loss: float | None
+    skipped: bool
+    lr: float
+    held_out: float | None
+
+
+@dataclass
+class FitResult:
+    """What `fit` did: steps made and skipped, examples, seconds, last loss, held-out losses by position."""
+
+    steps: int = 0
+    skipped: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    loss: float = math.nan
+    held_out: dict[int, float] = field(default_factory=dict[int, float])
+
+
+def _supply(
+    session: TrainingSession,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    steps: int | None,
+    epochs: int | None,
+) -> tuple[Iterator[Mapping[str, np.ndarray]], int | None]:
+    """Return the batches still to run, and how many there are where that is known."""
+    if isinstance(batches, Batches):
+        size = len(batches)
+        whole = size - session.position % size if steps is None and epochs is None else None
+        ends = [n for n in (whole, steps, None if epochs is None else epochs * size) if n is not None]
+        return islice(batches.since(session.position), min(ends)), min(ends)
+    if epochs is not None and epochs > 1 and iter(batches) is batches:
+        raise UserError("the batches can be iterated only once, so there is one epoch", help="give a list")
+    passes = 1 if epochs is None and steps is None else epochs
+
+    def repeat() -> Iterator[Mapping[str, np.ndarray]]:
+        number = 0
+        while passes is None or number < passes:
+            empty = True
+            for batch in batches:
+                empty = False
+                yield batch
+            number += 1
+            if empty:
+                return
+
+    size = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]  just checked
+    total = None if size is None or passes is None else size * passes
+    limits = [n for n in (steps, total) if n is not None]
+    return islice(repeat(), steps), min(limits) if limits else None
+
+
+@contextlib.contextmanager
+def _writer(target: Callable[[Row], None] | str | Path | None) -> Generator[Callable[[Row], None]]:
+    """Yield what takes each row of metrics: the user's function, or a writer of JSON lines."""
+    if target is None:
+        yield lambda row: None
+    elif isinstance(target, (str, Path)):
+        try:
+            file = Path(target).open("a", encoding="utf-8")  # noqa: SIM115  closed below
+        except OSError as e:
+            raise UserError(f"metrics cannot be written to '{target}': {e.strerror or e}") from e
+        with file:
+
+            def write(row: Row) -> None:
+                file.write(json.dumps(row) + "\n")
+
+            yield write
+    else:
+        yield target
+
+
+class _Bar:
+    """A progress bar on stderr: running loss, examples per second, time left."""
+
+    def __init__(self, total: int | None, *, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} examples/s"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task("training", total=total, loss="-", rate="-")
+        self._running = math.nan
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, loss: float, examples: int, held_out: float | None) -> None:
+        if math.isfinite(loss):
+            past = loss if math.isnan(self._running) else self._running
+            self._running = SMOOTHING * past + (1 - SMOOTHING) * loss
+        shown = f"{self._running:.4f}" + ("" if held_out is None else f", held out {held_out:.4f}")
+        rate = examples / max(1e-9, time.perf_counter() - self._start)
+        self._progress.update(self._task, advance=1, loss=shown, rate=f"{rate:,.0f}")
+
+
+def fit(
+    session: TrainingSession,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    held_out: Iterable[Mapping[str, np.ndarray]] | None = None,
+    eval_every: int | None = None,
+    metrics: Callable[[Row], None] | str | Path | None = None,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+) -> FitResult:
+    """Train; the arguments are those of `TrainingSession.fit`."""
+    for name, value in (
+        ("steps", steps),
+        ("epochs", epochs),
+        ("eval_every", eval_every),
+        ("checkpoint_every", checkpoint_every),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    supply, total = _supply(session, batches, steps, epochs)
+    if session.schedule is not None:
+        horizon = None if total is None else session.position + total
+        session.schedule = session.schedule.within(horizon)
+    result = FitResult()
+    start = time.perf_counter()
+    with _writer(metrics) as write, _Bar(total, enabled=progress) as bar:
+        for batch in supply:
+            made = session.step(batch)
+            result.steps += 1
+            result.skipped += made["skipped"]
+            result.loss = made["loss"]
+            result.examples += examples_in(batch)
+            measured = None
+            last = total is not None and result.steps == total
+            if held_out is not None and (last or (eval_every and result.steps % eval_every == 0)):
+                measured = session.evaluate(held_out)
+                result.held_out[session.position] = measured
+            write(_row(session, made, measured))
+            bar.update(made["loss"], result.examples, measured)
+            if checkpoint is not None and checkpoint_every and result.steps % checkpoint_every == 0:
+                session.save(checkpoint)
+    if held_out is not None and session.position not in result.held_out and result.steps:
+        result.held_out[session.position] = session.evaluate(held_out)
+    if checkpoint is not None:
+        session.save(checkpoint)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _row(session: TrainingSession, made: Metrics, held_out: float | None) -> Row:
+    return {
+        "step": made["step"],
+        "position": session.position,
+        "loss": made["loss"] if math.isfinite(made["loss"]) else None,
+        "skipped": made["skipped"],
+        "lr": made["lr"],
+        "held_out": held_out,
+    }

@@ -1,0 +1,117 @@
+"""One training step over an engine's stages: run, check, then keep or undo (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.passes.partition import Slot
+from kfac_onnx.runtime.ids import check_ids, explain_failure, origin_of
+from kfac_onnx.runtime.roots import eigen_power
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import onnxruntime as ort
+
+    from kfac_onnx.metadata import IdCheck
+    from kfac_onnx.passes.partition import Plan
+    from kfac_onnx.runtime.engine import Engine, Runner
+
+    Batch = Mapping[str, np.ndarray | ort.OrtValue]
+
+__all__ = ["Stepper"]
+
+_log = logging.getLogger(__name__)
+
+
+class Stepper:
+    """Runs steps; `checks` are the lookups whose ids are looked at in every step.
+
+    `host_roots` counts the inverse roots that were computed on the host.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, checks: Sequence[IdCheck]) -> None:
+        self._plan = plan
+        self._engine = engine
+        self._checks = checks
+        self._before = engine.stages(lambda slot: slot <= Slot.PRECONDITION)
+        self._keep = engine.stages(lambda slot: Slot.PRECONDITION < slot <= Slot.RENORMALIZE)
+        self._undo = engine.stages(lambda slot: slot >= Slot.UNDO_READ)
+        self.host_roots = 0
+
+    def step(self, batch: Batch) -> tuple[float, bool]:
+        """Make one step; return the loss and whether the step was kept.
+
+        Whatever interrupts the step, parameters and states are as before or as after it, never between.
+
+        Raises UserError when the batch cannot be run; nothing was written then.
+        """
+        engine = self._engine
+        engine.start()
+        counted = kept = settled = False
+        try:
+            for runner in self._before:
+                slot = runner.stage.slot
+                counted = counted or slot == Slot.COUNT
+                ran = self._run_first(runner, batch) if slot == Slot.GRADIENTS else engine.run(runner, batch)
+                if slot == Slot.REFRESH and ran:
+                    self._check_roots(runner.stage.outputs)
+            kept = bool(engine.read(self._plan.step.ok))
+            if kept:
+                self._commit(batch)
+            elif counted:
+                self._restore(batch)
+            settled = True
+        finally:
+            if counted and not kept and not settled:
+                self._restore(batch)
+        return float(np.asarray(engine.read(self._plan.step.loss), np.float64).reshape(())), kept
+
+    def _commit(self, batch: Batch) -> None:
+        for runner in self._keep:
+            self._engine.run(runner, batch)
+        self._engine.swap()
+
+    def _restore(self, batch: Batch) -> None:
+        for runner in self._undo:
+            self._engine.run(runner, batch)
+        self._engine.settle()
+
+    def _run_first(self, runner: Runner, batch: Batch) -> bool:
+        """Run the gradients, which write nothing, and check the ids that reached the tables."""
+        try:
+            ran = self._engine.run(runner, batch)
+        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+            explain_failure(self._plan, batch, self._engine.value)
+            message = f"the batch cannot be run through the graph: {first_line(e)}"
+            raise UserError(message, help="nothing was written") from e
+        for check in self._checks:
+            given = batch.get(check.ids)
+            ids = given if isinstance(given, np.ndarray) else self._engine.read(check.ids)
+            check_ids(check, ids, lambda check=check: origin_of(self._plan, check, batch))
+        return ran
+
+    def _check_roots(self, outputs: Sequence[str]) -> None:
+        """Replace a root that missed its tolerance by an eigendecomposition in float64."""
+        for check in self._plan.step.root_checks:
+            if check.root not in outputs:
+                continue
+            residual = float(self._engine.read(check.residual).reshape(()))
+            if residual <= check.tolerance:
+                continue
+            factor = self._engine.read(check.factor)
+            damping = float(self._engine.read(check.damping).reshape(()))
+            root = eigen_power(factor, damping, check.exponent)
+            if root is not None:
+                self._engine.buffer(check.root).write(root)
+                self.host_roots += 1
+                _log.info(
+                    "the root of '%s' was computed on the host (residual %.3g above %.3g)",
+                    check.parameter,
+                    residual,
+                    check.tolerance,
+                )

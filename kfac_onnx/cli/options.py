@@ -19,13 +19,15 @@ __all__ = [
     "model_argument",
     "optimizer_options",
     "parameters_option",
+    "provider_names",
+    "provider_option",
     "reading_options",
 ]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PRESETS = "half, adagrad, adaptive, r1.7"
+PRESETS = "half, adagrad, adaptive, r1.7, or plainly: plain-sgd, plain-momentum, plain-adam, plain-adagrad"
 
 
 def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -92,8 +94,22 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
         metavar="NAME",
         default="half",
         show_default=True,
-        help=f"How the embedding tables are trained: {PRESETS}; or plainly by sgd, adam.",
+        help=f"How the embedding tables are trained: {PRESETS}.",
     )(function)
+
+
+provider_option = click.option(
+    "--provider",
+    metavar="NAME",
+    multiple=True,
+    help="ONNX Runtime's execution provider: cpu (default), cuda, or its full name; the first fits first.",
+)
+
+
+def provider_names(words: tuple[str, ...]) -> list[str]:
+    """Return execution providers by their full names: `cuda` is `CUDAExecutionProvider`."""
+    short = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    return [short.get(word, word) for word in words] or [short["cpu"]]
 
 
 def gradient_pairs(words: tuple[str, ...]) -> dict[str, str] | None:

@@ -30,6 +30,21 @@ __all__ = ["command"]
     show_default=True,
     help="rows: a whole training step, tables updated in place. dense: only the tables' gradients change.",
 )
+@click.option(
+    "--target", metavar="cpu|cuda", default="cpu", show_default=True, help="Where OUT runs unaided."
+)
+@click.option(
+    "--grad-scale",
+    type=float,
+    help="What a mean loss divides by, for preset r1.7 where the graph does not tell.",
+)
+@click.option(
+    "--allow-fallback",
+    metavar="PARAM",
+    multiple=True,
+    help="Leave this refused table to --rest; may be given several times.",
+)
+@click.option("--constant", metavar="NAME", multiple=True, help="An input that is given once, not per step.")
 @click.option("--pipeline", metavar="TEXT", help="Run these passes instead of the preset's.")
 @parameters_option
 @reading_options
@@ -42,6 +57,10 @@ def command(
     rest: str,
     rest_lr: float | None,
     shape: str,
+    target: str,
+    grad_scale: float | None,
+    allow_fallback: tuple[str, ...],
+    constant: tuple[str, ...],
     pipeline: str | None,
     parameters: str | None,
     loss: str | None,
@@ -55,6 +74,7 @@ def command(
     from kfac_onnx.files import refuse_overwrite
     from kfac_onnx.passes.api import save, transform
     from kfac_onnx.passes.inspect import inspect
+    from kfac_onnx.runtime.weights import read_weights
 
     refuse_overwrite(output, model, *([parameters] if parameters else []))
     made = transform(
@@ -64,8 +84,12 @@ def command(
         rest=rest,
         rest_lr=rest_lr,
         shape=shape,
+        target=target,
+        grad_scale=grad_scale,
+        allow_fallback=allow_fallback,
+        constants=constant,
         pipeline=pipeline,
-        parameters=parameters,
+        parameters=None if parameters is None else read_weights(parameters),
         loss=loss,
         gradients=gradient_pairs(gradients),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from kfac_onnx.cli.options import common, gradient_pairs, model_argument, reading_options
@@ -19,8 +21,15 @@ def command(model: str, parameter: str, loss: str | None, gradients: tuple[str, 
     """Explain why the parameter PARAM of MODEL was taken as an embedding table, or was not."""
     from kfac_onnx.passes.api import why
 
-    explanation = why(model, parameter, loss=loss, gradients=gradient_pairs(gradients))
+    found = why(model, parameter, loss=loss, gradients=gradient_pairs(gradients))
     if as_json:
-        print_json(explanation.to_json())
-    else:
-        click.echo(str(explanation))
+        print_json(asdict(found))
+        return
+    verdict = {"embedding": "is an embedding table", "refused": "was refused"}
+    click.echo(f"'{parameter}' {verdict.get(found.verdict, 'is not an embedding table')}")
+    for line in found.trail:
+        click.echo(f"  tried: {line}")
+    if found.refusal is not None:
+        click.echo(f"  path:  {found.refusal.path}")
+        click.echo(f"  why:   {found.refusal.reason}")
+        click.echo(f"  help:  {found.refusal.remedy}")

@@ -1,4 +1,4 @@
-"""A graph in float64: the same operators with every float widened, for checks that need more digits."""
+"""A graph in one float type: the same operators with every float widened, for checks that need digits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx import numpy_helper
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["in_double", "only_for"]
+__all__ = ["only_for", "widened"]
 
 _NARROW: Final = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _TYPE_ATTRIBUTES: Final = {
@@ -58,49 +58,58 @@ def _reads(node: onnx.NodeProto) -> set[str]:
     return names
 
 
-def in_double(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which every float tensor is float64.
+def widened(model: onnx.ModelProto, dtype: type[np.float64] | type[np.float32]) -> onnx.ModelProto:
+    """Return a copy in which every float tensor is float64, or every narrower one float32.
 
-    Operators that ONNX Runtime has in narrower types only make the copy fail to load there.
+    Operators that ONNX Runtime has in narrower types only make a float64 copy fail to load there.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    _widen_graph(copy.graph)
+    _widen_graph(copy.graph, _Target(dtype))
     return copy
 
 
-def _widen_graph(graph: onnx.GraphProto) -> None:
+class _Target:
+    """The wanted type, as NumPy and ONNX name it, and the ONNX types that become it."""
+
+    def __init__(self, dtype: type[np.float64] | type[np.float32]) -> None:
+        self.dtype = dtype
+        self.element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self.narrow = [element for element in _NARROW if element != self.element]
+
+
+def _widen_graph(graph: onnx.GraphProto, to: _Target) -> None:
     del graph.value_info[:]
     for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type in _NARROW:
-            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+        if value.type.tensor_type.elem_type in to.narrow:
+            value.type.tensor_type.elem_type = to.element
     for tensor in graph.initializer:
-        _widen_tensor(tensor)
+        _widen_tensor(tensor, to)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
-                _widen_tensor(attribute.t)
+                _widen_tensor(attribute.t, to)
             if attribute.HasField("g"):
-                _widen_graph(attribute.g)
+                _widen_graph(attribute.g, to)
             for inner in attribute.graphs:
-                _widen_graph(inner)
-            if attribute.name == _TYPE_ATTRIBUTES.get(node.op_type) and attribute.i in _NARROW:
-                attribute.i = onnx.TensorProto.DOUBLE
+                _widen_graph(inner, to)
+            if attribute.name == _TYPE_ATTRIBUTES.get(node.op_type) and attribute.i in to.narrow:
+                attribute.i = to.element
         if node.op_type == "Constant":
-            _widen_constant(node)
+            _widen_constant(node, to)
 
 
-def _widen_constant(node: onnx.NodeProto) -> None:
-    """Turn a `Constant` of Python floats, which is float32, into one of a float64 tensor."""
+def _widen_constant(node: onnx.NodeProto, to: _Target) -> None:
+    """Turn a `Constant` of Python floats, which is float32, into one of a tensor of the wanted type."""
     (attribute,) = node.attribute
     if attribute.name in ("value_float", "value_floats"):
         found = attribute.f if attribute.name == "value_float" else list(attribute.floats)
-        tensor = numpy_helper.from_array(np.asarray(found, np.float64))
+        tensor = numpy_helper.from_array(np.asarray(found, to.dtype))
         del node.attribute[:]
         node.attribute.append(onnx.helper.make_attribute("value", tensor))
 
 
-def _widen_tensor(tensor: onnx.TensorProto) -> None:
-    if tensor.data_type in _NARROW:
+def _widen_tensor(tensor: onnx.TensorProto, to: _Target) -> None:
+    if tensor.data_type in to.narrow:
         name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), name))
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(to.dtype), name))

@@ -1,0 +1,117 @@
+"""`kfac-onnx verify`: gradients against finite differences, or the block against golden files."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import click
+
+from kfac_onnx.cli.options import common, gradient_pairs, parameters_option, reading_options
+from kfac_onnx.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from kfac_onnx.runtime.verify import GradientCheck
+
+__all__ = ["command"]
+
+_CHECK_FAILED = 2
+
+
+@click.command("verify", short_help="Check a model's gradients, or the block against golden files.")
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option("--data", metavar="FILE", help="A .npz with a batch by input name, to check gradients on.")
+@click.option(
+    "--batch-size", type=int, metavar="N", help="Take the first N examples (default: the whole file)."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random directions.")
+@click.option("--golden", metavar="FILE", multiple=True, help="A golden file; may be given several times.")
+@click.argument("more", nargs=-1, metavar="")
+@parameters_option
+@reading_options
+@common
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str | None,
+    data: str | None,
+    batch_size: int | None,
+    seed: int,
+    golden: tuple[str, ...],
+    more: tuple[str, ...],
+    parameters: str | None,
+    loss: str | None,
+    gradients: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Check each gradient of MODEL against its loss, by finite differences on a batch of --data.
+
+    With --golden FILE..., check the block's numbers against golden files instead: by ONNX on ONNX Runtime and
+    in float64. Exits 2 if a check fails.
+    """
+    if golden:
+        _golden(ctx, [*golden, *([model] if model else []), *more], as_json)
+        return
+    if model is None or data is None or more:
+        raise click.UsageError("verify wants MODEL and --data FILE, or --golden FILE...")
+    from kfac_onnx.frontends import read_training_graph
+    from kfac_onnx.passes.api import scan
+    from kfac_onnx.runtime.data import Batches
+    from kfac_onnx.runtime.file_batches import FileBatches
+    from kfac_onnx.runtime.verify import verify_gradients
+    from kfac_onnx.runtime.weights import read_weights
+
+    pairs = gradient_pairs(gradients)
+    batches = FileBatches(data) if batch_size is None else Batches(data, batch_size)
+    checks = verify_gradients(
+        read_training_graph(model, loss=loss, gradients=pairs),
+        next(itertools.chain(batches)),
+        parameters=None if parameters is None else read_weights(parameters),
+        sites=scan(model, loss=loss, gradients=pairs).sites,
+        seed=seed,
+    )
+    _print(checks, as_json)
+    if any(check.status == "wrong" for check in checks):
+        ctx.exit(_CHECK_FAILED)
+
+
+def _print(checks: list[GradientCheck], as_json: bool) -> None:
+    if as_json:
+        print_json([vars(check) for check in checks])
+        return
+    print_table(
+        "Gradients against finite differences of the loss",
+        ["parameter", "gradient", "verdict", "relative error ", "tolerance ", "loss in", "why"],
+        [
+            (
+                check.parameter,
+                check.gradient,
+                check.status,
+                None if check.error is None else f"{check.error:.1e}",
+                None if check.tolerance is None else f"{check.tolerance:.0e}",
+                check.arithmetic,
+                check.why,
+            )
+            for check in checks
+        ],
+    )
+
+
+def _golden(ctx: click.Context, paths: list[str], as_json: bool) -> None:
+    from kfac_onnx.fisher.golden import TOLERANCE, verify_golden
+
+    rows = verify_golden(paths)
+    if as_json:
+        print_json([vars(row) for row in rows])
+    else:
+        print_table(
+            f"Relative error (largest difference over the array's largest entry; at most {TOLERANCE:g})",
+            ["file", "quantity", "made by", "ONNX ", "float64 ", ""],
+            [
+                (row.file, row.quantity, row.path, f"{row.error_onnx:.1e}", f"{row.error_reference:.1e}",
+                 "ok" if row.ok else "FAILED")
+                for row in rows
+            ],
+        )  # fmt: skip
+    if not all(row.ok for row in rows):
+        ctx.exit(_CHECK_FAILED)

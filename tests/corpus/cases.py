@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+
 from kfac_onnx import metadata
 from kfac_onnx.frontends import read_training_graph
 from kfac_onnx.metadata import Parameter, Site
@@ -63,7 +64,9 @@ class Case:
         """Return a full feed, parameters included."""
         feed = {key.removeprefix("in:"): value for key, value in self.arrays.items() if key.startswith("in:")}
         prefix = f"{which}:"
-        feed.update((key.removeprefix(prefix), value) for key, value in self.arrays.items() if key.startswith(prefix))
+        feed.update(
+            (key.removeprefix(prefix), value) for key, value in self.arrays.items() if key.startswith(prefix)
+        )
         return feed
 
 
@@ -96,13 +99,20 @@ class MarkedGraph:
         outputs.clear()
         self.names = list(dict.fromkeys([self.loss, *wanted]))
         for name in self.names:  # bfloat16 has no NumPy dtype: read it as float32
-            cast = ir.node("Cast", [values[name]], {"to": ir.DataType.FLOAT}) if is_bf16(values[name]) else None
+            cast = (
+                ir.node("Cast", [values[name]], {"to": ir.DataType.FLOAT}) if is_bf16(values[name]) else None
+            )
             if cast is not None:
                 self.model.graph.append(cast)
             outputs.append(values[name] if cast is None else cast.outputs[0])
-        for item in self.parameters:  # the reference feeds every weight
-            if not values[item.name].is_graph_input():
-                self.model.graph.inputs.append(values[item.name])
+        self.stored: dict[str, np.ndarray] = {}
+        for item in self.parameters:  # the reference feeds every weight, also those stored in the file
+            value = values[item.name]
+            if not value.is_graph_input():
+                self.model.graph.inputs.append(value)
+            held = self.model.graph.initializers.pop(item.name, None)
+            if held is not None:
+                self.stored[item.name] = np.array(held.const_value.numpy())
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -113,11 +123,10 @@ class MarkedGraph:
     def initial(self, case: Case) -> dict[str, np.ndarray]:
         """Return every parameter's starting value."""
         feed = case.feed()
-        found = {}
-        for item in self.parameters:
-            held = self.model.graph.initializers.get(item.name)
-            found[item.name] = feed[item.name] if item.name in feed else held.const_value.numpy()
-        return found
+        return {
+            item.name: feed[item.name] if item.name in feed else self.stored[item.name]
+            for item in self.parameters
+        }
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every output as an array."""
@@ -142,12 +151,21 @@ def is_bf16(value: ir.Value) -> bool:
 class StepReference:
     """A whole training step in float64 from gradients that somebody else computed."""
 
-    def __init__(self, graph: MarkedGraph, weights: dict[str, np.ndarray], preset: str, lr: float, rest: str, rest_lr: float) -> None:
+    def __init__(
+        self,
+        graph: MarkedGraph,
+        weights: dict[str, np.ndarray],
+        preset: str,
+        lr: float,
+        rest: str,
+        rest_lr: float,
+    ) -> None:
         self.graph = graph
         self.dtypes = {name: value.dtype for name, value in weights.items()}
         self.weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
         self.tables = {
-            site.parameter: TableReference(preset, site.vocab_size, site.embedding_dim, lr) for site in graph.sites
+            site.parameter: TableReference(preset, site.vocab_size, site.embedding_dim, lr)
+            for site in graph.sites
         }
         names = [item.name for item in graph.parameters if item.name not in self.tables]
         self.rest = {name: OPTIMIZERS[rest](lr=rest_lr) for name in names}
@@ -174,7 +192,9 @@ class StepReference:
             new = self.tables[site.parameter].step(table, ids, rows, keep, scale, dense)
             self.weights[site.parameter] = from_table(new, site, self.weights[site.parameter].shape)
         for name, optimizer in self.rest.items():
-            self.weights[name] = optimizer.step(self.weights[name], np.asarray(out[gradients[name]], np.float64))
+            self.weights[name] = optimizer.step(
+                self.weights[name], np.asarray(out[gradients[name]], np.float64)
+            )
 
 
 def to_table(stored: np.ndarray, site: Site) -> np.ndarray:

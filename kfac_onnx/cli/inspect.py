@@ -66,12 +66,13 @@ def _cost(cost: LinearCost, lookups: int | None) -> str:
     if lookups is not None:
         flops, moved = cost.at(lookups)
         return f"{quantity(flops, 'FLOP')}, {quantity(moved, 'B')}"
-    per = (
-        f" + {quantity(cost.flops_per_lookup, 'FLOP')}, {quantity(cost.bytes_per_lookup, 'B')} per lookup"
-        if cost.flops_per_lookup or cost.bytes_per_lookup
-        else ""
-    )
-    return f"{quantity(cost.flops, 'FLOP')}, {quantity(cost.bytes, 'B')}{per}"
+    parts: list[str] = []
+    if cost.flops or cost.bytes:
+        parts.append(f"{quantity(cost.flops, 'FLOP')}, {quantity(cost.bytes, 'B')}")
+    if cost.flops_per_lookup or cost.bytes_per_lookup:
+        each = f"{quantity(cost.flops_per_lookup, 'FLOP')}, {quantity(cost.bytes_per_lookup, 'B')}"
+        parts.append(f"{each} per lookup")
+    return " + ".join(parts) or "none"
 
 
 def _print_others(report: Inspection) -> None:

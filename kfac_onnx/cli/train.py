@@ -17,7 +17,7 @@ from kfac_onnx.cli.options import (
     provider_option,
     reading_options,
 )
-from kfac_onnx.cli.output import print_json, print_table
+from kfac_onnx.cli.output import print_json
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
@@ -233,11 +233,8 @@ def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
             }
         )
         return
-    rows: list[tuple[object, object]] = [
-        ("steps", f"{result.steps}" + (f" ({result.skipped} skipped)" if result.skipped else "")),
-        ("examples", result.examples),
-        ("last loss", f"{result.loss:.6f}"),
-        ("time", f"{result.seconds:.1f} s, {milliseconds:.2f} ms per step"),
-    ]
-    rows += [(f"held-out loss at step {at}", f"{loss:.6f}") for at, loss in result.held_out.items()]
-    print_table("Trained", ["", ""], rows)
+    skipped = f" ({result.skipped} skipped: not finite)" if result.skipped else ""
+    click.echo(f"{result.steps} steps{skipped}, {result.examples} examples, last loss {result.loss:.6f}")
+    click.echo(f"{result.seconds:.1f} s, {milliseconds:.2f} ms per step")
+    for at, loss in result.held_out.items():
+        click.echo(f"held-out loss at step {at}: {loss:.6f}")

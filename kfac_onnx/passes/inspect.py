@@ -27,6 +27,8 @@ __all__ = ["Group", "Inspection", "LinearCost", "NodeReport", "SiteReport", "ins
 
 _FLOAT: Final = 4
 _PLUMBING: Final = "shape and copy values between the operators above"
+_EACH_STEP: Final = (Phase.GRADIENTS, Phase.COUNT, Phase.PRECONDITION, Phase.COMMIT)
+"""Phases that run at every step that is kept."""
 _PHASE_ORDER: Final = {str(phase): index for index, phase in enumerate(Phase)}
 
 
@@ -185,7 +187,6 @@ def _name(node: ir.Node) -> str:
 def _site(site: Site, model: ir.Model, nodes: Iterable[ir.Node], states: Iterable[State]) -> SiteReport:
     mine = [state for state in states if state.parameter == site.parameter and state.role != "parameter"]
     groups = _groups([node for node in nodes if node.metadata_props.get("kfac.site") == site.parameter], site)
-    refresh = str(Phase.REFRESH)
     return SiteReport(
         parameter=site.parameter,
         vocab_size=site.vocab_size,
@@ -199,8 +200,8 @@ def _site(site: Site, model: ir.Model, nodes: Iterable[ir.Node], states: Iterabl
         state_bytes=_bytes(mine),
         adam_bytes=2 * _FLOAT * site.vocab_size * site.embedding_dim,
         groups=groups,
-        step_cost=sum((group.cost for group in groups if group.phase != refresh), LinearCost()),
-        refresh_cost=sum((group.cost for group in groups if group.phase == refresh), LinearCost()),
+        step_cost=sum((group.cost for group in groups if group.phase in _EACH_STEP), LinearCost()),
+        refresh_cost=sum((group.cost for group in groups if group.phase == Phase.REFRESH), LinearCost()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -156,14 +157,31 @@ def _by_runtime(proto: onnx.ModelProto) -> Callable[[dict[str, Array]], Array]:
 def _by_reference(proto: onnx.ModelProto) -> Callable[[dict[str, Array]], Array]:
     """Run by the ONNX project's own evaluator: slow, and has every standard operator in float64."""
     from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
 
-    evaluator = ReferenceEvaluator(proto)
+    def erf(x: Array) -> Array:
+        return np.vectorize(math.erf, otypes=[x.dtype])(x)
+
+    class Erf(OpRun):  # its own rounds to float32
+        """The error function in the type of its input."""
+
+        def _run(self, x: Array) -> tuple[Array]:
+            return (erf(x),)
+
+    class Gelu(OpRun):  # its own calls that Erf
+        """x Φ(x), or the approximation by tanh, in the type of its input."""
+
+        def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
+            if approximate == "tanh":
+                return (x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
+            return (x * 0.5 * (1 + erf(x / math.sqrt(2))),)
+
+    evaluator: Any = ReferenceEvaluator(proto, new_ops=[Erf, Gelu])
 
     def run(feeds: dict[str, Array]) -> Array:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # of its own arithmetic; a wrong result shows in the check
-            found: Any = evaluator.run(None, feeds)
-        return np.asarray(found[0])
+            return np.asarray(evaluator.run(None, feeds)[0])
 
     return run
 

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["only_for", "widened"]
+__all__ = ["narrowest", "only_for", "widened"]
 
 _NARROW: Final = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _TYPE_ATTRIBUTES: Final = {
@@ -95,6 +95,8 @@ def _widen_graph(graph: onnx.GraphProto, to: _Target) -> None:
                 _widen_graph(inner, to)
             if attribute.name == _TYPE_ATTRIBUTES.get(node.op_type) and attribute.i in to.narrow:
                 attribute.i = to.element
+        if node.op_type == "LayerNormalization" and all(item.name != "stash_type" for item in node.attribute):
+            node.attribute.append(onnx.helper.make_attribute("stash_type", to.element))
         if node.op_type == "Constant":
             _widen_constant(node, to)
 
@@ -113,3 +115,15 @@ def _widen_tensor(tensor: onnx.TensorProto, to: _Target) -> None:
     if tensor.data_type in to.narrow:
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(to.dtype), name))
+
+
+def narrowest(model: onnx.ModelProto) -> str:
+    """Return the float type with the fewest digits that the graph computes in: `FLOAT`, `FLOAT16`, ..."""
+    found = {tensor.data_type for tensor in model.graph.initializer}
+    found |= {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
+    found |= {
+        attribute.i for node in model.graph.node if node.op_type == "Cast" for attribute in node.attribute
+    }
+    order = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT)
+    element = next((element for element in order if element in found), onnx.TensorProto.DOUBLE)
+    return onnx.TensorProto.DataType.Name(element)

@@ -14,6 +14,7 @@ __all__ = ["command"]
 @click.argument("model", metavar="MODEL", required=False)
 @click.option("-p", "--pipeline", metavar="TEXT", help="The passes: 'find-embeddings,lower{target=cpu},dce'.")
 @click.option("-o", "--output", metavar="FILE", help="Write the model (.onnx, or .onnxtxt as text).")
+@click.option("--canonical", is_flag=True, help="First read MODEL as a training graph, as transform does.")
 @click.option("--print-after-change", is_flag=True, help="Log the model after each pass that changed it.")
 @click.option("--timing", is_flag=True, help="Log seconds and counts of each pass.")
 @click.option("--no-verify", is_flag=True, help="Skip the checks between passes.")
@@ -23,6 +24,7 @@ def command(
     model: str | None,
     pipeline: str | None,
     output: str | None,
+    canonical: bool,
     print_after_change: bool,
     timing: bool,
     no_verify: bool,
@@ -45,7 +47,12 @@ def command(
     passes = parse_pipeline(pipeline)
     if output is not None:
         refuse_overwrite(output, model)
-    loaded = load_model(model)
+    if canonical:
+        from kfac_onnx.frontends import read_training_graph
+
+        loaded = read_training_graph(model)
+    else:
+        loaded = load_model(model)
     report = passes.run(loaded, verify=not no_verify, print_after_change=print_after_change, timing=timing)
     if output is not None:
         save_model(loaded, output)

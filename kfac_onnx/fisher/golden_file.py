@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -91,12 +92,15 @@ def read_golden(path: str | Path) -> GoldenFile:
 
 def _load(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.lib.npyio.NpzFile):
+                return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise UserError(f"the golden file '{path}' does not exist") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise UserError(f"the golden file '{path}' cannot be read: {first_line(error)}") from error
+    raise UserError(f"the golden file '{path}' cannot be read: it is a single array, not an .npz archive")
 
 
 def _build(path: Path, settings: dict[str, Any], arrays: dict[str, Array]) -> GoldenFile:

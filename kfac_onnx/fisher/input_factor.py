@@ -138,7 +138,10 @@ class EmbeddingInputKroneckerFactor:
         if not 0.0 <= ema_decay <= 1.0:
             raise FisherValueError(f"the decay of an average must be between 0 and 1, not {ema_decay:g}")
         ids, weights, lookups = self._batch()
+        # How much a row counts on average; an empty batch changes nothing.
+        some = call("Greater", lookups, constant(0.0))
         share = call("Div", call("ReduceSum", weights, keepdims=0), lookups)
+        share = call("Where", some, share, constant(1.0))
         start_A, start_total = self._A.value, self._total.value
         if self._settings.zero_debias and not self._settings.start_at_zero:
             first = call("Equal", self._count.value, constant(0, np.int64))
@@ -233,11 +236,14 @@ class EmbeddingInputKroneckerFactor:
         one, rho = constant(1.0, np.float64), constant(decay, np.float64)
         kept = call("Mul", rho, start_total)
         total = call("Add", kept, call("Mul", constant(1.0 - decay, np.float64), share))
-        count = call("Add", self._count.value, constant(1, np.int64))
+        some = call("Greater", lookups, constant(0.0))
+        total = call("Where", some, total, start_total)
+        count = call("Add", self._count.value, call("Cast", some, to=_INT))
         correction = one
         if self._settings.zero_debias:
             weight = call("Sub", one, call("Pow", rho, call("Cast", count, to=_DOUBLE)))
-            correction = call("Div", one, weight)
+            never = call("Equal", count, constant(0, np.int64))
+            correction = call("Where", never, one, call("Div", one, weight))
         gain = call("Cast", correction, to=_FLOAT)
         return self._assign(A, one, total, count, gain, call("Mul", total, correction))
 

@@ -36,13 +36,15 @@ class Setting:
         return f"{self.preset} lr={self.lr:g} rest={self.rest_lr:g} {self.schedule}"
 
 
+_REST: Final = (0.002, 0.003, 0.004, 0.005)
+
 GRID: Final[dict[tuple[Schedule, str], tuple[tuple[float, ...], tuple[float, ...]]]] = {
-    ("constant", "plain-adam"): ((0.006, 0.01, 0.016), (0.002, 0.003, 0.005)),
-    ("constant", "plain-adagrad"): ((0.1, 0.2, 0.4), (0.002, 0.003, 0.005)),
-    ("constant", "half"): ((0.006, 0.01, 0.016), (0.002, 0.003, 0.005)),
-    ("constant", "adagrad"): ((0.06, 0.1, 0.16), (0.002, 0.003, 0.005)),
-    ("constant", "adaptive"): ((0.006, 0.01, 0.016), (0.002, 0.003, 0.005)),
-    ("constant", "r1.7"): ((0.001, 0.003, 0.01, 0.03, 0.1), (0.003,)),
+    ("constant", "plain-adam"): ((0.004, 0.006, 0.01, 0.016), _REST),
+    ("constant", "plain-adagrad"): ((0.06, 0.1, 0.2, 0.4), _REST),
+    ("constant", "half"): ((0.006, 0.01, 0.016), _REST),
+    ("constant", "adagrad"): ((0.06, 0.1, 0.16), _REST),
+    ("constant", "adaptive"): ((0.006, 0.01, 0.016), _REST),
+    ("constant", "r1.7"): ((0.003, 0.01, 0.03, 0.1), _REST),
     ("linear", "plain-adam"): ((0.012, 0.018, 0.027), (0.008, 0.012, 0.018)),
     ("linear", "plain-adagrad"): ((0.2, 0.4, 0.8), (0.005, 0.008, 0.012)),
     ("linear", "half"): ((0.012, 0.02, 0.03), (0.005, 0.008, 0.012)),

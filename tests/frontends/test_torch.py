@@ -217,6 +217,21 @@ def test_buffers_frozen_and_unused_parameters_are_not_trained(torch: Any, caplog
     assert "parameter 'unused.weight' has no gradient of the loss and will not be trained" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_values_keep_their_type_and_bits(torch: Any, dtype: str) -> None:
+    module = language_model(torch).to(getattr(torch, dtype))
+    model = export_training_graph(module, batch(torch, 5))
+    value = model.graph.initializers["emb.weight"].const_value
+    assert value is not None
+    assert value.dtype.name == dtype.upper()
+    # Exact: every float16 and bfloat16 is a float32.
+    np.testing.assert_array_equal(
+        value.numpy().astype(np.float32), module.emb.weight.detach().float().numpy()
+    )
+    (site,) = scan(model).sites
+    assert site.dtype == dtype
+
+
 def test_the_module_is_left_as_it_was(torch: Any) -> None:
     module = language_model(torch)
     before = {name: value.clone() for name, value in module.state_dict().items()}

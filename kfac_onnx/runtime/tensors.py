@@ -234,4 +234,10 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.use_deterministic_compute = True
-    return ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+    return ort.InferenceSession(
+        model.SerializeToString(),
+        options,
+        providers=list(providers),
+        # It removes Dropout in training mode too, where nothing reads the mask (seen in 1.32).
+        disabled_optimizers=["EliminateDropout"],
+    )

@@ -65,6 +65,9 @@ class InferenceSession:
         path_or_bytes: str | bytes,
         sess_options: SessionOptions | None = ...,
         providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = ...,
+        provider_options: Sequence[Mapping[str, Any]] | None = ...,
+        *,
+        disabled_optimizers: Sequence[str] = ...,
     ) -> None: ...
     def end_profiling(self) -> str: ...
     def get_inputs(self) -> list[NodeArg]: ...

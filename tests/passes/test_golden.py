@@ -1,8 +1,7 @@
 """Golden files: readable `.onnxtxt` models whose first line says what to run, and what must come out.
 
 `# RUN: kfac-onnx opt %s -p dce` runs the command on the file, and its `# CHECK:` lines (the language of
-LLVM's FileCheck)
-must match its output in order. To write one, copy a file of `golden/` and change it.
+LLVM's FileCheck) must match its output in order. To write one, copy a file of `golden/` and change it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+"""`python -m kfac_onnx`: the command line without the console script."""
+
+import sys
+
+from kfac_onnx.cli.main import main
+
+sys.exit(main())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from kfac_onnx.dialect.signature import Variant
 
 __all__ = ["attach", "functions", "used_operators"]
+
+LOWEST_OPSET: Final = 18
+"""The opset that the bodies are written at."""
 
 
 @functools.cache
@@ -62,12 +65,20 @@ def attach(model: ir.Model, variant: Variant) -> list[str]:
     """Give the model the bodies of the `ai.kfac` operators it uses; returns their names.
 
     Bodies that were attached before, of another variant too, are replaced; those no longer used are
-    removed. Opset imports are set for the dialect and for what its bodies use.
+    removed. Opset imports are set for the dialect and for what its bodies use. The bodies are declared
+    at the model's own opset, which must be at least 18: ONNX's checker wants them equal, and from 18 to
+    24 the standard operators that the bodies use only gained element types.
+
+    Raises UserError for an operator that does not exist, or a model below opset 18.
     """
     names = used_operators(model)
+    opset = model.graph.opset_imports.get("", LOWEST_OPSET)
+    if names and opset < LOWEST_OPSET:
+        raise UserError(f"the model is at opset {opset}, but '{DOMAIN}' needs {LOWEST_OPSET}")
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     for function in functions(variant, names).values():
+        function.opset_imports[""] = opset
         model.functions[function.identifier()] = function
         for domain, version in function.opset_imports.items():
             if domain != "":

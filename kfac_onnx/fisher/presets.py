@@ -107,11 +107,13 @@ class Preset:
     def tolerance(self, embedding_dim: int) -> float:
         """Return the residual above which a host `eigh` takes over from the graph's inverse (root).
 
-        Root: rounding, 2·eps·(1 + D/ρ) (DESIGN section 5). Inverse: its residual is a float64 one after a
-        Newton step, so 1e-6 stands for a relative error of 1e-3 before that step.
+        Root: rounding, 2·eps·(1 + D/ρ), or 1e-3 where the condition is not bounded. Inverse: its residual
+        is a float64 one after a Newton step, so 1e-6 stands for a relative error of 1e-3 before that step.
         """
-        if not self.uses_root or self.damping.kind == "pi":
-            return 1e-6 if not self.uses_root else 1e-3
+        if not self.uses_root:
+            return 1e-6
+        if self.damping.kind == "pi":
+            return 1e-3
         return 2.0 * float(np.finfo(np.float32).eps) * (1.0 + embedding_dim / self.damping.value)
 
 

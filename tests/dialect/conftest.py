@@ -18,7 +18,7 @@ Runner = Callable[..., list[Array]]
 DTYPES = {"f32": np.float32, "f64": np.float64, "i64": np.int64}
 
 
-def typed(name: str, inputs: Sequence[Any]) -> list[Array]:
+def as_typed(name: str, inputs: Sequence[Any]) -> list[Array]:
     """The inputs in the types of the operator's signature."""
     ports = dialect.OPERATORS[name].inputs
     return [np.asarray(x, DTYPES.get(port.dtype)) for port, x in zip(ports, inputs, strict=True)]
@@ -86,7 +86,7 @@ def run(
     in_branch: bool = False,
 ) -> list[Array]:
     """The operator's outputs."""
-    arrays = typed(name, inputs)
+    arrays = as_typed(name, inputs)
     given = {} if attributes is None else attributes
     model = host_model(name, arrays, given, variant=variant, opset=opset, in_branch=in_branch)
     options = onnxruntime.SessionOptions()
@@ -109,3 +109,8 @@ def run_operator() -> Runner:
 @pytest.fixture
 def make_model() -> Callable[..., ir.Model]:
     return host_model
+
+
+@pytest.fixture
+def typed() -> Callable[..., list[Array]]:
+    return as_typed

@@ -217,3 +217,17 @@ def test_costs_grow_with_lookups_and_not_with_the_vocabulary() -> None:
     rows = dialect.OPERATORS["PreconditionRows"]
     assert rows.cost(small).flops == 2 * 512 * 64**2 + 512 * 64 + 8 * 512
     assert rows.cost(more).flops == 2 * rows.cost(small).flops
+
+
+def test_attach_declares_bodies_at_the_models_opset_and_refuses_an_old_one() -> None:
+    def model(opset: int) -> ir.Model:
+        node = apply_rows_node()
+        inputs = [source for source in node.inputs if source is not None]
+        return ir.Model(ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": opset}), ir_version=9)
+
+    new = model(23)
+    dialect.attach(new, "safe")
+    assert new.functions[("ai.kfac", "ApplyRows", "")].opset_imports[""] == 23
+    with pytest.raises(UserError) as caught:
+        dialect.attach(model(17), "safe")
+    assert str(caught.value) == "the model is at opset 17, but 'ai.kfac' needs 18"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from kfac_onnx import dialect
@@ -217,6 +219,29 @@ def test_bodies_run_in_hosts_of_opset_18_to_24(opset: int, in_branch: bool, run_
         if str(case) in HOSTED:
             found = run_operator(case.name, case.inputs, case.attributes, opset=opset, in_branch=in_branch)
             assert all(close(x, y) for x, y in compared(case, found)), str(case)
+
+
+@pytest.mark.parametrize("opset", [18, 21, 24])
+def test_models_pass_the_onnx_checker(opset: int, make_model: Callable[..., ir.Model], typed: Any) -> None:
+    for name in dialect.OPERATORS:
+        case = next(case for case in CASES if case.name == name)
+        inputs = typed(name, case.inputs)
+        model = make_model(name, inputs, case.attributes, variant="safe", opset=opset, in_branch=False)
+        for i, (output, x) in enumerate(zip(model.graph.outputs, expected_of(case), strict=True)):
+            output.shape = ir.Shape([f"o{i}{axis}" for axis in range(x.ndim)])
+        onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_flags_and_writes_take_other_element_types(dtype: str, run_operator: Runner) -> None:
+    kind = np.dtype(dtype)
+    table, rows = np.zeros((V, D), kind), np.ones((2, D), kind)
+    written = run_operator("WriteRows", (table, [2, 5], rows))[0]
+    assert written.dtype == kind
+    assert written.astype(np.float32).sum(axis=1).tolist() == [0, 0, D, 0, 0, D, 0, 0, 0]
+    assert run_operator("AllFinite", (rows,))[0] == 0
+    rows[1, 1] = np.inf
+    assert np.isnan(run_operator("AllFinite", (rows,))[0])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if str(case) not in HOSTED], ids=str)

@@ -64,6 +64,8 @@ def test_iterations_bring_the_smallest_eigenvalue_to_one(D: int) -> None:
 def test_tolerances() -> None:
     assert HALF.tolerance(64) == pytest.approx(2 * np.finfo(np.float32).eps * 6401, rel=1e-12)
     assert R17.tolerance(64) == 1e-6
+    assert replace(R17, exponent=-0.5).tolerance(64) == 1e-3
+    assert replace(R17, exponent=-0.5).iterations(64) == 25  # ceil(ln 1e7 / ln 2.25) + 5
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
 
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.files import load_proto
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["Exported", "load"]
 
@@ -27,7 +30,7 @@ class Exported:
 
 
 def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:
-    """Return a private copy of a model; external data is checked and stays mapped from its file.
+    """Return a private copy of a model, with its external data in memory.
 
     Raises:
         UserError: if the file is missing, is no ONNX model, or its external data is missing or lies outside
@@ -35,16 +38,19 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:
 
     """
     if isinstance(source, ir.Model):
-        return Exported(source.clone(), None, None)
+        return Exported(ir.external_data.load_to_model(_copy(source)), None, None)
     if isinstance(source, onnx.ModelProto):
         return Exported(_deserialize(source, None), source, None)
-    proto = load_proto(source, external=False)
-    model = _deserialize(proto, str(source))
-    folder = Path.cwd() if str(source) == "-" else Path(source).resolve().parent
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value.base_dir = str(folder)
-    return Exported(model, proto, str(source))
+    proto = load_proto(source)
+    return Exported(_deserialize(proto, str(source)), proto, str(source))
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    """Return a copy; one that is not sorted cannot be cloned and goes through its proto."""
+    try:
+        return model.clone()
+    except RuntimeError:
+        return _deserialize(ir.to_proto(model), None)
 
 
 def _deserialize(proto: onnx.ModelProto, place: str | None) -> ir.Model:

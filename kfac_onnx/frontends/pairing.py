@@ -110,7 +110,7 @@ def pair(
         Refusal(
             parameter=name,
             path=f"gradient output {output}",
-            reason="its gradient is computed, but the parameter is gone from the graph: the exporter folded it",
+            reason="its gradient is computed, but the parameter is gone: the exporter folded it into a constant",
             remedy="export without constant folding (torch.onnx.export(..., optimize=False)) "
             "or with the parameters as inputs",
         )

@@ -19,7 +19,7 @@ DATA = Path(__file__).parent.parent / "data"
 
 
 def in_float32(model: ir.Model) -> ir.Model:
-    """Return a copy whose bfloat16 outputs are cast to float32 under their own names, which NumPy can hold."""
+    """Return a copy whose bfloat16 outputs are cast to float32, which NumPy can hold."""
     copy = model.clone()
     for index, value in enumerate(copy.graph.outputs):
         if value.dtype == ir.DataType.BFLOAT16:

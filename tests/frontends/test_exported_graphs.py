@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DATA = Path(__file__).parent.parent / "data"
-GRAPHS = {path.stem: path for folder in ("graphs", "graphs_other") for path in sorted((DATA / folder).glob("*.onnx"))}
-# Measured worst errors relative to the largest entry: float32 5e-7, float16 1e-3, bfloat16 5.3e-3: the exporter's
-# own graph rounds each operator to 2⁻¹¹ (2⁻⁸) of its result.
+GRAPHS = {
+    path.stem: path
+    for folder in ("graphs", "graphs_other")
+    for path in sorted((DATA / folder).glob("*.onnx"))
+}
+# Measured worst errors relative to the largest entry: float32 5e-7, float16 1e-3, bfloat16 5.3e-3: the
+# exporter's own graph rounds each operator to 2⁻¹¹ (2⁻⁸) of its result.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 8e-3}
 
 
@@ -37,7 +41,8 @@ def arrays(name: str) -> dict[str, np.ndarray]:
     with np.load(GRAPHS[name].with_suffix(".npz")) as found:
         loaded = {key: found[key] for key in found}
     return {
-        key: value.view(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value for key, value in loaded.items()
+        key: value.view(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value
+        for key, value in loaded.items()
     }
 
 
@@ -62,7 +67,9 @@ def feed(name: str, model: ir.Model, which: str) -> dict[str, np.ndarray]:
 @cache
 def dtypes(name: str) -> set[str]:
     """Return the element types of all values of the graph, in NumPy's words."""
-    found = {value.dtype for node in canonical(name).graph for value in (*node.inputs, *node.outputs) if value}
+    found = {
+        value.dtype for node in canonical(name).graph for value in (*node.inputs, *node.outputs) if value
+    }
     return {str(dtype.numpy()) for dtype in found if dtype is not None}
 
 
@@ -184,7 +191,7 @@ def test_canonical_form(name: str) -> None:
     assert set(model.opset_imports) == {"", *(node.domain for node in graph)}
     assert not any("accumulation" in str(value.name) for value in (*graph.inputs, *graph.outputs))
     assert "lazy_reset_grad" not in {value.name for value in graph.inputs}
-    seen = {value for value in (*graph.inputs, *graph.initializers.values())}
+    seen = {*graph.inputs, *graph.initializers.values()}
     for node in graph:
         assert all(value is None or value in seen for value in node.inputs), "nodes are sorted"
         seen.update(node.outputs)
@@ -209,7 +216,11 @@ def test_reading_twice_gives_the_same_bytes_and_leaves_the_source_alone() -> Non
 
 
 def test_a_bfloat16_table_is_read_directly() -> None:
-    for name in ("ortart_dyncore__nplm_bf16", "torchjoint_in__nplm_bf16", "torchjoint_in__nplm_mixed_bf16emb"):
+    for name in (
+        "ortart_dyncore__nplm_bf16",
+        "torchjoint_in__nplm_bf16",
+        "torchjoint_in__nplm_mixed_bf16emb",
+    ):
         (lookup,) = [node for node in canonical(name).graph if node.op_type == "Gather" and is_table(node)]
         assert lookup.outputs[0].dtype == ir.DataType.BFLOAT16
 
@@ -226,12 +237,13 @@ def test_order_of_nodes_and_names_of_inner_values_do_not_matter(
     for name in ("ortart_legcore__siamese", "torchjoint_in__nplm"):
         proto = onnx.load(GRAPHS[name])
         interface = {value.name for value in (*proto.graph.input, *proto.graph.output)}
-        # InPlaceAccumulatorV2 hands its gradient on under a name of the interface's buffer, not of the gradient.
         nodes = list(proto.graph.node)[::-1]
         for node in nodes:
             for names in (node.input, node.output):
                 for index, old in enumerate(names):
-                    names[index] = f"v/{old}" if old and old not in interface and not is_initializer(proto, old) else old
+                    names[index] = (
+                        f"v/{old}" if old and old not in interface and not is_initializer(proto, old) else old
+                    )
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
         del proto.graph.value_info[:]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent.parent / "data" / "lowering"
 CASES = {entry["name"]: entry for entry in json.loads((FOLDER / "cases.json").read_text())}
-# One rounding of a sum of up to 100 float32 terms is below 1e-6 of its largest; a recurrence over four steps a few
-# times that; float16 rounds its inputs' products once, at 2⁻¹¹ of the entry.
+# One rounding of a sum of up to 100 float32 terms is below 1e-6 of its largest; a recurrence over four steps
+# a few times that; float16 rounds its inputs' products once, at 2⁻¹¹ of the entry.
 TOLERANCE = {"float32": 3e-6, "float64": 1e-12, "float16": 1e-3, "int64": 0.0}
 
 
@@ -40,7 +40,9 @@ def one_node(case: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[ir.Mo
             continue
         array = arrays[f"{case['name']}/x{index}"]
         value = ir.Value(
-            name=f"x{index}", type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape)
+            name=f"x{index}",
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            shape=ir.Shape(array.shape),
         )
         if index in case["constant"]:
             value.const_value = ir.tensor(array, name=value.name)
@@ -84,7 +86,9 @@ def test_rule_gives_the_gradient_of_autograd(
     lower_training_operators(model)
     assert all(not node.domain for node in model.graph)
     assert not any(node.op_type == "ScatterND" for node in model.graph)
-    assert all(node.metadata_props["kfac.lowered"] == f"{case['domain']}::{case['op']}" for node in model.graph)
+    assert all(
+        node.metadata_props["kfac.lowered"] == f"{case['domain']}::{case['op']}" for node in model.graph
+    )
     results = run(model, feeds)
     for index, given in enumerate(case["outputs"]):
         if given:
@@ -131,7 +135,11 @@ def test_every_missing_operator_is_listed_at_once(build: Callable[[str], ir.Mode
         ),
         ("gru", {"linear_before_reset": 0}, "linear_before_reset=0 is not supported"),
         ("gather_nd_rows", {"batch_dims": 1}, "only batch_dims=0 is supported"),
-        ("gather_columns_runtime_shape", {"axis": -2}, "axis -2 counts from the end of a tensor of unknown rank"),
+        (
+            "gather_columns_runtime_shape",
+            {"axis": -2},
+            "axis -2 counts from the end of a tensor of unknown rank",
+        ),
         ("aten_embedding", {"operator": "sum"}, "the torch operator 'sum' is not known"),
     ],
 )

@@ -27,7 +27,11 @@ def reference(base: np.ndarray, indices: np.ndarray, updates: np.ndarray, how: s
 
 
 def kinds(model: ir.Model) -> set[str]:
-    return {f"{node.op_type} {node.attributes['reduction'].as_string()}" for node in model.graph if "reduction" in node.attributes}
+    return {
+        f"{node.op_type} {node.attributes['reduction'].as_string()}"
+        for node in model.graph
+        if "reduction" in node.attributes
+    }
 
 
 @pytest.mark.parametrize("how", ["add", "mul", "max", "min"])
@@ -42,7 +46,9 @@ def test_a_reducing_scatter_becomes_scatter_elements(
     check: Callable[[np.ndarray, np.ndarray, float], None],
 ) -> None:
     shape = (4, 3, 2)
-    indices = np.array([[0, 2, 1], [3, -1, 0], [0, 2, 1], [-4, 2, -1]])[:, :columns]  # one place named three ways
+    indices = np.array([[0, 2, 1], [3, -1, 0], [0, 2, 1], [-4, 2, -1]])[
+        :, :columns
+    ]  # one place named three ways
     base = RNG.standard_normal(shape).astype(np.float32)
     updates = RNG.standard_normal((4, *shape[columns:])).astype(np.float32)
     dims = "a,b,c" if dynamic else "4,3,2"

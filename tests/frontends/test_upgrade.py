@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
@@ -13,6 +12,8 @@ from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import onnx_ir as ir
 
 X = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
 REDUCTIONS = ["Max", "Min", "Mean", "Prod", "L1", "L2", "LogSumExp", "SumSquare"]
@@ -42,7 +43,9 @@ def test_old_forms_compute_the_same_at_opset_18(
     check: Callable[[np.ndarray, np.ndarray, float], None],
 ) -> None:
     text = f'<ir_version: 8, opset_import: ["" : {opset}]> g (float[2,6,4] x) => (float y) {{ {body} }}'
-    text = text.replace("(float y)", "(float[" + ",".join("abc"[: 1 if "keepdims = 0" in body else 3]) + "] y)")
+    text = text.replace(
+        "(float y)", "(float[" + ",".join("abc"[: 1 if "keepdims = 0" in body else 3]) + "] y)"
+    )
     (expected,) = original(text, X)
     model = build(text)
     assert upgrade(model, None) == f"converted from opset {opset} to 18"
@@ -77,7 +80,9 @@ def test_changes_reach_nested_graphs(
 
 @pytest.mark.parametrize("opset", range(18, 25))
 def test_newer_opsets_stay(opset: int, build: Callable[[str], ir.Model]) -> None:
-    model = build(f'<ir_version: 9, opset_import: ["" : {opset}]> g (float[2] x) => (float[2] y) {{ y = Neg (x) }}')
+    model = build(
+        f'<ir_version: 9, opset_import: ["" : {opset}]> g (float[2] x) => (float[2] y) {{ y = Neg (x) }}'
+    )
     assert upgrade(model, None) is None
     assert model.opset_imports[""] == opset
 

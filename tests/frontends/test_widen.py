@@ -34,8 +34,21 @@ def test_each_operator_rounds_once_and_movement_stays(
     model = build(MODEL)
     assert widen(model) == ["2 operators without a bfloat16 kernel compute in float32"]
     kinds = [node.op_type for node in model.graph]
-    assert kinds == ["Gather", "Cast", "Cast", "MatMul", "Cast", "Transpose", "Cast", "Tanh", "Cast", "Transpose"]
-    assert [node.outputs[0].name for node in model.graph if not str(node.outputs[0].name).startswith("kfac/")] == [
+    assert kinds == [
+        "Gather",
+        "Cast",
+        "Cast",
+        "MatMul",
+        "Cast",
+        "Transpose",
+        "Cast",
+        "Tanh",
+        "Cast",
+        "Transpose",
+    ]
+    assert [
+        node.outputs[0].name for node in model.graph if not str(node.outputs[0].name).startswith("kfac/")
+    ] == [
         "rows",
         "product",
         "flat",
@@ -45,7 +58,9 @@ def test_each_operator_rounds_once_and_movement_stays(
     product = (table[ids].astype(np.float32) @ w.astype(np.float32)).astype(ml_dtypes.bfloat16)
     expected = np.tanh(product.astype(np.float32)).astype(ml_dtypes.bfloat16).astype(np.float32)
     result = run(model, {"table": table, "ids": ids, "w": w})["y"]
-    check(result, expected, 2.0**-8)  # one unit in bfloat16's last place, where tanh differs in float32's last
+    check(
+        result, expected, 2.0**-8
+    )  # one unit in bfloat16's last place, where tanh differs in float32's last
 
 
 def test_other_types_stay(build: Callable[[str], ir.Model]) -> None:
@@ -57,7 +72,9 @@ def test_other_types_stay(build: Callable[[str], ir.Model]) -> None:
 def test_a_float64_operator_without_a_kernel_computes_in_float32(
     build: Callable[[str], ir.Model], run: Callable[..., dict[str, np.ndarray]]
 ) -> None:
-    model = build('<ir_version: 10, opset_import: ["" : 18]> g (double[2] x) => (double[2] y) { y = Erf (x) }')
+    model = build(
+        '<ir_version: 10, opset_import: ["" : 18]> g (double[2] x) => (double[2] y) { y = Erf (x) }'
+    )
     assert widen(model) == ["1 operators without a double kernel compute in float32"]
     result = run(model, {"x": np.array([0.0, 0.5])})["y"]
     np.testing.assert_allclose(result, [0.0, 0.5204998778], rtol=1e-6)  # float32

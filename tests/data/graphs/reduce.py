@@ -26,8 +26,7 @@ def reduce(source: Path, target: Path, name: str) -> None:
         used = {
             key: arrays[key]
             for key in arrays
-            if not key.endswith((".accumulation.buffer", "lazy_reset_grad"))
-            and not arrays[key].dtype.kind == "V"
+            if not key.endswith((".accumulation.buffer", "lazy_reset_grad")) and arrays[key].dtype.kind != "V"
         }
     np.savez_compressed(target / f"{name}.npz", **used)
 

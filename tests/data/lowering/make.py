@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 HERE = Path(__file__).parent
 torch.manual_seed(0)
@@ -97,7 +97,7 @@ def row_selection():
     case("gather_elements_columns", "GatherElementsGrad", [dy, shape, index], [grad], axis=1)
 
     def embedding(padding):
-        dy, grad = backward(F.embedding(ids, table, padding_idx=padding), table)
+        dy, grad = backward(functional.embedding(ids, table, padding_idx=padding), table)
         pad = np.array(-1 if padding is None else padding)
         off = np.array(False)
         inputs = [dy, ids, np.array(7), pad, off, off]
@@ -110,7 +110,13 @@ def row_selection():
     embedding(2)
     looked_up = [table, ids, np.array(-1), np.array(False), np.array(False)]
     case(
-        "aten_embedding", "ATen", looked_up, [table[ids]], [2], domain="org.pytorch.aten", operator="embedding"
+        "aten_embedding",
+        "ATen",
+        looked_up,
+        [table[ids]],
+        [2],
+        domain="org.pytorch.aten",
+        operator="embedding",
     )
 
 
@@ -147,14 +153,20 @@ def activations():
     one("tanh", "TanhGrad", torch.tanh, "output")
     one("sigmoid", "SigmoidGrad", torch.sigmoid, "output")
     one("relu", "ReluGrad", torch.relu, "output")
-    one("leaky_relu", "LeakyReluGrad", lambda v: F.leaky_relu(v, 0.2), "output", alpha=0.2)
-    one("gelu", "GeluGrad", F.gelu, "input")
-    one("fast_gelu", "FastGeluGrad", lambda v: F.gelu(v, approximate="tanh"), "input")
+    one("leaky_relu", "LeakyReluGrad", lambda v: functional.leaky_relu(v, 0.2), "output", alpha=0.2)
+    one("gelu", "GeluGrad", functional.gelu, "input")
+    one("fast_gelu", "FastGeluGrad", lambda v: functional.gelu(v, approximate="tanh"), "input")
     one("quick_gelu", "QuickGeluGrad", lambda v: v * torch.sigmoid(1.702 * v), "input")
     one("quick_gelu_alpha", "QuickGeluGrad", lambda v: v * torch.sigmoid(1.25 * v), "input", alpha=1.25)
     bias = torch.tensor(rng.standard_normal(5)).float()
-    one("bias_gelu", "BiasGeluGrad_dX", lambda v: F.gelu(v + bias), "input", [bias])
-    one("bias_fast_gelu", "BiasFastGeluGrad_dX", lambda v: F.gelu(v + bias, approximate="tanh"), "input", [bias])
+    one("bias_gelu", "BiasGeluGrad_dX", lambda v: functional.gelu(v + bias), "input", [bias])
+    one(
+        "bias_fast_gelu",
+        "BiasFastGeluGrad_dX",
+        lambda v: functional.gelu(v + bias, approximate="tanh"),
+        "input",
+        [bias],
+    )
     half = x.detach().half().requires_grad_()
     y = torch.tanh(half)
     dy, grad = backward(y, half)
@@ -178,7 +190,7 @@ def normalization():
         along = tuple(range(-dims, 0))
         mean = x.float().mean(along, keepdim=True)
         invstd = torch.rsqrt(x.float().var(along, unbiased=False, keepdim=True) + 1e-5)
-        y = F.layer_norm(x, x.shape[-dims:], scale, bias, 1e-5)
+        y = functional.layer_norm(x, x.shape[-dims:], scale, bias, 1e-5)
         dy, *grads = backward(y, x, scale, bias)
         case(name, "LayerNormalizationGrad", [dy, x, scale, mean, invstd], grads, axis=axis)
 
@@ -194,14 +206,34 @@ def normalization():
 def cross_entropy():
     def one(name, scores, label, *, reduction, ignore=None, weight=None, op="SoftmaxCrossEntropyLossGrad"):
         log_prob = torch.log_softmax(scores, 1)
-        loss = F.nll_loss(log_prob, label.long(), weight, ignore_index=-1000 if ignore is None else ignore, reduction=reduction)
+        loss = functional.nll_loss(
+            log_prob,
+            label.long(),
+            weight,
+            ignore_index=-1000 if ignore is None else ignore,
+            reduction=reduction,
+        )
         dl, grad = backward(loss, scores)
         inputs = [dl, log_prob, label]
         if op.endswith("InternalGrad"):
-            case(name, op, [*inputs, weight, None if ignore is None else np.array(ignore)], [grad], [4], reduction=reduction)
+            case(
+                name,
+                op,
+                [*inputs, weight, None if ignore is None else np.array(ignore)],
+                [grad],
+                [4],
+                reduction=reduction,
+            )
             return
         attributes = {} if ignore is None else {"ignore_index": ignore}
-        case(name, op, inputs if weight is None else [*inputs, weight], [grad], reduction=reduction, **attributes)
+        case(
+            name,
+            op,
+            inputs if weight is None else [*inputs, weight],
+            [grad],
+            reduction=reduction,
+            **attributes,
+        )
 
     scores, label = normal(5, 7), torch.tensor([0, 6, 3, 3, 1])
     weight = torch.tensor(rng.random(7) + 0.5).float()
@@ -212,8 +244,21 @@ def cross_entropy():
         one(f"cross_entropy_{reduction}_both", scores, label, reduction=reduction, ignore=3, weight=weight)
     one("cross_entropy_int32", scores, label.int(), reduction="mean")
     one("cross_entropy_outside", scores, torch.tensor([0, -100, 3, -100, 1]), reduction="mean", ignore=-100)
-    one("cross_entropy_sequence", normal(2, 4, 3), torch.tensor([[0, 3, 2], [3, 1, 1]]), reduction="mean", ignore=3)
-    one("cross_entropy_internal", scores, label, reduction="mean", ignore=3, op="SoftmaxCrossEntropyLossInternalGrad")
+    one(
+        "cross_entropy_sequence",
+        normal(2, 4, 3),
+        torch.tensor([[0, 3, 2], [3, 1, 1]]),
+        reduction="mean",
+        ignore=3,
+    )
+    one(
+        "cross_entropy_internal",
+        scores,
+        label,
+        reduction="mean",
+        ignore=3,
+        op="SoftmaxCrossEntropyLossInternalGrad",
+    )
     # Every label ignored: the mean is 0/0, but no score has any influence.
     log_prob = torch.log_softmax(scores, 1)
     case(
@@ -225,7 +270,7 @@ def cross_entropy():
         ignore_index=3,
     )
     for reduction in ("mean", "sum"):
-        loss = F.cross_entropy(scores, label, ignore_index=3, reduction=reduction)
+        loss = functional.cross_entropy(scores, label, ignore_index=3, reduction=reduction)
         case(
             f"cross_entropy_internal_loss_{reduction}",
             "SoftmaxCrossEntropyLossInternal",
@@ -262,7 +307,12 @@ def plumbing():
         ("missing", (3,), (2, 3), ([0], [])),
         ("both", (5, 1), (2, 1, 4), ([0, 2], [1])),
     ):
-        case(f"broadcast_{name}", "BroadcastGradientArgs", [np.array(left), np.array(right)], [np.array(item, np.int64) for item in axes])
+        case(
+            f"broadcast_{name}",
+            "BroadcastGradientArgs",
+            [np.array(left), np.array(right)],
+            [np.array(item, np.int64) for item in axes],
+        )
 
 
 def recurrent():
@@ -291,11 +341,16 @@ def recurrent():
         dstarts = list(grads[len(weights) + 1 :])
         w, r = (order(item, gates)[None] for item in weights[:2])
         bias = torch.cat([order(item, gates) for item in weights[2:4]])[None] if with_bias else None
-        name = f"{kind.lower()}{'' if with_bias else '_no_bias'}{'' if with_state else '_no_state'}{'_last' if with_last else ''}"
+        marks = {"_no_bias": not with_bias, "_no_state": not with_state, "_last": with_last}
+        name = kind.lower() + "".join(mark for mark, holds in marks.items() if holds)
         first = [x, w, r, bias, None, *(([h0, c0] if kind == "LSTM" else [h0]) if with_state else [])]
         case(name, f"{kind}Training", first, [y[:, None], *lasts], hidden_size=hidden, **linear(kind))
-        saved = _saved(kind, gates, x, weights, h0 if with_state else None, c0 if with_state else None, hidden)
-        state_inputs = ([h0, c0] if kind == "LSTM" else [h0]) if with_state else [None] * (2 if kind == "LSTM" else 1)
+        saved = _saved(
+            kind, gates, x, weights, h0 if with_state else None, c0 if with_state else None, hidden
+        )
+        state_inputs = (
+            ([h0, c0] if kind == "LSTM" else [h0]) if with_state else [None] * (2 if kind == "LSTM" else 1)
+        )
         above = [upstream[0][:, None], *(upstream[1:] if with_last else [None] * len(lasts))]
         middle = [None] if kind == "LSTM" else [bias, None]
         inputs = [x, w, r, *middle, *state_inputs, y[:, None], *saved, *above]
@@ -312,7 +367,7 @@ def recurrent():
 
 
 def _saved(kind, gates, x, weights, h, c, hidden):
-    """Run the recurrence in the open: cell states (LSTM) and gates of every step, as the operators save them."""
+    """Run the recurrence in the open; return what the operators save: cell states (LSTM), gates."""
     w, r = weights[:2]
     b, d = weights[2:4] if len(weights) == 4 else (torch.zeros(w.shape[0]), torch.zeros(w.shape[0]))
     h = torch.zeros(x.shape[1], hidden) if h is None else h[0]

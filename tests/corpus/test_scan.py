@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from cases import Case, case_names
+from corpus_cases import Case, case_names
 
 from kfac_onnx.passes.api import scan
 

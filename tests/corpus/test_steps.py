@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from cases import Case, MarkedGraph, StepReference, case_names
+from corpus_cases import Case, MarkedGraph, StepReference, case_names
 
 from kfac_onnx import metadata
 from kfac_onnx.metadata import State, Step
@@ -112,8 +112,8 @@ def test_comparison_notices_one_percent() -> None:
 def test_marked_rows_sum_to_the_exporters_gradient() -> None:
     for name in NAMES:
         case, graph = marked(name)
-        if half(graph.initial(case)):
-            continue
+        if half(graph.initial(case)) or name.endswith("fp16"):
+            continue  # the exporter rounds the summed gradient to half precision, the rows are not rounded
         out = graph.run({**case.feed(), **graph.initial(case)})
         gradients = {item.name: item.gradient for item in graph.parameters}
         for site in graph.sites:

@@ -184,11 +184,13 @@ def _pair(
             "check how the exporter computes this gradient: `verify MODEL --data FILE` tests it",
         )
     if dense_left and not dense_uses:
-        node = dense_left[0].value.producer()
+        term = dense_left[0]
+        part = term.steps[0].node.outputs[0] if term.steps else term.value
+        node = part.producer()
         return verdict.refuse(
             f"its gradient also gets a part from {node.op_type if node else 'an input'} "
-            f"'{dense_left[0].value.name}' that belongs to no use of the table in the loss",
-            [str(dense_left[0].value.name), str(gradient.name)],
+            f"'{part.name}' that belongs to no use of the table in the loss",
+            [str(part.name), str(gradient.name)],
         )
     if len({(use.pulled.layout, use.pulled.vocab_size, use.pulled.embedding_dim) for use in uses}) > 1:
         return verdict.refuse(

@@ -35,7 +35,9 @@ def test_default_pipeline_is_written_into_the_model() -> None:
 
 def test_states_of_the_default_preset() -> None:
     found = states(transform(NPLM.path))
-    table = {name.removeprefix("kfac/m.emb.weight/"): state for name, state in found.items() if "/m.emb." in name}
+    table = {
+        name.removeprefix("kfac/m.emb.weight/"): state for name, state in found.items() if "/m.emb." in name
+    }
     assert set(table) == {"A", "A.scale", "A.total", "A.count", "G", "G.count", "root"}
     assert (table["A"].shape, table["A"].update, table["A"].phase) == ((100,), "in-place", Phase.COUNT)
     assert (table["G"].shape, table["root"].shape) == ((16, 16), (16, 16))
@@ -80,7 +82,10 @@ def test_skipped_states_and_inputs_are_declared() -> None:
     step = metadata.read(model, "step", Step)
     assert step is not None
     assert step.batch == ("ids", "labels")
-    assert {rate.input: rate.default for rate in step.learning_rates} == {"kfac/lr": 0.01, "kfac/rest_lr": 1e-3}
+    assert {rate.input: rate.default for rate in step.learning_rates} == {
+        "kfac/lr": 0.01,
+        "kfac/rest_lr": 1e-3,
+    }
     assert (step.loss, step.ok, step.shape) == ("loss", "kfac/ok", "rows")
     outputs = {value.name for value in model.graph.outputs}
     assert {state.output for state in states(model).values()} | {"loss", "kfac/ok"} == outputs
@@ -113,7 +118,9 @@ def test_cuda_target_adds_with_scatter_nd() -> None:
 @pytest.mark.parametrize("preset", ["plain-sgd", "plain-momentum", "plain-adam", "plain-adagrad"])
 def test_plain_optimizers_on_the_tables(preset: str) -> None:
     model = transform(NPLM.path, preset=preset, lr=0.5, rest="sgd")
-    operators = {node.op_type for node in model.graph if node.metadata_props.get("kfac.site") == "m.emb.weight"}
+    operators = {
+        node.op_type for node in model.graph if node.metadata_props.get("kfac.site") == "m.emb.weight"
+    }
     expected = {
         "plain-sgd": "ApplyRows",
         "plain-momentum": "Momentum",

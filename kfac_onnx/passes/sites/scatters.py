@@ -92,14 +92,18 @@ def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm
             if all(static_shape(item) == shape for item in node.inputs):
                 stack.extend((item, steps) for item in node.inputs if item is not None)
                 continue
-        rule = SCATTERS.get(node.op_type)
+        placed = _placed_rows(node, facts)
+        rule = SCATTERS.get(node.op_type) if placed is None else None
         term = rule(node, steps, facts) if rule is not None else None
         if term is not None:
             terms.append(term)
             continue
-        view = _view_step(node, value, facts)
+        view = placed if placed is not None else _view_step(node, value, facts)
         if view is not None:
-            source = node.inputs[0] if view.operand is None else _other(node, view.operand)
+            if placed is not None:
+                source = node.inputs[2]
+            else:
+                source = node.inputs[0] if view.operand is None else _other(node, view.operand)
             if source is not None:
                 stack.append((source, (*steps, view)))
                 continue
@@ -109,6 +113,29 @@ def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm
 
 def _other(node: ir.Node, operand: ir.Value) -> ir.Value | None:
     return next((item for item in node.inputs if item is not operand), None)
+
+
+def _placed_rows(node: ir.Node, facts: Facts) -> ViewStep | None:
+    """Match a scatter that puts its rows at constant consecutive places: that is a Pad of the rows."""
+    if node.op_type not in ("ScatterND", "ScatterElements") or not _adds_into_zeros(node, facts):
+        return None
+    shape, fixed = static_shape(node.outputs[0]), facts.constant(node.inputs[1])
+    if shape is None or len(shape) != 2 or fixed is None or fixed.size == 0:
+        return None
+    axis = 0
+    if node.op_type == "ScatterElements":
+        axis = attribute(node, "axis", 0) % 2
+        fixed = np.moveaxis(fixed, axis, 0)
+        if np.any(fixed != fixed[:, :1]) or fixed.shape[1] != shape[1 - axis]:
+            return None
+        fixed = fixed[:, 0]
+    elif fixed.shape[-1] != 1:
+        return None
+    places = fixed.reshape(-1)
+    first = int(places[0])
+    if first < 0 or not np.array_equal(places, np.arange(first, first + places.size)):
+        return None
+    return ViewStep(node, "Pad", window=(axis, first, shape[axis] - first - places.size))
 
 
 def _view_step(node: ir.Node, value: ir.Value, facts: Facts) -> ViewStep | None:

@@ -33,7 +33,9 @@ def site(model: ir.Model) -> Site:
     return found.site.describe()
 
 
-def marked_table(model: ir.Model, feed: dict[str, np.ndarray]) -> tuple[np.ndarray, Site, dict[str, np.ndarray]]:
+def marked_table(
+    model: ir.Model, feed: dict[str, np.ndarray]
+) -> tuple[np.ndarray, Site, dict[str, np.ndarray]]:
     """Run `find-embeddings`, and return Σ rows at ids as a table, the site, and its values."""
     parse_pipeline("find-embeddings").run(model)
     (found,) = metadata.read_list(model, "sites", Site)
@@ -70,7 +72,10 @@ def test_gather_and_scatter_nd() -> None:
 @pytest.mark.parametrize(
     ("backward", "factor"),
     [
-        ('index = Unsqueeze(ids, last)\n s = ScatterND<reduction: string = "add">(zeros, index, g)\n W_grad = Neg(s)', -1.0),
+        (
+            'index = Unsqueeze(ids, last)\n s = ScatterND<reduction: string = "add">(zeros, index, g)\n W_grad = Neg(s)',
+            -1.0,
+        ),
         (
             'index = Unsqueeze(ids, last)\n s = ScatterND<reduction: string = "add">(zeros, index, g)\n'
             " W_grad = Mul(s, two)",
@@ -136,7 +141,9 @@ def test_padding_rows_are_dropped_and_do_not_count() -> None:
 
 def test_a_mask_that_drops_no_valid_id_costs_nothing() -> None:
     constants = ", int64 none = {0}, int64 most = {4}, int64 pad = {-1}"
-    found = marked_table(training_graph(backward=MASKED, constants=constants), {"ids": IDS, "g": G, "W": W})[1]
+    found = marked_table(training_graph(backward=MASKED, constants=constants), {"ids": IDS, "g": G, "W": W})[
+        1
+    ]
     assert found.padding_idx is None
     assert found.keep is None
 
@@ -287,3 +294,78 @@ def test_names_and_node_order_do_not_matter() -> None:
     one, two = site(plain), site(renamed)
     assert (one.vocab_size, one.embedding_dim, one.layout) == (two.vocab_size, two.embedding_dim, two.layout)
     assert len(one.uses) == len(two.uses) == 1
+
+
+def test_table_of_width_one_and_table_stored_as_a_vector() -> None:
+    """Bias tables: float[V, 1], and float[V] with scalar rows."""
+    for weight, size in (("float[5, 1] W", "{5, 1}"), ("float[5] W", "{5, 1}")):
+        rank = 2 if "1" in weight else 1
+        text = f"""
+        bias (int64[N] ids, float[N{", 1" if rank == 2 else ""}] g, {weight})
+            => (float loss, {weight.replace(" W", "")} W_grad)
+        <int64[1] last = {{-1}}, int64[{rank}] size = {size if rank == 2 else "{5}"}>
+        {{
+            h = Gather<axis: int = 0>(W, ids)
+            hg = Mul(h, g)
+            loss = ReduceSum<keepdims: int = 0>(hg)
+            zeros = ConstantOfShape(size)
+            index = Unsqueeze(ids, last)
+            W_grad = ScatterND<reduction: string = "add">(zeros, index, g)
+        }}
+        """
+        model = model_of(text, {"W": "W_grad"})
+        g = np.array([1.0, 2.0, 4.0], np.float32).reshape((3, 1) if rank == 2 else (3,))
+        start = np.zeros((5, 1) if rank == 2 else 5, np.float32)
+        table, found, _ = marked_table(model, {"ids": np.array([3, 0, 3]), "g": g, "W": start})
+        assert (found.vocab_size, found.embedding_dim, found.layout) == (
+            5,
+            1,
+            "rows" if rank == 2 else "flat",
+        )
+        np.testing.assert_array_equal(table[:, 0], [2.0, 0.0, 0.0, 5.0, 0.0])
+
+
+def test_position_table_read_by_a_slice_whose_gradient_is_placed() -> None:
+    """W[1:3] is added to activations; the exporter writes its gradient to rows 1 and 2 of zeros."""
+    text = """
+    position (float[N, 2, 3] x, float[2, 3] g, float[5, 3] W) => (float loss, float[5, 3] W_grad)
+    <int64[1] start = {1}, int64[1] stop = {3}, int64[1] axis = {0}, int64[2] size = {5, 3},
+     int64[2, 1] places = {1, 2}>
+    {
+        part = Slice(W, start, stop, axis)
+        h = Add(x, part)
+        loss = ReduceSum<keepdims: int = 0>(h)
+        zeros = ConstantOfShape(size)
+        W_grad = ScatterND(zeros, places, g)
+    }
+    """
+    g = np.arange(6, dtype=np.float32).reshape(2, 3) + 1
+    feed = {"x": np.zeros((1, 2, 3), np.float32), "g": g, "W": W}
+    table, found, values = marked_table(model_of(text, {"W": "W_grad"}), feed)
+    assert [(use.op, use.ids, use.output_gradient) for use in found.uses] == [("Slice", None, "g")]
+    np.testing.assert_array_equal(values[found.ids], [1, 2])
+    np.testing.assert_array_equal(table[1:3], g)
+    np.testing.assert_array_equal(table[[0, 3, 4]], 0)
+
+
+def test_rows_of_a_sliced_table() -> None:
+    """A lookup in W[1:4]: ids count from the slice's first row, the gradient is padded back."""
+    forward = "part = Slice(W, one, four, none)\n h = Gather<axis: int = 0>(part, ids)"
+    backward = """
+        small = ConstantOfShape(size3)
+        index = Unsqueeze(ids, last)
+        s = ScatterND<reduction: string = "add">(small, index, g)
+        W_grad = ScatterND(zeros, places, s)
+    """
+    constants = (
+        ", int64[1] one = {1}, int64[1] four = {4}, int64[1] none = {0}, int64[2] size3 = {3, 3},"
+        " int64[3, 1] places = {1, 2, 3}"
+    )
+    ids = np.array([[0, 2], [2, 1], [0, 0]], np.int64)
+    table, found, values = marked_table(
+        training_graph(forward, backward, constants=constants), {"ids": ids, "g": G, "W": W}
+    )
+    want = np.zeros((5, 3))
+    np.add.at(want, ids.reshape(-1) + 1, G.reshape(-1, 3).astype(np.float64))
+    np.testing.assert_allclose(table, want, atol=1e-6)
+    assert found.vocab_size == 5

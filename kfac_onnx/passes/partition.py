@@ -31,7 +31,7 @@ import onnx
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import VerifyError
-from kfac_onnx.metadata import Phase, State, Step
+from kfac_onnx.metadata import Parameter, Phase, State, Step
 from kfac_onnx.passes.partition_branches import Branch, merge_branches
 from kfac_onnx.passes.partition_graph import (
     FROZEN_BYTES,
@@ -126,6 +126,36 @@ class Plan:
     frozen: Mapping[str, ir.TensorProtocol]
     initial: Mapping[str, ir.TensorProtocol]
     source: Source
+
+
+def _states(model: ir.Model, source: Source) -> tuple[State, ...]:
+    """Return the model's states, and trained parameters that no step changes as states that stay.
+
+    Those are the parameters of a drop-in graph: whatever optimizer comes after it changes them.
+    """
+    states = metadata.read_list(model, "state", State)
+    known = {state.input for state in states}
+    present = {*source.inputs, *source.initializers}
+    for item in metadata.read_list(model, "parameters", Parameter):
+        if item.name not in known and item.name in present:
+            kind = source.types[item.name].type.tensor_type
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+            shape = tuple(dim.dim_value for dim in kind.shape.dim)
+            states.append(
+                State(
+                    input=item.name,
+                    output=item.name,
+                    shape=shape,
+                    dtype=dtype,
+                    initial="parameter",
+                    phase=Phase.COMMIT,
+                    update="in-place",
+                    candidate=item.name,
+                    role="parameter",
+                    parameter=item.name,
+                )
+            )
+    return tuple(states)
 
 
 def _drop_selects(items: Iterable[Item], ok: str) -> tuple[list[Item], dict[str, str]]:
@@ -278,8 +308,8 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
     if step is None:
         message = "the model has no kfac.step entry"
         raise VerifyError(message)
-    states = tuple(metadata.read_list(model, "state", State))
     source = read_source(model)
+    states = _states(model, source)
     items, stands_for = _drop_selects(source.items, step.ok)
     candidates = {state.input: stands_for.get(state.candidate, state.candidate) for state in states}
     versions: dict[str, str] = {}
@@ -407,7 +437,7 @@ def extract(model: ir.Model | Plan, outputs: Sequence[str], *, inference: bool =
 
     """
     source = model.source if isinstance(model, Plan) else read_source(model)
-    states = model.states if isinstance(model, Plan) else metadata.read_list(model, "state", State)
+    states = model.states if isinstance(model, Plan) else _states(model, source)
     as_inputs = {*source.inputs, *(state.input for state in states)}
     known = {name for item in source.items for name in item.makes} | as_inputs | {*source.initializers}
     for name in outputs:

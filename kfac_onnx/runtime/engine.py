@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.errors import first_line
 from kfac_onnx.runtime.tensors import Buffer, Device, element_type, host_value, open_session
 
 if TYPE_CHECKING:
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
     from kfac_onnx.metadata import State
     from kfac_onnx.passes.partition import Plan, Slot, Stage
 
-__all__ = ["Engine", "Holder", "Runner"]
+__all__ = ["Engine", "Holder", "Runner", "StageError"]
 
 _log = logging.getLogger(__name__)
+
+
+class StageError(Exception):
+    """ONNX Runtime could not run a stage; the text is the first line of its own."""
 
 
 @dataclass
@@ -247,7 +252,10 @@ class Engine:
                 binding.bind_output(name, "cpu", 0)
             else:
                 binding.bind_output(name, self._device.name, self._device.index)
-        runner.session.run_with_iobinding(binding)
+        try:
+            runner.session.run_with_iobinding(binding)
+        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+            raise StageError(first_line(e)) from e
         if not self._device.is_cpu:
             binding.synchronize_outputs()
         if runner.loose:

@@ -105,7 +105,7 @@ class TrainingSession:
         self._extra = [
             value.name
             for value in loaded.graph.outputs
-            if step.shape == "dense" and value.name and value.name != step.loss and value.name not in outputs
+            if step.shape == "dense" and value.name and value.name not in {*outputs, step.loss, step.ok}
         ]
         plan = partition(loaded, watch=[*watch, *self._extra])
         self._random_operators = seed_random_nodes((stage.model for stage in plan.stages), seed)
@@ -181,7 +181,10 @@ class TrainingSession:
             self.skipped += 1
             _log.info("batch %d was skipped: a gradient, factor or update is not finite", self.position)
         first = next(iter(self.learning_rates.values()), 0.0) * factor
-        return {"loss": loss, "skipped": not kept, "step": self.committed, "lr": first}
+        metrics: Metrics = {"loss": loss, "skipped": not kept, "step": self.committed, "lr": first}
+        if self._extra:
+            metrics["outputs"] = {name: np.array(self._engine.read(name)) for name in self._extra}
+        return metrics
 
     @property
     def host_roots(self) -> int:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.errors import UserError
 from kfac_onnx.passes.partition import Slot
+from kfac_onnx.runtime.engine import StageError
 from kfac_onnx.runtime.ids import check_ids, explain_failure, origin_of
 from kfac_onnx.runtime.roots import eigen_power
 
@@ -85,9 +86,9 @@ class Stepper:
         """Run the gradients, which write nothing, and check the ids that reached the tables."""
         try:
             ran = self._engine.run(runner, batch)
-        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        except StageError as e:
             explain_failure(self._plan, batch, self._engine.value)
-            message = f"the batch cannot be run through the graph: {first_line(e)}"
+            message = f"the batch cannot be run through the graph: {e}"
             raise UserError(message, help="nothing was written") from e
         for check in self._checks:
             given = batch.get(check.ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
@@ -16,12 +16,16 @@ __all__ = ["Description", "Metrics", "Parameters"]
 
 
 class Metrics(TypedDict):
-    """What a step reports: `step` counts kept steps, `lr` is the factor's product for the tables."""
+    """What a step reports: `step` counts kept steps, `lr` is the tables' rate times the schedule's factor.
+
+    `outputs` is there for drop-in graphs only: their own outputs, such as the preconditioned gradients.
+    """
 
     loss: float
     skipped: bool
     step: int
     lr: float
+    outputs: NotRequired[dict[str, np.ndarray]]
 
 
 class Description(TypedDict):

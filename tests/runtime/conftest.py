@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+
+import kfac_onnx as kx
+from kfac_onnx import metadata
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
+
+    import onnx_ir as ir
 
 GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
 
@@ -45,16 +51,40 @@ def open_toy(toy: ModuleType) -> Callable[..., TrainingSession]:
     return opened
 
 
-@pytest.fixture(scope="session")
-def graph_case() -> Callable[[str], tuple[Path, dict[str, np.ndarray]]]:
-    """Return a committed graph's path and its arrays (`in:`, `in2:`, `ref:`), bfloat16 as such."""
+@dataclass
+class GraphCase:
+    """A committed training graph, transformed: the model, the user's values, and two batches."""
 
-    def case(name: str) -> tuple[Path, dict[str, np.ndarray]]:
+    path: Path
+    model: ir.Model
+    values: dict[str, np.ndarray]
+    batches: list[dict[str, np.ndarray]]
+    loss: float
+    """The exporter's own loss of the first batch at the initial values."""
+
+    def open(self, **options: Any) -> TrainingSession:
+        options.setdefault("threads", 1)
+        return TrainingSession(self.model, parameters=self.values, **options)
+
+
+@pytest.fixture(scope="session")
+def graph_case() -> Callable[..., GraphCase]:
+    """Transform a committed graph (options as for `transform`), with the feeds of its sidecar."""
+
+    def case(name: str, **options: Any) -> GraphCase:
         with np.load(GRAPHS / f"{name}.npz") as data:
             arrays = {key: data[key] for key in data.files}
-        halves = set(arrays.pop("bf16", np.array([])).tolist())
-        return GRAPHS / f"{name}.onnx", {
-            key: array.view(ml_dtypes.bfloat16) if key in halves else array for key, array in arrays.items()
-        }
+        for key, array in arrays.items():  # bfloat16 is stored as bits
+            if array.dtype == np.uint16:
+                arrays[key] = array.view(ml_dtypes.bfloat16)
+        model = kx.transform(GRAPHS / f"{name}.onnx", **options)
+        step = metadata.read(model, "step", metadata.Step)
+        assert step is not None
+        own = {item.name for item in metadata.read_list(model, "parameters", metadata.Parameter)}
+        own.update(step.constants)
+        values = {key[3:]: array for key, array in arrays.items() if key[:3] == "in:" and key[3:] in own}
+        first = {key: arrays[f"in:{key}"] for key in step.batch}
+        second = {key: arrays.get(f"in2:{key}", first[key]) for key in step.batch}
+        return GraphCase(GRAPHS / f"{name}.onnx", model, values, [first, second], float(arrays["ref:loss"]))
 
     return case

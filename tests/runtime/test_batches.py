@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 import pytest
+
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.batches import BatchInput, checked_batch, examples_in
 from kfac_onnx.runtime.tensors import element_type
@@ -90,7 +91,7 @@ def test_bfloat16_comes_as_itself_or_as_bits() -> None:
     for given in (array, array.view(np.uint16)):
         value = checked_batch({"x": given}, inputs)["x"]
         assert value.data_type() == "tensor(bfloat16)"  # type: ignore[union-attr]
-    with pytest.raises(UserError, match="^batch input 'x' must be bfloat16, got float32"):
+    with pytest.raises(UserError, match=r"^batch input 'x' must be bfloat16, got float32"):
         checked_batch({"x": array.astype(np.float32)}, inputs)
 
 

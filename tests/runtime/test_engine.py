@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.partition import Slot
 from kfac_onnx.runtime import session as session_module
+from kfac_onnx.runtime.engine import StageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from kfac_onnx.runtime import TrainingSession
 
 
-def runner_of(session: TrainingSession, slot: Slot):  # noqa: ANN201
+def runner_of(session: TrainingSession, slot: Slot):
     return next(runner for runner in session._engine.runners if runner.stage.slot == slot)
 
 
@@ -36,7 +38,9 @@ def test_tables_and_counts_are_updated_where_they_lie(
         assert session._holders[name].live.value.data_ptr() == places[name]
 
 
-def test_a_step_does_not_copy_a_large_table(toy: ModuleType, open_toy: Callable[..., TrainingSession]) -> None:
+def test_a_step_does_not_copy_a_large_table(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession]
+) -> None:
     vocab = 4_000_000  # 64 MB of table, 16 MB of counts
     session = open_toy(model={"vocab": vocab})
     batches = toy.batches(12, vocab=vocab)
@@ -125,7 +129,7 @@ def test_a_batch_the_graph_cannot_run_is_a_sentence(
     session = open_toy()
 
     def fails(*_: object) -> bool:
-        raise ValueError("sizes 3 and 4 do not go together\nmore")
+        raise StageError("sizes 3 and 4 do not go together")
 
     monkeypatch.setattr(session._engine, "run", fails)
     with pytest.raises(UserError) as error:

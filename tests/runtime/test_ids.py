@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:

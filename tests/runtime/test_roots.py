@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
 from kfac_onnx.runtime.roots import eigen_power
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def test_the_host_takes_over_above_the_tolerance(
         session.step(batch)
         twin.step(batch)
     assert session.host_roots == 6  # steps 1, 2, 3, 6, 9, 12
-    np.testing.assert_allclose(session.states["root"], twin.root, rtol=1e-4)  # float32 sums in G, damped by 1 %
+    np.testing.assert_allclose(
+        session.states["root"], twin.root, rtol=1e-4
+    )  # float32 sums in G, damped by 1 %
     np.testing.assert_allclose(session.parameters["emb.weight"], twin.emb, atol=5e-5)
 
 

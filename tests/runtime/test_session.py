@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime import Schedule, TrainingSession
 
@@ -27,7 +28,9 @@ TOLERANCE = 5e-5
     [{}, {"renormalize_below": 0.9}, {"kfac": False}],
     ids=["kfac", "kfac-renormalized", "plain"],
 )
-def test_twenty_steps_equal_numpy(toy: ModuleType, open_toy: Callable[..., TrainingSession], model: dict[str, Any]) -> None:
+def test_twenty_steps_equal_numpy(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession], model: dict[str, Any]
+) -> None:
     session = open_toy(model=model)
     twin = toy.Twin.start(toy.parameters(), kfac=model.get("kfac", True))
     for batch in toy.batches(20):
@@ -48,7 +51,9 @@ def test_the_comparison_sees_one_percent(toy: ModuleType, open_toy: Callable[...
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_the_same_run_twice_is_bit_equal(toy: ModuleType, open_toy: Callable[..., TrainingSession], threads: int) -> None:
+def test_the_same_run_twice_is_bit_equal(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession], threads: int
+) -> None:
     model = {"vocab": 10}  # many repeated rows: racing scatters would show
     batches = toy.batches(10, vocab=10, size=4096)
     runs = []
@@ -91,7 +96,9 @@ def test_training_after_a_skipped_step_goes_on_as_if_it_had_not_been(
         assert array.tobytes() == disturbed.states[name].tobytes(), name
 
 
-def test_a_skipped_step_advances_the_schedule(toy: ModuleType, open_toy: Callable[..., TrainingSession]) -> None:
+def test_a_skipped_step_advances_the_schedule(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession]
+) -> None:
     session = open_toy(schedule=Schedule("linear", steps=4))
     batch = toy.batches(1)[0]
     rates = [session.step(batch)["lr"], session.step({**batch, "y": batch["y"] * np.float32(np.nan)})["lr"]]
@@ -99,7 +106,9 @@ def test_a_skipped_step_advances_the_schedule(toy: ModuleType, open_toy: Callabl
     np.testing.assert_allclose(rates, [0.05, 0.05 * 0.75, 0.05 * 0.5], rtol=1e-12)
 
 
-def test_learning_rates_and_schedule_multiply(toy: ModuleType, open_toy: Callable[..., TrainingSession]) -> None:
+def test_learning_rates_and_schedule_multiply(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession]
+) -> None:
     session = open_toy(lr=0.02, rest_lr=0.03, schedule="linear:steps=10,warmup=2")
     twin = toy.Twin.start(toy.parameters(), lr=0.02, rest_lr=0.03)
     schedule = Schedule("linear", warmup=2, steps=10)
@@ -110,7 +119,9 @@ def test_learning_rates_and_schedule_multiply(toy: ModuleType, open_toy: Callabl
     np.testing.assert_allclose(session.parameters["readout"], twin.readout, atol=TOLERANCE)
 
 
-def test_a_batch_of_one_and_a_row_never_looked_up(toy: ModuleType, open_toy: Callable[..., TrainingSession]) -> None:
+def test_a_batch_of_one_and_a_row_never_looked_up(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession]
+) -> None:
     session, twin = open_toy(), toy.Twin.start(toy.parameters())
     batch = {"ids": np.array([3]), "y": np.array([0.5], np.float32)}
     for _ in range(3):
@@ -122,7 +133,9 @@ def test_a_batch_of_one_and_a_row_never_looked_up(toy: ModuleType, open_toy: Cal
     assert untouched.tobytes() == np.delete(toy.parameters()["emb.weight"], 3, axis=0).tobytes()
 
 
-def test_parameters_are_copies_of_the_trained_ones(toy: ModuleType, open_toy: Callable[..., TrainingSession]) -> None:
+def test_parameters_are_copies_of_the_trained_ones(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession]
+) -> None:
     session = open_toy()
     assert list(session.parameters) == ["emb.weight", "readout"]
     taken = session.parameters["emb.weight"]
@@ -182,7 +195,12 @@ def test_a_closed_session_says_so(toy: ModuleType, open_toy: Callable[..., Train
 
 def test_an_untransformed_graph_is_refused_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "train.onnx"
-    ir.save(ir.from_onnx_text('<ir_version: 10, opset_import: ["": 18]> g (float[n] x) => (float[n] y) { y = Neg(x) }'), path)
+    ir.save(
+        ir.from_onnx_text(
+            '<ir_version: 10, opset_import: ["": 18]> g (float[n] x) => (float[n] y) { y = Neg(x) }'
+        ),
+        path,
+    )
     with pytest.raises(UserError) as error:
         TrainingSession(path)
     assert str(error.value) == (
@@ -224,7 +242,7 @@ def test_a_value_of_another_dtype(toy: ModuleType) -> None:
 
 
 def test_an_unknown_provider(toy: ModuleType) -> None:
-    with pytest.raises(UserError, match="^this onnxruntime has no execution provider 'Abacus'"):
+    with pytest.raises(UserError, match=r"^this onnxruntime has no execution provider 'Abacus'"):
         TrainingSession(toy.whole_step(), parameters=toy.parameters(), providers=["Abacus"])
 
 

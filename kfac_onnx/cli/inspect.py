@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kfac_onnx.cli.options import common, model_argument
-from kfac_onnx.cli.output import print_json, print_table, quantity
+from kfac_onnx.cli.output import print_json, print_refusals, print_table, quantity
 
 if TYPE_CHECKING:
     from kfac_onnx.passes.inspect import Inspection, LinearCost, SiteReport
@@ -82,9 +82,4 @@ def _print_others(report: Inspection) -> None:
             ["parameter", "shape", "optimizer", "state "],
             [(p.name, list(p.shape), p.optimizer, quantity(p.state_bytes, "B")) for p in report.others],
         )
-    if report.refused:
-        print_table(
-            "Refused",
-            ["parameter", "reason", "remedy"],
-            [(item.parameter, item.reason, item.remedy) for item in report.refused],
-        )
+    print_refusals(report.refused)

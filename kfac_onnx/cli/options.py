@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "common",
     "gradient_pairs",
+    "is_quiet",
     "json_option",
     "model_argument",
     "optimizer_options",
@@ -49,6 +50,11 @@ def common(function: Callable[P, R]) -> Callable[P, R]:
         callback=_set_level(logging.DEBUG), help="Say more on stderr.",
     )(function)  # fmt: skip
     return json_option(function)
+
+
+def is_quiet() -> bool:
+    """Return whether `--quiet` was given."""
+    return logging.getLogger("kfac_onnx").level >= logging.ERROR
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

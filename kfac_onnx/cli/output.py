@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["console", "print_json", "print_table", "quantity"]
+    from kfac_onnx.metadata import Refusal
+
+__all__ = ["console", "print_json", "print_refusals", "print_table", "quantity"]
 
 _UNLIMITED = 10_000
 
@@ -56,6 +58,15 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(Text("—" if cell is None else str(cell)) for cell in row))
     console().print(table)
+
+
+def print_refusals(refused: Iterable[Refusal]) -> None:
+    """Print each refusal as a few lines: its sentences are too long for a table."""
+    for item in refused:
+        click.echo(f"refused: {item.parameter}")
+        click.echo(f"  why:  {item.reason}")
+        click.echo(f"  path: {item.path}")
+        click.echo(f"  help: {item.remedy}")
 
 
 def quantity(number: float, unit: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 from kfac_onnx.cli.options import (
     common,
     gradient_pairs,
+    is_quiet,
     model_argument,
     optimizer_options,
     parameters_option,
@@ -134,7 +136,7 @@ def command(
             held_out=None if held_out is None else _batches(held_out, size, None, full=fixed is not None),
             eval_every=eval_every,
             metrics=metrics,
-            progress=not as_json,
+            progress=not (as_json or is_quiet()),
             checkpoint=saved,
             checkpoint_every=checkpoint_every,
         )
@@ -155,8 +157,9 @@ def _check(
         raise UserError("--resume needs --checkpoint DIR, the folder to go on from")
     if export is not None:
         refuse_overwrite(export, *inputs)
-        if not Path(export).absolute().parent.is_dir():
-            raise UserError(f"'{export}' cannot be written: its folder does not exist")
+        folder = Path(export).absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):  # sooner than after hours of training
+            raise UserError(f"'{export}' cannot be written: its folder does not exist or is read-only")
     if checkpoint is not None:
         try:
             Path(checkpoint).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,335 @@
+"""Every kind of bad input: one clear sentence on stderr, exit code 1, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+
+from kfac_onnx.passes.api import save, transform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.cli.conftest import Outcome
+
+GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+LINEAR = """<ir_version: 10, opset_import: ["" : 18]>
+linear (float[batch, 4] x, float[batch, 3] y, float[4, 3] w) => (float loss, float[4, 3] w_grad) {
+  p = MatMul(x, w)
+  e = Sub(p, y)
+  s = Mul(e, e)
+  loss = ReduceSum <keepdims = 0> (s)
+  xt = Transpose <perm = [1, 0]> (x)
+  half = MatMul(xt, e)
+  w_grad = Add(half, half)
+}
+"""
+
+OTHER_IDS = """<ir_version: 10, opset_import: ["" : 18]>
+lookup (float[100, 4] emb, int64[n] ids, int64[n] others, float[n, 4] target) => (float loss, float[100, 4] emb_grad)
+  <int64[2] shape = {100, 4}, int64[1] column = {-1}, float two = {2}> {
+  rows = Gather <axis = 0> (emb, ids)
+  error = Sub(rows, target)
+  square = Mul(error, error)
+  loss = ReduceSum <keepdims = 0> (square)
+  d_rows = Mul(error, two)
+  zeros = ConstantOfShape(shape)
+  tall = Unsqueeze(others, column)
+  size = Shape(rows)
+  wide = Expand(tall, size)
+  emb_grad = ScatterElements <axis = 0, reduction = "add"> (zeros, wide, d_rows)
+}
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The training graph that a user has."""
+    path = tmp_path / "train.onnx"
+    path.write_bytes((GRAPHS / "torchjoint_in__nplm.onnx").read_bytes())
+    return path
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Arrays:
+    """Sound data and parameters, also as files data.npz and parameters.npz."""
+    with np.load(GRAPHS / "torchjoint_in__nplm.npz") as file:
+        found = {name[3:]: file[name] for name in file.files if name.startswith("in:")}
+    np.savez(tmp_path / "parameters.npz", **{name: found[name] for name in found if name.startswith("m.")})
+    data = {name: found[name] for name in ("ids", "labels")}
+    np.savez(tmp_path / "data.npz", **data)
+    return data
+
+
+@pytest.fixture(scope="module")
+def transformed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("transformed") / "step.onnx"
+    save(transform(GRAPHS / "torchjoint_in__nplm.onnx"), path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, source: Path, arrays: Arrays, transformed: bytes) -> Path:
+    """A folder with a transformed model and all that it needs."""
+    (tmp_path / "step.onnx").write_bytes(transformed)
+    return tmp_path
+
+
+def refused(outcome: Outcome, message: str, folder: Path, before: set[Path]) -> None:
+    """Check the message word for word (after the progress bar, if there is one), and the folder."""
+    assert outcome.err[outcome.err.index("error: ") :] == f"error: {message}\n"
+    assert (outcome.code, outcome.out) == (1, "")
+    assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("verb", ["scan", "transform", "inspect", "train", "verify", "opt"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello", "'DIR/bad.onnx' is not an ONNX model"),
+        (b"", "'DIR/bad.onnx' is not an ONNX model"),
+        (None, "there is no file 'DIR/bad.onnx'"),
+    ],
+)
+def test_not_an_onnx_file(
+    run: Callable[..., Outcome],
+    tmp_path: Path,
+    arrays: Arrays,
+    verb: str,
+    content: bytes | None,
+    message: str,
+) -> None:
+    path = tmp_path / "bad.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    before = set(tmp_path.iterdir())
+    rest = {
+        "transform": ["-o", tmp_path / "out.onnx"],
+        "train": ["--data", tmp_path / "data.npz", "--export", tmp_path / "out.onnx"],
+        "verify": ["--data", tmp_path / "data.npz"],
+        "opt": ["-p", "dce", "-o", tmp_path / "out.onnx"],
+    }.get(verb, [])
+    outcome = run(verb, path, *rest)
+    assert outcome.err.splitlines()[0] == f"error: {message}"
+    assert (outcome.code, outcome.out) == (1, "")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_graph_without_embeddings(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "linear.onnx"
+    path.write_bytes(onnx.parser.parse_model(LINEAR).SerializeToString())
+    refused(
+        run("transform", path, "-o", tmp_path / "out.onnx"),
+        "the graph has no embedding table: no operator looks up rows of a trained parameter\n"
+        "  in:   insert-embedding-kfac\n"
+        "  help: `scan MODEL` lists the trained parameters, `why MODEL PARAM` what was tried for one",
+        tmp_path,
+        {path},
+    )
+    outcome = run("scan", path)
+    assert (outcome.code, outcome.out.splitlines()[0]) == (0, "no embedding tables")
+
+
+def test_a_table_used_in_an_unsupported_way(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "other.onnx"
+    path.write_bytes(onnx.parser.parse_model(OTHER_IDS).SerializeToString())
+    why = (
+        "no operator of its gradient 'emb_grad' scatters the rows of Gather 'rows', which looks rows up by the "
+        "ids 'ids' (ScatterElements of 'd_rows' takes other ids than 'rows')"
+    )
+    refused(
+        run("transform", path, "-o", tmp_path / "out.onnx"),
+        f"parameter 'emb' is used in a way that no block covers: {why}\n"
+        "  path: emb -> rows (Gather)\n"
+        "  in:   insert-embedding-kfac\n"
+        "  help: leave it to the ordinary optimizer (allow-fallback=emb), or see `why emb`",
+        tmp_path,
+        {path},
+    )
+    outcome = run("scan", path, "--json")
+    assert outcome.code == 0  # a refusal is a result
+    assert outcome.data["refused"][0]["reason"] == why
+    assert (
+        "not transformed"
+        in run("transform", path, "-o", tmp_path / "out.onnx", "--allow-fallback", "emb").err
+    )
+    assert (tmp_path / "out.onnx").is_file()
+
+
+BATCHES: list[tuple[str, Callable[[Arrays], Arrays], str]] = [
+    (
+        "unknown key",
+        lambda data: {"idz": data["ids"], "labels": data["labels"]},
+        "the batch has an unknown input 'idz'; did you mean 'ids'?\n"
+        "  help: the graph's batch inputs are 'ids', 'labels'",
+    ),
+    (
+        "missing key",
+        lambda data: {"ids": data["ids"]},
+        "the batch has no input 'labels'\n  help: the graph's batch inputs are 'ids', 'labels'",
+    ),
+    (
+        "dtype",
+        lambda data: data | {"ids": data["ids"].astype(np.float32)},
+        "batch input 'ids' must be int64, got float32\n  help: convert it: array.astype('int64')",
+    ),
+    (
+        "shape",
+        lambda data: data | {"ids": data["ids"][:, :3]},
+        "batch input 'ids' must have shape [batch, 4], got [6, 3]",
+    ),
+    (
+        "rank",
+        lambda data: data | {"ids": data["ids"][:, 0]},
+        "batch input 'ids' must have shape [batch, 4], got [6]",
+    ),
+    (
+        "id above",
+        lambda data: data | {"ids": np.where(data["ids"] == data["ids"][2, 1], 100, data["ids"])},
+        "id 100 in input 'ids' is not a row of parameter 'm.emb.weight', which has 100 rows\n"
+        "  help: ids from 0 to 99 are allowed; nothing was written",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [row[1:] for row in BATCHES], ids=[row[0] for row in BATCHES])
+def test_a_wrong_batch(
+    run: Callable[..., Outcome],
+    folder: Path,
+    arrays: Arrays,
+    change: Callable[[Arrays], Arrays],
+    message: str,
+) -> None:
+    np.savez(folder / "wrong.npz", **change(arrays))
+    before = set(folder.iterdir())
+    refused(
+        run(
+            "train", folder / "step.onnx", "--data", folder / "wrong.npz", "--steps", 1, "--quiet",
+            "--parameters", folder / "parameters.npz", "--export", folder / "out.onnx",
+        ),
+        message,
+        folder,
+        before,
+    )  # fmt: skip
+
+
+def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, arrays: Arrays) -> None:
+    np.savez(folder / "wrong.npz", ids=arrays["ids"], labels=arrays["labels"][:5])
+    refused(
+        run(
+            "train", folder / "step.onnx", "--data", folder / "wrong.npz", "--batch-size", 2,
+            "--parameters", folder / "parameters.npz",
+        ),
+        "'DIR/wrong.npz' holds 6 examples of 'ids' and 5 of 'labels'\n"
+        "  help: the first dimension of every array is the example",
+        folder,
+        set(folder.iterdir()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "train step.onnx --data data.npz",
+            "parameter 'm.emb.weight' has no value\n"
+            "  help: the model file holds none: give it in parameters= (or --parameters FILE)",
+        ),
+        (
+            "train step.onnx --data data.npz --parameters data.txt",
+            "parameters cannot be read from 'DIR/data.txt'\n"
+            "  help: give a file ending in .npz, .safetensors, .onnx, .checkpoint",
+        ),
+        (
+            "train step.onnx --data data.npz --preset half",
+            "'DIR/step.onnx' is already transformed, so --preset cannot change it\n"
+            "  help: give the original training graph",
+        ),
+        (
+            "train step.onnx --data data.npz --into step.onnx",
+            "--into says where the weights go, but there is no --export to write",
+        ),
+        (
+            "train step.onnx --data data.npz --resume",
+            "--resume needs --checkpoint DIR, the folder to go on from",
+        ),
+        (
+            "train step.onnx --data data.npz --parameters parameters.npz --steps 0",
+            "steps must be at least 1, got 0",
+        ),
+        (
+            "train step.onnx --data data.npz --parameters parameters.npz --schedule cosin",
+            "unknown schedule 'cosin'; did you mean 'cosine'?\n  help: schedules are constant, linear, cosine",
+        ),
+        (
+            "train step.onnx --data data.npz --parameters parameters.npz --batch-size 0",
+            "the batch size must be at least 1, got 0",
+        ),
+        (
+            "train step.onnx --data data.npz --export none/out.onnx",
+            "'DIR/none/out.onnx' cannot be written: its folder does not exist or is read-only",
+        ),
+        (
+            "train step.onnx --data data.npz --parameters parameters.npz --metrics none/log",
+            "metrics cannot be written to 'DIR/none/log': No such file or directory",
+        ),
+        (
+            "transform train.onnx -o none/out.onnx",
+            "'DIR/none/out.onnx' cannot be written: No such file or directory",
+        ),
+        (
+            "transform train.onnx -o train.onnx",
+            "'DIR/train.onnx' is the input and will not be overwritten\n  help: choose another name",
+        ),
+        (
+            "transform train.onnx -o out.onnx --preset hlf",
+            "unknown preset 'hlf'; did you mean 'half'?\n  help: the presets are: r1.7, half, adagrad, adaptive, "
+            "plain-sgd, plain-momentum, plain-adam, plain-adagrad",
+        ),
+        (
+            "transform train.onnx -o out.onnx --rest sdg",
+            "unknown optimizer 'sdg'; did you mean 'sgd'?\n  help: the optimizers are: sgd, momentum, adam, adagrad",
+        ),
+        (
+            "transform train.onnx -o out.onnx --shape row",
+            "option 'shape' of pass 'insert-embedding-kfac' cannot be 'row': it is one of rows, dense",
+        ),
+        (
+            "transform train.onnx -o out.onnx --pipeline find-embeddings{axis=1}",
+            "unknown option 'axis' of pass 'find-embeddings'\n  help: the options of 'find-embeddings' are: none",
+        ),
+        (
+            "transform train.onnx -o out.onnx --gradients emb",
+            "--gradients wants PARAM=OUTPUT, not 'emb'",
+        ),
+        (
+            "why train.onnx m.emb.wight",
+            "the graph has no trained parameter 'm.emb.wight'; did you mean 'm.emb.weight'?\n"
+            "  help: `scan MODEL` lists the trained parameters",
+        ),
+        (
+            "inspect train.onnx",
+            "the model has not been transformed, so there is nothing to inspect\n"
+            "  help: run `kfac-onnx transform MODEL -o OUT` first, or `kfac-onnx scan MODEL`",
+        ),
+        (
+            "verify train.onnx --data data.npz",
+            "the parameter 'm.emb.weight' has no value\n  help: give it with --parameters FILE",
+        ),
+        ("verify --golden data.npz", "'DIR/data.npz' is not a golden file: it has no settings"),
+    ],
+)
+def test_wrong_options_and_places(
+    run: Callable[..., Outcome], folder: Path, words: str, message: str
+) -> None:
+    files = {word: folder / word for word in words.split() if "." in word and "=" not in word}
+    files |= {"none/log": folder / "none" / "log"}
+    given = [files.get(word, word) if not word.startswith("m.") else word for word in words.split()]
+    before = set(folder.iterdir())
+    refused(run(*given), message, folder, before)

@@ -1,0 +1,75 @@
+"""What holds for every pass: it counts everything, keeps nothing to itself, and leaves a sound model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kfac_onnx.frontends import read_training_graph
+from kfac_onnx.passes.api import pipeline_text
+from kfac_onnx.passes.log import Log
+from kfac_onnx.passes.pipeline import parse_pipeline
+from kfac_onnx.passes.registry import BUILT_IN
+from kfac_onnx.passes.verifier import problems_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+
+GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
+NAMES = [
+    "ortart_dyncore__nplm",
+    "ortart_leg14loss__nplm_pad0",
+    "torchjoint_in__gpt_tied",
+    "torchjoint_in__dlrm_offsets_mean",
+    "torchjoint_in__lookup_transpose",
+]
+PIPELINES = {
+    "half": pipeline_text(preset="half"),
+    "adaptive": pipeline_text(preset="adaptive", rest="momentum", target="cuda"),
+    "r1.7": pipeline_text(preset="r1.7", rest="sgd", grad_scale=8.0),
+    "plain-adagrad": pipeline_text(preset="plain-adagrad", rest="adagrad"),
+    "dense": pipeline_text(preset="half", shape="dense"),
+}
+
+
+def test_the_pipelines_run_every_pass() -> None:
+    ran = {item.name for text in PIPELINES.values() for item in parse_pipeline(text)}
+    assert ran == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("pipeline", list(PIPELINES))
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_differ_exactly_when_changes_are_counted(
+    name: str, pipeline: str, model_bytes: Callable[[ir.Model], bytes]
+) -> None:
+    model = read_training_graph(GRAPHS / f"{name}.onnx")
+    before = model_bytes(model)
+    for item in parse_pipeline(PIPELINES[pipeline]):
+        changes = item.run(model, Log())
+        after = model_bytes(model)
+        assert (after != before) == bool(changes), str(item)
+        assert problems_of(model) == [], str(item)
+        before = after
+
+
+@pytest.mark.parametrize("pipeline", list(PIPELINES))
+def test_a_pass_keeps_nothing_to_itself(pipeline: str, model_bytes: Callable[[ir.Model], bytes]) -> None:
+    passes = parse_pipeline(PIPELINES[pipeline])
+    made: list[bytes] = []
+    for name in (NAMES[0], NAMES[2], NAMES[0]):  # the same objects, with another model in between
+        model = read_training_graph(GRAPHS / f"{name}.onnx")
+        passes.run(model)
+        made.append(model_bytes(model))
+    assert made[0] == made[2]
+
+
+def test_the_text_in_the_file_makes_the_file_again(model_bytes: Callable[[ir.Model], bytes]) -> None:
+    first = read_training_graph(GRAPHS / f"{NAMES[0]}.onnx")
+    parse_pipeline(PIPELINES["half"]).run(first)
+    second = read_training_graph(GRAPHS / f"{NAMES[0]}.onnx")
+    parse_pipeline(first.metadata_props["kfac.pipeline"]).run(second)
+    assert model_bytes(first) == model_bytes(second)

@@ -1,0 +1,83 @@
+"""The documents tell the truth: their examples run, their commands and options exist."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import click
+import filecheck.main
+import pytest
+
+from kfac_onnx.cli.main import VERBS, cli, main
+from kfac_onnx.fisher.presets import PRESETS
+from kfac_onnx.passes import registry
+from kfac_onnx.passes.registry import BUILT_IN
+
+ROOT = Path(__file__).parents[1]
+IMPORTS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import ClassVar
+import onnx_ir as ir
+from kfac_onnx.passes.base import Changes, Pass
+from kfac_onnx.passes.log import Log
+from kfac_onnx.passes.options import opt
+from kfac_onnx.passes.registry import register
+from kfac_onnx.passes.rewriter import Emitter
+"""
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```\w*\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_your_first_pass_works_as_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = next(block for block in blocks("CONTRIBUTING.md") if block.startswith("# RUN:"))
+    source = next(block for block in blocks("CONTRIBUTING.md") if "class DropIdentity(Pass)" in block)
+    module = types.ModuleType("drop_identity_of_the_guide")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    exec(compile(IMPORTS + source, "CONTRIBUTING.md", "exec"), module.__dict__)  # noqa: S102  our own document
+    path, output = tmp_path / "drop-identity.onnxtxt", tmp_path / "output.txt"
+    path.write_text(golden)
+    for pipeline in ("drop-identity", "drop-identity{limit=1}"):
+        assert main(["opt", str(path), "-p", pipeline]) == 0
+        output.write_text(capsys.readouterr().out)
+        with pytest.raises(SystemExit) as left:
+            filecheck.main.main(["filecheck", str(path), "--input-file", str(output)])
+        assert not left.value.code, output.read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/passes.md"])
+def test_commands_in_the_documents_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    context = click.Context(cli)
+    found = re.findall(r"kfac-onnx (\w[\w-]*)([^`\n]*)", text)
+    for verb, rest in found:
+        assert verb in VERBS, verb
+        command: Any = cli.get_command(context, verb)
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word for word in rest.split() if word.startswith("--")} <= known, (verb, rest)
+
+
+def test_tables_of_the_documents_are_complete() -> None:
+    passes = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}`" in passes for name in BUILT_IN)
+    assert all(f"| `{name}`" in readme for name in PRESETS)
+    rooms = {path.name for path in (ROOT / "kfac_onnx").iterdir() if (path / "__init__.py").is_file()}
+    assert all(f"`kfac_onnx/{room}/`" in readme for room in rooms)
+    commands = "pip install . && kfac-onnx demo", "pip install -e '.[dev]' && pytest"
+    assert all(f"\n{command}\n" in readme for command in commands)
+
+
+def test_the_makefile_prints_its_targets() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):", text, re.MULTILINE)
+    assert set(targets) == set(re.findall(r"^([a-z]+):.*## ", text, re.MULTILINE))

@@ -92,6 +92,8 @@ class _Rows:
             return ids, rows, None
         ids = self._ids(term)
         rows = self._rows(term)
+        for other, _ in self.use.also:
+            rows = emit.node("Add", [rows, self._rows(other)], name="rows", dtype=FLOAT, shape=rows.shape)
         if term.mask is not None and (not term.mask.exact or term.mask.padding_idx is not None):
             self._also_keep(self._mask(term))
         if self.use.negatives == "wrap":

@@ -6,11 +6,11 @@ else is a `Refusal` with its path, the nearest rule, the reason and what to do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx.metadata import Refusal, Site, Use
-from kfac_onnx.passes.sites.facts import Facts, static_shape
+from kfac_onnx.passes.sites.facts import Facts, ancestors, static_shape
 from kfac_onnx.passes.sites.lookups import RESHAPES, DenseUse, Lookup, forward_uses, ids_chain
 from kfac_onnx.passes.sites.pulling import Miss, Pulled, RowStep, pull, pull_whole
 from kfac_onnx.passes.sites.scatters import DenseTerm, DropMask, RowTerm, gradient_terms
@@ -31,6 +31,8 @@ class MatchedUse:
     term: RowTerm | DenseTerm
     pulled: Pulled
     output_gradient: ir.Value
+    also: tuple[tuple[RowTerm, Pulled], ...] = ()
+    """Further row terms of the same lookup, whose output the exporter shares between two consumers."""
 
     @property
     def negatives(self) -> Literal["wrap", "reject"]:
@@ -165,6 +167,7 @@ def _pair(
         if found is not None:
             uses.append(found)
             left.remove(found.term)
+    uses = [_with_shared(use, left, shape, facts) for use in uses]
     unclaimed = [lookup for lookup in lookups if all(use.lookup is not lookup for use in uses)]
     rows_left = [term for term in left if isinstance(term, RowTerm)]
     dense_left = tuple(term for term in left if isinstance(term, DenseTerm))
@@ -219,12 +222,39 @@ def _refuse_unclaimed(
             "export with the parameters as inputs, or with different starting values, and without "
             "optimization",
         )
+    computed = _computed_from(lookup, verdict.weight)
+    if computed is not None:
+        return verdict.refuse(
+            f"{lookup.op} '{lookup.output.name}' looks rows up in a table that {computed.op_type} "
+            f"'{computed.outputs[0].name}' computes from it, not in the parameter itself",
+            [_label(computed), _label(lookup.node)],
+            "normalize the looked-up rows instead of the table, or leave it to the ordinary optimizer "
+            f"(allow-fallback={verdict.weight.name})",
+        )
     why = f" ({misses[-1]})" if misses else ""
     return verdict.refuse(
         f"no operator of its gradient '{gradient.name}' scatters the rows of "
         f"{lookup.op} '{lookup.output.name}', which looks rows up by {ids}{why}",
         [_label(lookup.node)],
     )
+
+
+def _computed_from(lookup: Lookup, weight: ir.Value) -> ir.Node | None:
+    """Return the operator between the parameter and the lookup that scales the table by itself, if any."""
+    value = lookup.node.inputs[0]
+    while value is not None and value is not weight:
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type in ("Mul", "Div"):
+            operands = [item for item in node.inputs if item is not None]
+            depends = [item for item in operands if weight in ancestors([item])]
+            if len(depends) > 1:
+                return node
+            value = depends[0] if depends else None
+        else:
+            value = node.inputs[0]
+    return None
 
 
 def _claim(
@@ -267,6 +297,29 @@ def _claim(
             return MatchedUse(lookup, term, pulled, output_gradient(term.value, lookup.output, facts))
         misses.append(f"'{term.value.name}' is not the rows of '{lookup.output.name}' in order")
     return None
+
+
+def _with_shared(
+    use: MatchedUse, terms: list[RowTerm | DenseTerm], shape: tuple[int, ...], facts: Facts
+) -> MatchedUse:
+    """Add what is left of row terms by the very ids of a claimed one: parts of the same dL/d(rows)."""
+    claimed = use.term
+    if not isinstance(claimed, RowTerm) or claimed.fixed is not None:
+        return use
+    chain = ids_chain(use.lookup.ids, facts)
+    for term in list(terms):
+        if (
+            not isinstance(term, RowTerm)
+            or term.fixed is not None
+            or (term.mask is None) != (claimed.mask is None)
+        ):
+            continue
+        pulled = pull(term, shape)
+        same = any(value in chain for value in ids_chain(term.indices, facts))
+        if same and isinstance(pulled, Pulled) and pulled.steps == use.pulled.steps == ():
+            terms.remove(term)
+            use = replace(use, also=(*use.also, (term, pulled)))
+    return use
 
 
 def _window_ids(fixed: tuple[int, ...], lookup: Lookup) -> tuple[int, ...]:

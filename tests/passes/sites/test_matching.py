@@ -369,3 +369,39 @@ def test_rows_of_a_sliced_table() -> None:
     np.add.at(want, ids.reshape(-1) + 1, G.reshape(-1, 3).astype(np.float64))
     np.testing.assert_allclose(table, want, atol=1e-6)
     assert found.vocab_size == 5
+
+
+def test_one_lookup_whose_rows_two_scatters_add() -> None:
+    """The exporter shares one Gather between two consumers, and scatters each one's gradient."""
+    backward = """
+        index = Unsqueeze(ids, last)
+        a = ScatterND<reduction: string = "add">(zeros, index, g)
+        b = ScatterND<reduction: string = "add">(zeros, index, more)
+        W_grad = Add(a, b)
+    """
+    model = training_graph(backward=backward, inputs="int64[N, 2] ids, float[N, 2, 3] g, float[N, 2, 3] more")
+    feed = {"ids": IDS, "g": G, "more": 2 * G, "W": W}
+    table, found, values = marked_table(model, feed)
+    assert len(found.uses) == 1
+    assert values[found.ids].size == IDS.size
+    np.testing.assert_allclose(table, 3 * TABLE, atol=1e-5)
+
+
+def test_lookup_in_a_normalized_table_is_refused() -> None:
+    forward = """
+        squares = Mul(W, W)
+        total = ReduceSum<keepdims: int = 1>(squares, last)
+        length = Sqrt(total)
+        unit = Div(W, length)
+        h = Gather<axis: int = 0>(unit, ids)
+    """
+    backward = """
+        index = Unsqueeze(ids, last)
+        s = ScatterND<reduction: string = "add">(zeros, index, g)
+        inner = Mul(s, unit)
+        W_grad = Div(inner, length)
+    """
+    found = refusal(training_graph(forward, backward))
+    assert found.reason == (
+        "Gather 'h' looks rows up in a table that Div 'unit' computes from it, not in the parameter itself"
+    )

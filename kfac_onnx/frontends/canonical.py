@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
@@ -17,8 +16,9 @@ from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidate
 from kfac_onnx.frontends.lowering import lower_training_operators
 from kfac_onnx.frontends.pairing import Pairing, find_value, pair, parameter_of
 from kfac_onnx.frontends.scatters import make_scatters_race_free
+from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
-from kfac_onnx.frontends.values import rank_of
+from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
 from kfac_onnx.frontends.widen import widen
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def read_training_graph(
     model, place = exported.model, exported.place
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
+    infer_shapes(model)
     interface = _read_interface(exported, gradients)
     notes += interface.notes
     notes += _to_standard_operators(model, place)
@@ -90,6 +91,7 @@ def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Mo
     model, place = exported.model, exported.place
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
+    infer_shapes(model)
     notes += _to_standard_operators(model, place)
     found = loss_candidates(model, ())
     loss = found[0] if len(found) == 1 else None
@@ -110,14 +112,13 @@ def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Mo
 
 def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     """Lower, widen and make scatters safe; shapes are inferred between, since the rules look at them."""
-    _infer_shapes(model)
     notes = lower_training_operators(model, place)
-    _infer_shapes(model)
+    infer_shapes(model)
     notes += widen(model)
     if scatters := make_scatters_race_free(model):
-        notes.append(f"{scatters} scatters made safe for several threads")
+        notes.append(f"scatters made safe for several threads: {scatters}")
     clean_imports(model)
-    _infer_shapes(model)
+    infer_shapes(model)
     return notes
 
 
@@ -165,6 +166,11 @@ def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing, inter
     outputs += others
     for name, value in pairing.gradients.items():
         output = value
+        if value.shape is None or value.type is None:  # a gradient is like its parameter
+            value.shape = ir.Shape(static_shape(pairing.parameters[name]) or ())
+            value.type = ir.TensorType(
+                dtype_of(value) or dtype_of(pairing.parameters[name]) or ir.DataType.FLOAT
+            )
         if value in outputs:  # one value is the gradient of two parameters: each output has its own name
             node = ir.Node("", "Identity", [value], num_outputs=1, name=f"kfac/gradient/{name}")
             output = node.outputs[0]
@@ -188,13 +194,3 @@ def _drop_unused(model: ir.Model, pairing: Pairing) -> None:
             and not value.is_graph_input()
         ):
             del model.graph.initializers[name]
-
-
-def _infer_shapes(model: ir.Model) -> None:
-    """Fill in missing shapes and types, as far as ONNX can; a graph that it cannot infer stays as it is."""
-    inference = logging.getLogger("onnx_ir.passes.common.shape_inference")
-    inference.disabled = True  # it logs a traceback for each graph that it gives up on
-    try:
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    finally:
-        inference.disabled = False

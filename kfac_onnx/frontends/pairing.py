@@ -110,7 +110,7 @@ def pair(
         Refusal(
             parameter=name,
             path=f"gradient output {output}",
-            reason="its gradient is computed, but the parameter is gone: the exporter folded it into a constant",
+            reason="its gradient is computed, but the parameter is gone: the exporter folded it away",
             remedy="export without constant folding (torch.onnx.export(..., optimize=False)) "
             "or with the parameters as inputs",
         )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["ONNX_DOMAINS", "all_graphs", "constant", "dtype_of", "int_attribute", "rank_of", "static_shape"]
 
 ONNX_DOMAINS = ("", "ai.onnx")
 """Two spellings of the standard operator domain."""
 
+REMEMBERED = "kfac.dtype"
 INTEGER_RESULTS = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
 BOOL_RESULTS = frozenset(
     {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
@@ -90,13 +91,15 @@ def int_attribute(node: ir.Node, name: str, default: int) -> int:
 def dtype_of(value: ir.Value | None) -> ir.DataType | None:
     """Return the element type of a value: what the graph says, else what its producer implies.
 
-    An answer found through the producer is stored on the value. None means that it cannot be told.
+    An answer found through the producer is remembered, but not written into the model: ONNX has no place
+    for a type without a shape. None means that it cannot be told.
     """
     chain: list[ir.Value] = []
     found: ir.DataType | None = None
     while value is not None:
-        if value.dtype is not None:
-            found = value.dtype
+        known = value.dtype or _remembered(value)
+        if known is not None:
+            found = known
             break
         if value.const_value is not None:
             found = value.const_value.dtype
@@ -110,8 +113,13 @@ def dtype_of(value: ir.Value | None) -> ir.DataType | None:
         break
     if found is not None:
         for item in chain:
-            item.dtype = found
+            item.meta[REMEMBERED] = found
     return found
+
+
+def _remembered(value: ir.Value) -> ir.DataType | None:
+    store = cast("Mapping[str, ir.DataType]", value.meta)
+    return store.get(REMEMBERED)
 
 
 def _from_producer(value: ir.Value) -> ir.DataType | ir.Value | None:

@@ -76,7 +76,7 @@ def widen(model: ir.Model) -> list[str]:
             _wrap(names, node, narrow)
             counts[narrow] = counts.get(narrow, 0) + 1
     return [
-        f"{count} operators without a {dtype.name.lower()} kernel compute in float32"
+        f"nodes without a {dtype.name.lower()} kernel that compute in float32: {count}"
         for dtype, count in sorted(counts.items())
     ]
 

@@ -140,7 +140,7 @@ def test_a_gradient_whose_parameter_is_gone(build: Callable[[str], ir.Model]) ->
     assert refused.parameter == "q"
     assert refused.path == "gradient output q_grad"
     assert refused.reason == (
-        "its gradient is computed, but the parameter is gone: the exporter folded it into a constant"
+        "its gradient is computed, but the parameter is gone: the exporter folded it away"
     )
     assert "optimize=False" in refused.remedy
     assert "Concat" not in [node.op_type for node in model.graph], "what only it needed is gone"

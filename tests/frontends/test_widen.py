@@ -32,7 +32,7 @@ def test_each_operator_rounds_once_and_movement_stays(
     table, w = (rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in ((5, 3), (3, 2)))
     ids = np.array([0, 4, 4, 1])
     model = build(MODEL)
-    assert widen(model) == ["2 operators without a bfloat16 kernel compute in float32"]
+    assert widen(model) == ["nodes without a bfloat16 kernel that compute in float32: 2"]
     kinds = [node.op_type for node in model.graph]
     assert kinds == [
         "Gather",
@@ -75,7 +75,7 @@ def test_a_float64_operator_without_a_kernel_computes_in_float32(
     model = build(
         '<ir_version: 10, opset_import: ["" : 18]> g (double[2] x) => (double[2] y) { y = Erf (x) }'
     )
-    assert widen(model) == ["1 operators without a double kernel compute in float32"]
+    assert widen(model) == ["nodes without a double kernel that compute in float32: 1"]
     result = run(model, {"x": np.array([0.0, 0.5])})["y"]
     np.testing.assert_allclose(result, [0.0, 0.5204998778], rtol=1e-6)  # float32
     assert result.dtype == np.float64

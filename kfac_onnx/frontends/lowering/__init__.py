@@ -9,6 +9,7 @@ import onnx
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.lowering import activations, cross_entropy, plumbing, recurrent, rows
 from kfac_onnx.frontends.lowering.emit import Emit, Miss, Names, Rule, replace_node
+from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.values import ONNX_DOMAINS, all_graphs
 
 if TYPE_CHECKING:
@@ -51,8 +52,25 @@ def lower_training_operators(model: ir.Model, place: str | None = None) -> list[
         UserError: for all operators at once that plain onnxruntime lacks and no rule can lower.
 
     """
-    names = Names(model)
     counts: dict[str, int] = {}
+    missing = _sweep(model, counts)
+    if missing and counts:  # what was lowered may tell the shapes that the others lacked
+        infer_shapes(model)
+        missing = _sweep(model, counts)
+    if missing:
+        what = "1 node that" if len(missing) == 1 else f"{len(missing)} nodes that"
+        raise UserError(
+            f"the graph has {what} onnxruntime cannot run and no rule can lower",
+            place=place,
+            tried=missing,
+            help="export the model without these operators",
+        )
+    return [f"{name} lowered to standard operators: {count}" for name, count in sorted(counts.items())]
+
+
+def _sweep(model: ir.Model, counts: dict[str, int]) -> list[str]:
+    """Lower every node that has a rule, adding to `counts`; return what is missing, one line per node."""
+    names = Names(model)
     missing: list[str] = []
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
@@ -69,15 +87,7 @@ def lower_training_operators(model: ir.Model, place: str | None = None) -> list[
                 continue
             replace_node(node, emit, results)
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    if missing:
-        what = "1 node that" if len(missing) == 1 else f"{len(missing)} nodes that"
-        raise UserError(
-            f"the graph has {what} onnxruntime cannot run and no rule can lower",
-            place=place,
-            tried=missing,
-            help="export the model without these operators",
-        )
-    return [f"lowered {count} {name} to standard operators" for name, count in sorted(counts.items())]
+    return missing
 
 
 def _label(node: ir.Node) -> str:

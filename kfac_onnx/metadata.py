@@ -218,7 +218,7 @@ class Step:
     id_checks: tuple[IdCheck, ...] = ()
     root_checks: tuple[RootCheck, ...] = ()
     shape: Literal["rows", "dense"] = "rows"
-    settings: dict[str, Any] = field(default_factory=lambda: {})
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 _NESTED: dict[str, dict[str, type[Any]]] = {
@@ -244,15 +244,19 @@ def _build(cls: type[T], data: Mapping[str, Any]) -> T:
     return cls(**arguments)
 
 
+def _plain(value: object) -> object:
+    """Return dataclasses as mappings, alone or in a list, and anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (list, tuple)):
+        items: Iterable[object] = value  # pyright: ignore[reportUnknownVariableType]  any JSON list
+        return [_plain(item) for item in items]
+    return value
+
+
 def write(model: ir.Model, key: str, value: object) -> None:
     """Store a dataclass, a list of dataclasses, or plain JSON data under `kfac.<key>`."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        data: object = dataclasses.asdict(value)
-    elif isinstance(value, (list, tuple)):
-        items: Iterable[Any] = value  # pyright: ignore[reportUnknownVariableType]  any JSON list
-        data = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in items]
-    else:
-        data = value
+    data = _plain(value)
     model.metadata_props[f"kfac.{key}"] = data if isinstance(data, str) else json.dumps(data)
 
 

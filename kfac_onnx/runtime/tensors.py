@@ -234,6 +234,10 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.use_deterministic_compute = True
+    # Each session has its own threads, and spinning ones take the cores from the session that runs next.
+    # Measured on two cores (a step of 4096 lookups, V = 1e6): as fast when the machine is idle without
+    # spinning, five times faster when others compute too.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(
         model.SerializeToString(),
         options,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
+from kfac_onnx.passes import partition, partition_graph
 from kfac_onnx.runtime import Schedule, TrainingSession
 
 if TYPE_CHECKING:
@@ -262,3 +265,39 @@ def test_dropout_follows_the_seed(toy: ModuleType, open_toy: Callable[..., Train
 
     assert losses(1) == losses(1)
     assert losses(1) != losses(2)
+
+
+def test_constants_are_given_once(toy: ModuleType) -> None:
+    model = toy.whole_step(with_values=True)
+    step = metadata.read(model, "step", metadata.Step)
+    assert step is not None
+    metadata.write(model, "step", replace(step, batch=("ids",), constants=("y",)))
+    batch = toy.batches(1)[0]
+    session = TrainingSession(model, parameters={"y": batch["y"]}, threads=1)
+    plain = TrainingSession(toy.whole_step(with_values=True), threads=1)
+    assert session.step({"ids": batch["ids"]}) == plain.step(batch)
+    with pytest.raises(UserError) as error:
+        TrainingSession(model)
+    assert str(error.value) == (
+        "input 'y' has no value\n"
+        "  help: it is a constant of the graph: give it in parameters= (or --parameters FILE)"
+    )
+
+
+def test_large_initializers_are_bound_once(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain, batches = open_toy(), toy.batches(2)
+    first, loss, second = plain.step(batches[0]), plain.evaluate(batches), plain.step(batches[1])
+    monkeypatch.setattr(partition_graph, "FROZEN_BYTES", 3)  # every constant of the toy is larger
+    monkeypatch.setattr(partition, "FROZEN_BYTES", 3)
+    session = open_toy()
+    assert "axis1" in session._constants
+    assert not session._plan.stages[0].model.graph.initializer
+    assert session.step(batches[0]) == first
+    assert session.evaluate(batches) == loss
+    session.save(tmp_path / "run.ckpt")
+    resumed = TrainingSession.resume(tmp_path / "run.ckpt", threads=1)
+    assert resumed.step(batches[1]) == second
+    resumed.export(tmp_path / "trained.onnx")
+    assert ir.load(tmp_path / "trained.onnx").graph.inputs[0].name == "ids"

@@ -1,7 +1,7 @@
 """The runs of the sweep: every preset at its learning rates, with constant and decaying rates.
 
 `lr` is the table's learning rate, `rest_lr` Adam's for all other layers. The grids surround the best values
-of earlier studies; `report.py` says whether each optimum came out inside its grid.
+of earlier studies; `report.py` says whether each optimum came out inside what was swept.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Setting:
 
 
 _REST: Final = (0.002, 0.003, 0.004, 0.005)
+_REST_LINEAR: Final = (0.005, 0.008, 0.012, 0.018)
 
 GRID: Final[dict[tuple[Schedule, str], tuple[tuple[float, ...], tuple[float, ...]]]] = {
     ("constant", "plain-adam"): ((0.004, 0.006, 0.01, 0.016), _REST),
@@ -45,12 +46,12 @@ GRID: Final[dict[tuple[Schedule, str], tuple[tuple[float, ...], tuple[float, ...
     ("constant", "adagrad"): ((0.06, 0.1, 0.16), _REST),
     ("constant", "adaptive"): ((0.006, 0.01, 0.016), _REST),
     ("constant", "r1.7"): ((0.003, 0.01, 0.03, 0.1), _REST),
-    ("linear", "plain-adam"): ((0.012, 0.018, 0.027), (0.008, 0.012, 0.018)),
-    ("linear", "plain-adagrad"): ((0.2, 0.4, 0.8), (0.005, 0.008, 0.012)),
-    ("linear", "half"): ((0.012, 0.02, 0.03), (0.005, 0.008, 0.012)),
-    ("linear", "adagrad"): ((0.1, 0.2, 0.4), (0.005, 0.008, 0.012)),
-    ("linear", "adaptive"): ((0.012, 0.02, 0.03), (0.005, 0.008, 0.012)),
-    ("linear", "r1.7"): ((0.001, 0.003, 0.01, 0.03, 0.1), (0.008,)),
+    ("linear", "plain-adam"): ((0.008, 0.012, 0.018, 0.027), _REST_LINEAR),
+    ("linear", "plain-adagrad"): ((0.05, 0.1, 0.2, 0.4), _REST_LINEAR),
+    ("linear", "half"): ((0.012, 0.02, 0.03), _REST_LINEAR),
+    ("linear", "adagrad"): ((0.05, 0.1, 0.2, 0.4), _REST_LINEAR),
+    ("linear", "adaptive"): ((0.012, 0.02, 0.03, 0.045), _REST_LINEAR),
+    ("linear", "r1.7"): ((0.03, 0.1, 0.3, 1.0), _REST_LINEAR),
 }
 """(schedule, preset) -> (lrs, rest_lrs)."""
 
@@ -65,12 +66,12 @@ def settings() -> list[Setting]:
     ]
 
 
-def inside(setting: Setting, swept: set[Setting]) -> list[str]:
+def edges(setting: Setting, swept: set[Setting]) -> list[str]:
     """Return which of a setting's two rates lie at the edge of what was swept, empty if both are inside."""
     same = [other for other in swept if (other.schedule, other.preset) == (setting.schedule, setting.preset)]
-    edges = []
+    found: list[str] = []
     for name in ("lr", "rest_lr"):
         values = sorted({getattr(other, name) for other in same})
         if getattr(setting, name) in (values[0], values[-1]):
-            edges.append(name)
-    return edges
+            found.append(name)
+    return found

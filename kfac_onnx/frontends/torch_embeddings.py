@@ -6,7 +6,7 @@ module is traced; imports PyTorch, so only `torch_joint` may import it.
 """
 
 # PyTorch is an extra, absent where the types are checked (a neighbour of this file then answers to its name).
-# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportReturnType=false
 
 from __future__ import annotations

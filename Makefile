@@ -3,7 +3,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types test demo wheel ci
+.PHONY: help install check lint types test docs demo wheel ci
 
 help:  ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ types:  ## pyright, strict
 
 test:  ## all tests
 	$(PYTHON) -m pytest -q
+
+docs:  ## rewrite what the documents take from the code
+	$(PYTHON) docs/generate.py
 
 demo:  ## the short demo
 	$(PYTHON) -m kfac_onnx demo --quick

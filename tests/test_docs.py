@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -75,6 +76,12 @@ def test_tables_of_the_documents_are_complete() -> None:
     assert all(f"`kfac_onnx/{room}/`" in readme for room in rooms)
     commands = "pip install . && kfac-onnx demo", "pip install -e '.[dev]' && pytest"
     assert all(f"\n{command}\n" in readme for command in commands)
+
+
+def test_the_options_in_the_documents_are_those_of_the_code() -> None:
+    found = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    page = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    assert page == found["page"](), "run `make docs`"
 
 
 def test_the_makefile_prints_its_targets() -> None:

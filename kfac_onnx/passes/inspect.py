@@ -260,6 +260,10 @@ def _cost(node: ir.Node, site: Site) -> LinearCost:
     operator = dialect.OPERATORS.get(node.op_type) if node.domain == dialect.DOMAIN else None
     if operator is None:
         return LinearCost()
+    shape = node.inputs[0].shape if operator.name == "AllFinite" and node.inputs[0] is not None else None
+    if shape is not None and shape.is_static():  # a factor or a loss: its own size, whatever the table's
+        fixed = operator.cost(dialect.Sizes(V=1, D=math.prod(shape.numpy()), N=1))
+        return LinearCost(fixed.flops, fixed.bytes)
     iterations = node.attributes.get("iterations")
     count = 15 if iterations is None else iterations.as_int()
     none, one = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["UserError", "VerifyError", "did_you_mean", "first_line"]
+__all__ = ["NoGradientsError", "UserError", "VerifyError", "did_you_mean", "first_line"]
 
 
 class UserError(Exception):
@@ -53,6 +53,10 @@ class UserError(Exception):
         if self.help is not None:
             lines.append(f"  help: {self.help}")
         return "\n".join(lines)
+
+
+class NoGradientsError(UserError):
+    """The graph can be read, but it does not say which values are the gradients of its parameters."""
 
 
 class VerifyError(Exception):

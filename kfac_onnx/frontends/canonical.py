@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kfac_onnx import metadata
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import NoGradientsError
 from kfac_onnx.frontends.copies import undo_stale_copies
 from kfac_onnx.frontends.interface import READERS, Interface, is_float
 from kfac_onnx.frontends.load import Exported, load
@@ -131,7 +131,7 @@ def _read_interface(exported: Exported, gradients: Mapping[str, str] | None) -> 
         misses.append(f"{reader.__name__.replace('_', '-')}: {found.reason}")
     if gradients:
         return Interface("named-by-user", {})
-    raise UserError(
+    raise NoGradientsError(
         "the graph has no gradients of its parameters",
         place=exported.place,
         tried=misses,

@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 
 import onnx_ir as ir
 
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import NoGradientsError
 from kfac_onnx.frontends.load import Exported
 from kfac_onnx.frontends.lowering.emit import Miss
 from kfac_onnx.frontends.values import dtype_of
@@ -150,7 +150,7 @@ def _refuse_sparse(exported: Exported) -> None:
     sparse = sorted(name.removesuffix("_values") for name in outputs if name.endswith("_grad_values"))
     rows = [name for name in sparse if f"{name}_indices" in outputs]
     if rows:
-        raise UserError(
+        raise NoGradientsError(
             f"the gradient of '{rows[0].removesuffix(GRADIENT_SUFFIX)}' is given as rows and their ids",
             place=exported.place,
             path=f"outputs {rows[0]}_values, {rows[0]}_indices",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.frontends.interface import Interface, is_float
 from kfac_onnx.frontends.values import dtype_of, static_shape
 from kfac_onnx.metadata import Parameter, Refusal
@@ -141,7 +141,7 @@ def _by_position(model: ir.Model, losses: Sequence[ir.Value], place: str | None)
     pairs = zip(map(static_shape, inputs), map(static_shape, outputs), strict=False)
     same = [own is not None and own == other for own, other in pairs]
     if not outputs or len(inputs) < len(outputs) or not all(same):
-        raise UserError(
+        raise NoGradientsError(
             "the graph does not say which outputs are the gradients of which parameters",
             place=place,
             tried=["by name: no output is called <parameter>_grad", "by position: the shapes differ"],

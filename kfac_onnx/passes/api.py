@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kfac_onnx import metadata
-from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
 
@@ -97,20 +97,27 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
         UserError: the file is not a model, or holds something that cannot be read.
 
     """
+    from kfac_onnx.frontends import read_forward_graph
     from kfac_onnx.passes.find_embeddings import find_tables
     from kfac_onnx.passes.sites.untrained import forward_tables
 
-    model = _canonical(source, loss, gradients)
+    try:
+        model = _canonical(source, loss, gradients)
+    except NoGradientsError as e:
+        model = read_forward_graph(source)
+        reason = e.message if e.help is None else f"{e.message}: {e.help}"
+        metadata.write(model, "notes", [*metadata.read_strings(model, "notes"), reason])
+    trainable = model.metadata_props.get("kfac.frontend") != "forward"
     parameters = metadata.read_list(model, "parameters", Parameter)
     found_loss = metadata.read(model, "loss", Loss)
     refused = metadata.read_list(model, "refused", Refusal)
-    if parameters:
+    if trainable:
         verdicts = find_tables(model)
         sites = [item.site.describe() for item in verdicts if item.site is not None]
         refused += [item.refusal for item in verdicts if item.refusal is not None]
     else:
         sites = forward_tables(model)
-    names = {item.name for item in parameters}
+    names = {item.name for item in parameters} | {site.parameter for site in sites}
     return Report(
         frontend=model.metadata_props.get("kfac.frontend", ""),
         sites=tuple(sites),
@@ -124,7 +131,7 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
         ),
         parameters=tuple(parameters),
         notes=tuple(metadata.read_strings(model, "notes")),
-        trainable=bool(parameters),
+        trainable=trainable,
     )
 
 
@@ -277,13 +284,6 @@ def transform(
     )
     passes = parse_pipeline(text)
     model = _canonical(source, loss, gradients)
-    if not metadata.read_list(model, "parameters", Parameter):
-        raise UserError(
-            "the graph has no gradients: none of its outputs is the gradient of a parameter",
-            place=str(source) if not hasattr(source, "graph") else None,
-            help="export the training graph (forward, loss and backward), or name the gradients: "
-            "--gradients PARAM=OUTPUT",
-        )
     if parameters or constants:
         from kfac_onnx.passes.values import give_values
 

@@ -347,11 +347,8 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
             nodes = [item.node for item in members]
             built = build_model(own, nodes, outputs, name=slot.name.lower(), as_inputs=as_inputs)
             stages.append(_stage(slot, built, versions, lone=lone))
-    frozen = {
-        name: tensor
-        for name, tensor in source.initializers.items()
-        if name not in as_inputs and tensor.nbytes > FROZEN_BYTES
-    }
+    used = {name for item in source.items for name in item.reads} - as_inputs
+    frozen = {name: t for name, t in source.initializers.items() if name in used and t.nbytes > FROZEN_BYTES}
     initial = {name: tensor for name, tensor in source.initializers.items() if name in as_inputs}
     rest = {name: tensor for name, tensor in source.initializers.items() if name not in initial}
     lean = dataclasses.replace(source, initializers=rest)

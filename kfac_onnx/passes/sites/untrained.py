@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kfac_onnx.metadata import Site
-from kfac_onnx.passes.sites.facts import Facts
+from kfac_onnx.passes.sites.facts import Facts, ancestors, static_shape
 from kfac_onnx.passes.sites.lookups import forward_uses
 from kfac_onnx.passes.sites.matching import describe_lookup
 
@@ -16,17 +16,15 @@ __all__ = ["forward_tables"]
 
 
 def forward_tables(model: ir.Model) -> list[Site]:
-    """Return every floating-point initializer of two dimensions that the graph looks rows up in."""
+    """Return every float initializer or input of two static dimensions that rows are looked up in."""
+    held = dict.fromkeys([*model.graph.initializers.values(), *model.graph.inputs])
     tables = [
         value
-        for value in model.graph.initializers.values()
-        if value.dtype is not None and value.dtype.is_floating_point() and len(value.shape or ()) == 2
+        for value in held
+        if value.dtype is not None and value.dtype.is_floating_point() and len(static_shape(value) or ()) == 2
     ]
     facts = Facts(model, tables, None)
-    outputs = list(model.graph.outputs)
-    from kfac_onnx.passes.sites.facts import ancestors
-
-    facts.forward = ancestors(outputs)
+    facts.forward = ancestors(model.graph.outputs)
     sites: list[Site] = []
     for table in tables:
         lookups, _ = forward_uses(table, facts)

@@ -1,0 +1,31 @@
+"""Graphs without gradients: `scan` lists their tables as not trainable, `transform` says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kfac_onnx.errors import UserError
+from kfac_onnx.passes.api import scan, transform
+
+OTHER = Path(__file__).parents[1] / "data" / "graphs_other"
+NPLM = OTHER / "fwd_dyncore__nplm.onnx"
+
+
+def test_forward_graph_lists_its_tables() -> None:
+    report = scan(NPLM).to_json()
+    assert report["trainable"] is False
+    (site,) = report["sites"]
+    assert (site["parameter"], site["vocab_size"], site["embedding_dim"]) == ("emb.weight", 100, 16)
+    assert [use["output_gradient"] for use in site["uses"]] == [None]
+    assert report["refused"] == []
+    assert report["notes"][-1].startswith("the graph has no gradients of its parameters: export loss and")
+
+
+def test_forward_graph_is_not_transformed() -> None:
+    with pytest.raises(UserError) as caught:
+        transform(NPLM)
+    assert caught.value.message == "the graph has no gradients of its parameters"
+    assert caught.value.help == (
+        "export loss and gradients as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
+    )

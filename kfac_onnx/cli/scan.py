@@ -59,6 +59,6 @@ def _print(report: Report) -> None:
         )
     click.echo(f"loss: {report.loss or 'none'} ({report.reduction})")
     click.echo(f"batch inputs: {', '.join(report.batch_inputs) or 'none'}")
-    click.echo(f"trained parameters: {len(report.parameters)}")
+    click.echo(f"{'trained ' if report.trainable else ''}parameters: {len(report.parameters)}")
     for note in report.notes:
         click.echo(f"note: {note}")

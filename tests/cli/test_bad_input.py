@@ -121,6 +121,29 @@ def test_not_an_onnx_file(
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_graph_without_gradients(run: Callable[..., Outcome], tmp_path: Path, arrays: Arrays) -> None:
+    path = tmp_path / "forward.onnx"
+    path.write_bytes((GRAPHS.parent / "graphs_other" / "fwd_dyncore__nplm.onnx").read_bytes())
+    before = set(tmp_path.iterdir())
+    message = (
+        "the graph has no gradients of its parameters\n"
+        "  --> DIR/forward.onnx\n"
+        "  tried: ort-artifacts: it has no InPlaceAccumulatorV2 nodes\n"
+        "  tried: ort-module: it has no YieldOp\n"
+        "  tried: named-gradients: none of its outputs is named <parameter>_grad after one of its parameters\n"
+        "  tried: positional: it has fewer than two floating-point outputs, a loss and a gradient\n"
+        "  help: export loss and gradients as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
+    )
+    refused(run("transform", path, "-o", tmp_path / "out.onnx"), message, tmp_path, before)
+    refused(run("train", path, "--data", tmp_path / "data.npz", "--quiet"), message, tmp_path, before)
+    outcome = run("scan", path, "--json")  # its tables are listed all the same
+    assert outcome.code == 0
+    assert outcome.data["trainable"] is False
+    assert [site["parameter"] for site in outcome.data["sites"]] == ["emb.weight"]
+    assert outcome.data["sites"][0]["uses"][0]["output_gradient"] is None
+    assert "parameters: 5" in run("scan", path).out
+
+
 def test_a_graph_without_embeddings(run: Callable[..., Outcome], tmp_path: Path) -> None:
     path = tmp_path / "linear.onnx"
     path.write_bytes(onnx.parser.parse_model(LINEAR).SerializeToString())

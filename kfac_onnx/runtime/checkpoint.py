@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 
+from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.files import atomic_path
+from kfac_onnx.metadata import State
+from kfac_onnx.passes.partition import partition
 from kfac_onnx.passes.partition_graph import build_model
 
 if TYPE_CHECKING:
@@ -28,7 +32,17 @@ if TYPE_CHECKING:
 
     from kfac_onnx.passes.partition import Plan
 
-__all__ = ["Checkpoint", "model_bytes", "model_hash", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "given_values",
+    "kfac_metadata",
+    "model_bytes",
+    "model_hash",
+    "proto_of",
+    "read_checkpoint",
+    "require_same",
+    "write_checkpoint",
+]
 
 VERSION: Final = 1
 KEY: Final = "kfac_onnx"
@@ -54,7 +68,7 @@ class Checkpoint:
     checksums: dict[str, int] = field(default_factory=dict[str, int])
 
 
-def model_bytes(plan: Plan, metadata: Mapping[str, str]) -> bytes:
+def model_bytes(plan: Plan, entries: Mapping[str, str]) -> bytes:
     """Return the whole-step model without the values of states and constants."""
     source = plan.source
     nodes = [item.node for item in source.items]
@@ -65,7 +79,7 @@ def model_bytes(plan: Plan, metadata: Mapping[str, str]) -> bytes:
     given = {value.name for value in (*model.graph.input, *model.graph.output)}
     made = (name for item in source.items for name in item.makes)
     model.graph.value_info.extend(source.types[n] for n in made if n in source.types and n not in given)
-    for key, value in sorted(metadata.items()):
+    for key, value in sorted(entries.items()):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     return model.SerializeToString(deterministic=True)
@@ -164,3 +178,26 @@ def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, np.nda
 def proto_of(checkpoint: Checkpoint) -> onnx.ModelProto:
     """Return the checkpoint's model."""
     return onnx.ModelProto.FromString(checkpoint.model)
+
+
+def kfac_metadata(model: ir.Model) -> dict[str, str]:
+    """Return what a model says about itself."""
+    return {key: value for key, value in model.metadata_props.items() if key.startswith("kfac.")}
+
+
+def given_values(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Return the values a new session needs: parameters and constants."""
+    model = ir.from_proto(proto_of(checkpoint))
+    names = {
+        state.input for state in metadata.read_list(model, "state", State) if state.initial == "parameter"
+    }
+    return {name: checkpoint.states[name] for name in names} | dict(checkpoint.constants)
+
+
+def require_same(checkpoint: Checkpoint, path: str | Path, model: ir.Model) -> None:
+    """Raise UserError unless the checkpoint was made with this model (values of parameters aside)."""
+    if model_hash(model_bytes(partition(model), kfac_metadata(model))) != model_hash(checkpoint.model):
+        raise UserError(
+            f"checkpoint '{path}' was made with another model",
+            help="resume with the model that it was made with, or start without --resume",
+        )

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from kfac_onnx.metadata import State
     from kfac_onnx.passes.partition import Plan
 
-__all__ = ["batch_inputs", "build_constants", "build_holders", "check_names", "fitting_value", "require_step"]
+__all__ = [
+    "assignable",
+    "batch_inputs",
+    "build_constants",
+    "build_holders",
+    "check_names",
+    "fitting_value",
+    "require_step",
+]
 
 
 def require_step(model: ir.Model, name: str) -> Step:
@@ -93,6 +101,20 @@ def fitting_value(array: np.ndarray, state: State) -> np.ndarray:
         message = f"the value of parameter '{state.input}' must be {dtype_name(element)}, got {array.dtype}"
         raise UserError(message, help=f"convert it: array.astype('{dtype_name(element)}')")
     return array
+
+
+def assignable(
+    plan: Plan, holders: Mapping[str, Holder], values: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return new values of trained parameters in their dtypes.
+
+    Raises UserError for a name that is no trained parameter, or a value that does not fit.
+    """
+    check_names(plan, values)
+    for name in values:
+        if name not in holders:
+            raise UserError(f"'{name}' is not a trained parameter")
+    return {name: fitting_value(array, holders[name].state) for name, array in values.items()}
 
 
 def build_holders(

@@ -8,6 +8,7 @@ Where either fails, the session holds such states in two buffers and copies.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -18,7 +19,11 @@ from kfac_onnx.runtime.tensors import Buffer, Device, host_value, open_session
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["in_place_problem", "scatters_of"]
+    from kfac_onnx.passes.partition import Plan
+
+__all__ = ["in_place_problem", "plan_problem", "scatters_of"]
+
+_log = logging.getLogger(__name__)
 
 ROWS: Final = 257
 """Rows of the probe's table: more than one vector register, not a power of two."""
@@ -36,6 +41,19 @@ def scatters_of(models: Iterable[onnx.ModelProto]) -> set[tuple[str, str]]:
                     reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
                     found.add((node.op_type, reduction))
     return found
+
+
+def plan_problem(
+    plan: Plan,
+    providers: Sequence[str | tuple[str, dict[str, str]]],
+    device: Device,
+) -> str | None:
+    """Return why the plan's states cannot be held in place here, logged as a warning, or None."""
+    models = [stage.model for stage in plan.stages if stage.one_thread and stage.writes]
+    problem = in_place_problem(scatters_of(models), providers, device)
+    if problem is not None:
+        _log.warning("tables are copied at every step: %s", problem)
+    return problem
 
 
 def in_place_problem(

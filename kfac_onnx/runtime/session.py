@@ -24,10 +24,12 @@ from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.batches import checked_batch
 from kfac_onnx.runtime.checkpoint import (
     Checkpoint,
+    given_values,
+    kfac_metadata,
     model_bytes,
-    model_hash,
     proto_of,
     read_checkpoint,
+    require_same,
     write_checkpoint,
 )
 from kfac_onnx.runtime.engine import Engine
@@ -35,18 +37,18 @@ from kfac_onnx.runtime.evaluation import Evaluator
 from kfac_onnx.runtime.export import forward_model, write_into
 from kfac_onnx.runtime.fitting import FitResult, Row, fit
 from kfac_onnx.runtime.opening import (
+    assignable,
     batch_inputs,
     build_constants,
     build_holders,
     check_names,
-    fitting_value,
     require_step,
 )
-from kfac_onnx.runtime.probe import in_place_problem, scatters_of
+from kfac_onnx.runtime.probe import plan_problem
 from kfac_onnx.runtime.seeds import seed_random_nodes
 from kfac_onnx.runtime.stepper import Stepper
 from kfac_onnx.runtime.tensors import device_of, provider_list
-from kfac_onnx.runtime.views import Description, Metrics, Parameters
+from kfac_onnx.runtime.views import Description, Metrics, Parameters, describe
 from kfac_onnx.runtime.weights import read_weights
 
 if TYPE_CHECKING:
@@ -110,14 +112,14 @@ class TrainingSession:
         plan = partition(loaded, watch=[*watch, *self._extra])
         self._random_operators = seed_random_nodes((stage.model for stage in plan.stages), seed)
         self._plan = plan
-        self._metadata = _kfac_metadata(loaded)
+        self._metadata = kfac_metadata(loaded)
         loss = metadata.read(loaded, "loss", Loss)
         self._reduction = "unknown" if loss is None else loss.reduction
         self._evaluator: Evaluator | None = None
         self._serialized: bytes | None = None
         values = read_weights(parameters) if isinstance(parameters, (str, Path)) else dict(parameters or {})
         check_names(plan, values)
-        self.in_place_problem = self._probe()
+        self.in_place_problem = plan_problem(plan, self._providers, self._device)
         self._holders = build_holders(plan, values, self._device, in_place=self.in_place_problem is None)
         self._constants = build_constants(plan, values, self._device)
         self.batch_inputs = batch_inputs(plan, self._constants)
@@ -147,15 +149,6 @@ class TrainingSession:
         )
         self._stepper = Stepper(plan, self._engine, checks)
         self.closed = False
-
-    def _probe(self) -> str | None:
-        stages = [stage for stage in self._plan.stages if stage.one_thread and stage.writes]
-        problem = in_place_problem(
-            scatters_of(stage.model for stage in stages), self._providers, self._device
-        )
-        if problem is not None:
-            _log.warning("tables are copied at every step: %s", problem)
-        return problem
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -278,16 +271,7 @@ class TrainingSession:
 
         """
         self._require_open()
-        check_names(self._plan, values)
-        ready = {
-            name: fitting_value(array, self._holders[name].state)
-            for name, array in values.items()
-            if name in self._holders
-        }
-        for name in values:
-            if name not in ready:
-                raise UserError(f"'{name}' is not a trained parameter")
-        for name, array in ready.items():
+        for name, array in assignable(self._plan, self._holders, values).items():
             self._holders[name].live.write(array)
 
     def save(self, path: str | Path) -> None:
@@ -336,23 +320,18 @@ class TrainingSession:
 
         """
         checkpoint = read_checkpoint(path)
+        if model is not None:
+            loaded = model if isinstance(model, ir.Model) else load_model(model)
+            require_step(loaded, "the model" if isinstance(model, ir.Model) else f"'{model}'")
+            require_same(checkpoint, path, loaded)
         session = cls(
             ir.from_proto(proto_of(checkpoint)),
             providers=providers,
             threads=threads,
-            parameters=_given(checkpoint),
+            parameters=given_values(checkpoint),
             schedule=checkpoint.schedule,
             seed=checkpoint.seed,
         )
-        if model is not None:
-            loaded = model if isinstance(model, ir.Model) else load_model(model)
-            require_step(loaded, "the model" if isinstance(model, ir.Model) else f"'{model}'")
-            expected = model_hash(model_bytes(partition(loaded), _kfac_metadata(loaded)))
-            if expected != model_hash(checkpoint.model):
-                raise UserError(
-                    f"checkpoint '{path}' was made with another model",
-                    help="resume with the model that it was made with, or start without --resume",
-                )
         for name, holder in session._holders.items():
             holder.live.write(checkpoint.states[name])
         session.learning_rates.update(checkpoint.learning_rates)
@@ -399,20 +378,15 @@ class TrainingSession:
 
     def describe(self) -> Description:
         """Return what runs where: providers, phases, how each state is held, and what was fallen back on."""
-        return {
-            "providers": [item if isinstance(item, str) else item[0] for item in self._providers],
-            "device": f"{self._device.name}:{self._device.index}",
-            "threads": self._threads,
-            "stages": [runner.stage.name for runner in self._engine.runners],
-            "in_place": self.in_place_problem is None,
-            "in_place_problem": self.in_place_problem,
-            "states": {
-                name: "in-place" if len(holder.buffers) == 1 else "two buffers"
-                for name, holder in self._holders.items()
-            },
-            "state_bytes": sum(b.nbytes for holder in self._holders.values() for b in holder.buffers),
-            "random_operators": self._random_operators,
-        }
+        return describe(
+            providers=self._providers,
+            device=self._device,
+            threads=self._threads,
+            stages=[runner.stage.name for runner in self._engine.runners],
+            holders=self._holders,
+            in_place_problem=self.in_place_problem,
+            random_operators=self._random_operators,
+        )
 
     def _require_open(self) -> None:
         if self.closed:
@@ -432,16 +406,3 @@ class TrainingSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _kfac_metadata(model: ir.Model) -> dict[str, str]:
-    return {key: value for key, value in model.metadata_props.items() if key.startswith("kfac.")}
-
-
-def _given(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Return the values a new session needs: parameters and constants."""
-    model = ir.from_proto(proto_of(checkpoint))
-    names = {
-        state.input for state in metadata.read_list(model, "state", State) if state.initial == "parameter"
-    }
-    return {name: checkpoint.states[name] for name in names} | dict(checkpoint.constants)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from kfac_onnx.runtime.engine import Holder
+    from kfac_onnx.runtime.tensors import Device
 
-__all__ = ["Description", "Metrics", "Parameters"]
+__all__ = ["Description", "Metrics", "Parameters", "describe"]
 
 
 class Metrics(TypedDict):
@@ -56,3 +57,30 @@ class Parameters(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._holders)
+
+
+def describe(
+    *,
+    providers: Sequence[str | tuple[str, dict[str, str]]],
+    device: Device,
+    threads: int | None,
+    stages: list[str],
+    holders: Mapping[str, Holder],
+    in_place_problem: str | None,
+    random_operators: int,
+) -> Description:
+    """Return the description of a session made of these parts."""
+    return {
+        "providers": [item if isinstance(item, str) else item[0] for item in providers],
+        "device": f"{device.name}:{device.index}",
+        "threads": threads,
+        "stages": stages,
+        "in_place": in_place_problem is None,
+        "in_place_problem": in_place_problem,
+        "states": {
+            name: "in-place" if len(holder.buffers) == 1 else "two buffers"
+            for name, holder in holders.items()
+        },
+        "state_bytes": sum(b.nbytes for holder in holders.values() for b in holder.buffers),
+        "random_operators": random_operators,
+    }

@@ -10,7 +10,7 @@ import pytest
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.partition import Slot
-from kfac_onnx.runtime import session as session_module
+from kfac_onnx.runtime import probe
 from kfac_onnx.runtime.engine import StageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def test_the_copying_form_gives_the_same_numbers(
     model: dict[str, object],
 ) -> None:
     in_place = open_toy(model=model)
-    monkeypatch.setattr(session_module, "in_place_problem", lambda *_: "ScatterND was seen to copy")
+    monkeypatch.setattr(probe, "in_place_problem", lambda *_: "ScatterND was seen to copy")
     copying = open_toy(model=model)
     assert "tables are copied at every step: ScatterND was seen to copy" in caplog.text
     assert copying.describe()["states"]["emb.weight"] == "two buffers"

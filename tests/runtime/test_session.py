@@ -301,3 +301,17 @@ def test_large_initializers_are_bound_once(
     assert resumed.step(batches[1]) == second
     resumed.export(tmp_path / "trained.onnx")
     assert ir.load(tmp_path / "trained.onnx").graph.inputs[0].name == "ids"
+
+
+def test_assign_takes_trained_parameters_only(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession]
+) -> None:
+    session = open_toy()
+    for name, message in (
+        ("ids", "'ids' is not a trained parameter"),
+        ("read", "there is no parameter 'read' in the model; did you mean 'readout'?"),
+    ):
+        with pytest.raises(UserError) as error:
+            session.assign({"readout": np.zeros(4, np.float32), name: np.zeros(4, np.float32)})
+        assert str(error.value) == message
+    assert session.parameters["readout"].tobytes() == toy.parameters()["readout"].tobytes()

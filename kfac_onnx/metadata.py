@@ -206,8 +206,7 @@ class Step:
     """Everything a host needs to run the training step that the model is.
 
     `ok` is a bool scalar: false where a gradient, factor or update is not finite. `constants` are
-    inputs that the user supplies once; `batch` those given at every step. `divisor` names a float32
-    scalar, the number of examples that a mean loss divides by, or null.
+    inputs that the user supplies once; `batch` those given at every step.
     """
 
     loss: str

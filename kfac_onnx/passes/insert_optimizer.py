@@ -86,16 +86,16 @@ class InsertOptimizer(Pass):
             write_table(site, RowUpdate(ids, rows, unique=False), rate, draft)
             return
         V, D = site.vocab_size, site.embedding_dim
-        outs = [Out("unique_ids", INT64, ["U"]), Out("merged", FLOAT, ["U", D])]
+        outs = [Out("unique_ids", INT64, [None]), Out("merged", FLOAT, [None, D])]
         ids, rows = draft.op("MergeRows", [ids, rows], outs, Phase.PRECONDITION)
         old = draft.state(
             f"kfac/{site.parameter}/acc", FLOAT, [V, D], "zeros", "optimizer", parameter=site.parameter
         )
         held = draft.emitter.node(
-            "Gather", [old, ids], name="acc_before", phase=Phase.PRECONDITION, dtype=FLOAT, shape=["U", D]
+            "Gather", [old, ids], name="acc_before", phase=Phase.PRECONDITION, dtype=FLOAT, shape=[None, D]
         )
         draft.remember(held)
-        outs = [Out("update", FLOAT, ["U", D]), Out("acc", FLOAT, ["U", D])]
+        outs = [Out("update", FLOAT, [None, D]), Out("acc", FLOAT, [None, D])]
         update, new = draft.op(
             "RowElementAdagrad", [rows, held], outs, Phase.PRECONDITION, epsilon=self._epsilon()
         )

@@ -144,7 +144,7 @@ class TableBlock:
         )
         draft.write(factor, counted, Phase.COUNT)
         kept = self.emit.node(
-            "Gather", [factor, self.ids], name="A.before", phase=Phase.GRADIENTS, dtype=FLOAT, shape=["N"]
+            "Gather", [factor, self.ids], name="A.before", phase=Phase.GRADIENTS, dtype=FLOAT, shape=[None]
         )
         draft.remember(kept)
         undo = draft.settings.setdefault("undo", [])
@@ -195,9 +195,9 @@ class TableBlock:
     def _per_lookup(self, scalar: ir.Value) -> ir.Value:
         emit = self.emit.derive(phase=Phase.GRADIENTS)
         if self.mask is not None:
-            return emit.node("Mul", [self.mask, scalar], name="increments", dtype=FLOAT, shape=["N"])
+            return emit.node("Mul", [self.mask, scalar], name="increments", dtype=FLOAT, shape=[None])
         shape = emit.node("Shape", [self.ids], name="ids_shape", dtype=INT64, shape=[1])
-        return emit.node("Expand", [scalar, shape], name="increments", dtype=FLOAT, shape=["N"])
+        return emit.node("Expand", [scalar, shape], name="increments", dtype=FLOAT, shape=[None])
 
     def _counter(self, what: str, dtype: ir.DataType, initial: float) -> ir.Value:
         return self.draft.state(
@@ -346,7 +346,7 @@ class TableBlock:
     def _by_counts(self, gain: ir.Value, damping_a: ir.Value, root: ir.Value) -> RowUpdate:
         draft, exponent = self.draft, self.preset.exponent
         emit = self.emit.derive(phase=Phase.PRECONDITION)
-        counts = emit.node("Gather", [self.counts, self.ids], name="A.after", dtype=FLOAT, shape=["N"])
+        counts = emit.node("Gather", [self.counts, self.ids], name="A.after", dtype=FLOAT, shape=[None])
         draft.remember(counts)
         for entry in draft.settings.get("undo", []):
             if entry["state"] == self._name("A"):
@@ -360,11 +360,11 @@ class TableBlock:
                 exponent=exponent,
             )
             return RowUpdate(None, update, unique=True)
-        a = emit.node("Mul", [counts, gain], name="a", dtype=FLOAT, shape=["N"])
+        a = emit.node("Mul", [counts, gain], name="a", dtype=FLOAT, shape=[None])
         (update,) = draft.op(
             "PreconditionRows",
             [self.rows, a, damping_a, root],
-            [Out("update", FLOAT, ["N", self.D])],
+            [Out("update", FLOAT, [None, self.D])],
             Phase.PRECONDITION,
             exponent=exponent,
         )
@@ -377,7 +377,7 @@ class TableBlock:
         if dense:
             ids, rows = None, self.dense_gradient()
         else:
-            outs = [Out("unique_ids", INT64, ["U"]), Out("merged", FLOAT, ["U", self.D])]
+            outs = [Out("unique_ids", INT64, [None]), Out("merged", FLOAT, [None, self.D])]
             ids, rows = draft.op("MergeRows", [self.ids, self.rows], outs, Phase.PRECONDITION)
         rotated = emit.node("MatMul", [rows, root], name="rotated", dtype=FLOAT, shape=rows.shape)
         what = "squares" if self.preset.row_scale == "adagrad" else "window"
@@ -385,7 +385,7 @@ class TableBlock:
         held = (
             old
             if ids is None
-            else emit.node("Gather", [old, ids], name=f"{what}.before", dtype=FLOAT, shape=["U"])
+            else emit.node("Gather", [old, ids], name=f"{what}.before", dtype=FLOAT, shape=[None])
         )
         draft.remember(held)
         outs = [Out("update", FLOAT, rows.shape), Out(what, FLOAT, held.shape)]

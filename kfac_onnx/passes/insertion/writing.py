@@ -76,7 +76,7 @@ def write_table(site: Site, result: RowUpdate, rate: ir.Value, draft: Draft) -> 
     # A half-precision table: repeated rows are summed in float32 and rounded once.
     ids, update = result.ids, result.update
     if not result.unique:
-        outs = [Out("unique_ids", INT64, ["U"]), Out("merged", FLOAT, ["U", site.embedding_dim])]
+        outs = [Out("unique_ids", INT64, [None]), Out("merged", FLOAT, [None, site.embedding_dim])]
         ids, update = draft.op("MergeRows", [ids, update], outs, Phase.PRECONDITION)
     before = emit.node("Gather", [weight, ids], name="rows_before", dtype=weight.dtype, shape=update.shape)
     draft.remember(before)

@@ -39,12 +39,12 @@ def mark(site: SiteMatch, emitter: Emitter) -> Site:
     emit = emitter.derive(site=site.weight.name, phase=Phase.GRADIENTS)
     parts = [_Rows(use, emit).emit() for use in site.uses]
     dim = site.pulled.embedding_dim
-    ids = _joined(emit, [part[0] for part in parts], "ids", INT64, ["N"])
-    rows = _joined(emit, [part[1] for part in parts], "rows", FLOAT, ["N", dim])
+    ids = _joined(emit, [part[0] for part in parts], "ids", INT64, [None])
+    rows = _joined(emit, [part[1] for part in parts], "rows", FLOAT, [None, dim])
     keep: ir.Value | None = None
     if any(part[2] is not None for part in parts):
         masks = [part[2] if part[2] is not None else _ones(emit, part[0]) for part in parts]
-        keep = _joined(emit, masks, "keep", FLOAT, ["N"])
+        keep = _joined(emit, masks, "keep", FLOAT, [None])
     described = site.describe()
     return replace(
         described,
@@ -56,7 +56,7 @@ def mark(site: SiteMatch, emitter: Emitter) -> Site:
 
 
 def _joined(
-    emit: Emitter, parts: list[ir.Value], name: str, dtype: ir.DataType, shape: list[str | int]
+    emit: Emitter, parts: list[ir.Value], name: str, dtype: ir.DataType, shape: list[int | None]
 ) -> ir.Value:
     if len(parts) == 1:
         return parts[0]
@@ -67,7 +67,7 @@ def _ones(emit: Emitter, ids: ir.Value) -> ir.Value:
     shape = emit.node("Shape", [ids], name="count", dtype=INT64, shape=[1])
     one = ir.tensor(np.ones(1, np.float32))
     return emit.node(
-        "ConstantOfShape", [shape], attributes={"value": one}, name="keep", dtype=FLOAT, shape=["n"]
+        "ConstantOfShape", [shape], attributes={"value": one}, name="keep", dtype=FLOAT, shape=[None]
     )
 
 
@@ -113,7 +113,7 @@ class _Rows:
         if ids.dtype != INT64:
             ids = emit.node("Cast", [ids], attributes={"to": INT64}, name="ids_int64", dtype=INT64)
         flat = emit.constant(np.asarray([-1], np.int64), "flat")
-        return emit.node("Reshape", [ids, flat], name="ids", dtype=INT64, shape=["n"])
+        return emit.node("Reshape", [ids, flat], name="ids", dtype=INT64, shape=[None])
 
     def _rows(self, term: RowTerm) -> ir.Value:
         width = 1 if len(term.shape) == 1 else term.shape[1 - term.axis]
@@ -133,7 +133,7 @@ class _Rows:
         if updates.dtype != FLOAT:
             updates = emit.node("Cast", [updates], attributes={"to": FLOAT}, name="rows_float32", dtype=FLOAT)
         shape = emit.constant(np.asarray([-1, width], np.int64), "one_row_a_lookup")
-        return emit.node("Reshape", [updates, shape], name="rows", dtype=FLOAT, shape=["n", width])
+        return emit.node("Reshape", [updates, shape], name="rows", dtype=FLOAT, shape=[None, width])
 
     def _mask(self, term: RowTerm) -> ir.Value:
         """Emit the kept lookups as bool[n]; the condition may be broadcast over rows."""
@@ -152,19 +152,19 @@ class _Rows:
         bounds = [emit.constant(item, "bound") for item in first]
         condition = emit.node("Slice", [condition, *bounds], name="kept_rows", dtype=BOOL)
         flat = emit.constant(np.asarray([-1], np.int64), "flat")
-        return emit.node("Reshape", [condition, flat], name="kept_lookups", dtype=BOOL, shape=["n"])
+        return emit.node("Reshape", [condition, flat], name="kept_lookups", dtype=BOOL, shape=[None])
 
     def _also_keep(self, kept: ir.Value) -> None:
         emit = self.emitter
-        flags = emit.node("Cast", [kept], attributes={"to": FLOAT}, name="keep", dtype=FLOAT, shape=["n"])
+        flags = emit.node("Cast", [kept], attributes={"to": FLOAT}, name="keep", dtype=FLOAT, shape=[None])
         if self.keep is not None:
-            flags = emit.node("Mul", [self.keep, flags], name="keep", dtype=FLOAT, shape=["n"])
+            flags = emit.node("Mul", [self.keep, flags], name="keep", dtype=FLOAT, shape=[None])
         self.keep = flags
 
     def _wrapped(self, ids: ir.Value, vocab_size: int) -> ir.Value:
         emit = self.emitter
         size = emit.constant(np.asarray(vocab_size, np.int64), "vocab_size")
-        return emit.node("Mod", [ids, size], name="ids_wrapped", dtype=INT64, shape=["n"])
+        return emit.node("Mod", [ids, size], name="ids_wrapped", dtype=INT64, shape=[None])
 
     def _apply(self, step: RowStep, ids: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
         emit = self.emitter
@@ -175,12 +175,12 @@ class _Rows:
                 return ids, self._scaled(step, ids, rows)
             case "shift":
                 start = emit.constant(np.asarray(step.start, np.int64), "first_row")
-                return emit.node("Add", [ids, start], name="ids", dtype=INT64, shape=["n"]), rows
+                return emit.node("Add", [ids, start], name="ids", dtype=INT64, shape=[None]), rows
             case "columns":
                 bounds = [np.asarray([value], np.int64) for value in (step.start, step.stop, 1)]
                 inputs = [rows, *(emit.constant(item, "bound") for item in bounds)]
                 width = step.stop - step.start
-                return ids, emit.node("Slice", inputs, name="rows", dtype=FLOAT, shape=["n", width])
+                return ids, emit.node("Slice", inputs, name="rows", dtype=FLOAT, shape=[None, width])
             case "window":
                 return self._windowed(step, ids, rows)
 
@@ -193,7 +193,7 @@ class _Rows:
         flat = emit.constant(np.asarray([-1], np.int64), "flat")
         operand = emit.node("Reshape", [operand, flat], name="factor", dtype=FLOAT)
         if step.kind == "scale-rows":
-            operand = emit.node("Gather", [operand, ids], name="factor", dtype=FLOAT, shape=["n"])
+            operand = emit.node("Gather", [operand, ids], name="factor", dtype=FLOAT, shape=[None])
             one_column = emit.constant(np.asarray([-1, 1], np.int64), "one_column")
             operand = emit.node("Reshape", [operand, one_column], name="factor", dtype=FLOAT)
         return emit.node(
@@ -206,13 +206,13 @@ class _Rows:
         start = emit.constant(np.asarray(step.start, np.int64), "first_row")
         size = emit.constant(np.asarray(step.stop - step.start, np.int64), "vocab_size")
         zero = emit.constant(np.asarray(0, np.int64), "zero_id")
-        shifted = emit.node("Sub", [ids, start], name="ids_shifted", dtype=INT64, shape=["n"])
-        above = emit.node("GreaterOrEqual", [shifted, zero], name="from_first_row", dtype=BOOL, shape=["n"])
-        below = emit.node("Less", [shifted, size], name="to_last_row", dtype=BOOL, shape=["n"])
-        inside = emit.node("And", [above, below], name="in_table", dtype=BOOL, shape=["n"])
-        ids = emit.node("Where", [inside, shifted, zero], name="ids", dtype=INT64, shape=["n"])
+        shifted = emit.node("Sub", [ids, start], name="ids_shifted", dtype=INT64, shape=[None])
+        above = emit.node("GreaterOrEqual", [shifted, zero], name="from_first_row", dtype=BOOL, shape=[None])
+        below = emit.node("Less", [shifted, size], name="to_last_row", dtype=BOOL, shape=[None])
+        inside = emit.node("And", [above, below], name="in_table", dtype=BOOL, shape=[None])
+        ids = emit.node("Where", [inside, shifted, zero], name="ids", dtype=INT64, shape=[None])
         axis = emit.constant(np.asarray([1], np.int64), "last_axis")
-        rowwise = emit.node("Unsqueeze", [inside, axis], name="rows_in_table", dtype=BOOL, shape=["n", 1])
+        rowwise = emit.node("Unsqueeze", [inside, axis], name="rows_in_table", dtype=BOOL, shape=[None, 1])
         nothing = emit.constant(np.asarray(0, np.float32), "nothing")
         rows = emit.node("Where", [rowwise, rows, nothing], name="rows", dtype=FLOAT, shape=rows.shape)
         self._also_keep(inside)

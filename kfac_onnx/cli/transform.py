@@ -44,7 +44,6 @@ __all__ = ["command"]
     multiple=True,
     help="Leave this refused table to --rest; may be given several times.",
 )
-@click.option("--constant", metavar="NAME", multiple=True, help="An input that is given once, not per step.")
 @click.option("--pipeline", metavar="TEXT", help="Run these passes instead of the preset's.")
 @parameters_option
 @reading_options
@@ -60,7 +59,6 @@ def command(
     target: str,
     grad_scale: float | None,
     allow_fallback: tuple[str, ...],
-    constant: tuple[str, ...],
     pipeline: str | None,
     parameters: str | None,
     loss: str | None,
@@ -87,7 +85,6 @@ def command(
         target=target,
         grad_scale=grad_scale,
         allow_fallback=allow_fallback,
-        constants=constant,
         pipeline=pipeline,
         parameters=None if parameters is None else read_weights(parameters),
         loss=loss,

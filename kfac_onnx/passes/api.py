@@ -236,7 +236,6 @@ def transform(
     target: str = "cpu",
     pipeline: str | None = None,
     parameters: Mapping[str, Any] | None = None,
-    constants: tuple[str, ...] = (),
     loss: str | None = None,
     gradients: Mapping[str, str] | None = None,
     grad_scale: float | None = None,
@@ -256,8 +255,7 @@ def transform(
         shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
         target: `cpu` or `cuda`: where the written model runs unaided.
         pipeline: a textual pipeline that replaces all of the above.
-        parameters: values to store in the model as defaults, by parameter or constant name.
-        constants: inputs that are given once and not at every step.
+        parameters: values to store in the model: of parameters, and of constants, which leave the batch.
         loss: as for `scan`.
         gradients: as for `scan`.
         grad_scale: r1.7: the number of examples that a mean loss divides by.
@@ -284,10 +282,10 @@ def transform(
     )
     passes = parse_pipeline(text)
     model = _canonical(source, loss, gradients)
-    if parameters or constants:
+    if parameters:
         from kfac_onnx.passes.values import give_values
 
-        give_values(model, parameters or {}, constants)
+        give_values(model, parameters)
     passes.run(model, log=log)
     return model
 

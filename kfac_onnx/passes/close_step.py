@@ -187,14 +187,16 @@ class CloseStep(Pass):
     def _step(self, model: ir.Model, draft: Draft, loss: str, ok: ir.Value, states: list[State]) -> Step:
         taken = {state.input for state in states} | {rate.input for rate in draft.rates}
         taken.update(item.name for item in metadata.read_list(model, "parameters", Parameter))
-        batch = tuple(str(value.name) for value in model.graph.inputs if value.name not in taken)
+        others = [str(value.name) for value in model.graph.inputs if value.name not in taken]
+        held = model.graph.initializers
         settings: dict[str, Any] = {
             key: draft.settings[key] for key in ("preset", "optimizer") if key in draft.settings
         }
         return Step(
             loss=loss,
             ok=str(ok.name),
-            batch=batch,
+            batch=tuple(name for name in others if name not in held),
+            constants=tuple(name for name in others if name in held),
             learning_rates=tuple(draft.rates),
             id_checks=tuple(metadata.read_list(model, "id_checks", IdCheck)),
             root_checks=tuple(draft.roots),

@@ -16,15 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["give_values"]
 
 
-def give_values(model: ir.Model, values: Mapping[str, Any], constants: tuple[str, ...] = ()) -> None:
+def give_values(model: ir.Model, values: Mapping[str, Any]) -> None:
     """Store each array as the default value of the input or initializer of its name.
 
     Raises UserError for an unknown name, or an array whose shape or dtype is not the input's.
     """
     known = {str(value.name): value for value in model.graph.inputs} | dict(model.graph.initializers)
-    for name in constants:
-        if name not in known:
-            raise UserError(f"the graph has no input '{name}'{did_you_mean(name, known)}")
     for name, array in values.items():
         value = known.get(name)
         if value is None:

@@ -218,3 +218,39 @@ def test_unknown_preset_and_optimizer_name_the_nearest() -> None:
     assert message_of(lambda: transform(NPLM.path, rest="adm")).splitlines()[0] == (
         "unknown optimizer 'adm'; did you mean 'adam'?"
     )
+
+
+def test_values_given_to_transform_are_stored_and_constants_leave_the_batch() -> None:
+    case = Case("torchjoint_in__bert_sum")
+    feed = case.feed()
+    given = {"m.tok.weight": feed["m.tok.weight"], "m.pos_ids": feed["m.pos_ids"]}
+    model = transform(case.path, parameters=given)
+    step = metadata.read(model, "step", Step)
+    assert step is not None
+    assert step.constants == ("m.pos_ids",)
+    assert "m.pos_ids" not in step.batch
+    stored = model.graph.initializers["m.tok.weight"].const_value
+    assert stored is not None
+    np.testing.assert_array_equal(stored.numpy(), given["m.tok.weight"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"m.emb.wieght": np.zeros((100, 16), np.float32)},
+            "the graph has no parameter or input 'm.emb.wieght'; did you mean 'm.emb.weight'?\n"
+            "  help: `scan MODEL` lists the parameters and the inputs",
+        ),
+        (
+            {"m.emb.weight": np.zeros((16, 100), np.float32)},
+            "the value of 'm.emb.weight' has the shape [16, 100], the graph wants [100, 16]",
+        ),
+        (
+            {"m.emb.weight": np.zeros((100, 16), np.float64)},
+            "the value of 'm.emb.weight' is float64, the graph wants float32",
+        ),
+    ],
+)
+def test_values_that_do_not_fit(values: dict[str, np.ndarray], message: str) -> None:
+    assert message_of(lambda: transform(NPLM.path, parameters=values)) == message

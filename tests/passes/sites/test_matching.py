@@ -362,7 +362,7 @@ def test_rows_of_a_sliced_table() -> None:
         " int64[3, 1] places = {1, 2, 3}"
     )
     ids = np.array([[0, 2], [2, 1], [0, 0]], np.int64)
-    table, found, values = marked_table(
+    table, found, _ = marked_table(
         training_graph(forward, backward, constants=constants), {"ids": ids, "g": G, "W": W}
     )
     want = np.zeros((5, 3))

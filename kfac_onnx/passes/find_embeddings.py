@@ -74,7 +74,8 @@ class FindEmbeddings(Pass):
                 log.count("lookups", len(verdict.site.uses))
             elif verdict.refusal is not None:
                 refused.append(verdict.refusal)
-                log.warning(f"'{verdict.refusal.parameter}' is not transformed: {verdict.refusal.reason}")
+        for refusal in refused:
+            log.warning(f"'{refusal.parameter}' is not transformed: {refusal.reason}")
         emitter.metadata("sites", sites)
         emitter.metadata("refused", refused)
         emitter.metadata("id_checks", checks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.api import scan, transform
 

@@ -9,8 +9,8 @@ import pytest
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.api import scan, transform
 
-OTHER = Path(__file__).parents[1] / "data" / "graphs_other"
-NPLM = OTHER / "fwd_dyncore__nplm.onnx"
+FORWARD = Path(__file__).parents[1] / "data" / "graphs_forward"
+NPLM = FORWARD / "fwd_dyncore__nplm.onnx"
 
 
 def test_forward_graph_lists_its_tables() -> None:

@@ -36,8 +36,8 @@ class Setting:
         return f"{self.preset} lr={self.lr:g} rest={self.rest_lr:g} {self.schedule}"
 
 
-_REST: Final = (0.002, 0.003, 0.004, 0.005)
-_REST_LINEAR: Final = (0.005, 0.008, 0.012, 0.018)
+_REST: Final = (0.002, 0.003, 0.004, 0.005, 0.008)
+_REST_LINEAR: Final = (0.005, 0.008, 0.01, 0.012, 0.018)
 
 GRID: Final[dict[tuple[Schedule, str], tuple[tuple[float, ...], tuple[float, ...]]]] = {
     ("constant", "plain-adam"): ((0.004, 0.006, 0.01, 0.016), _REST),
@@ -46,7 +46,7 @@ GRID: Final[dict[tuple[Schedule, str], tuple[tuple[float, ...], tuple[float, ...
     ("constant", "adagrad"): ((0.06, 0.1, 0.16), _REST),
     ("constant", "adaptive"): ((0.006, 0.01, 0.016), _REST),
     ("constant", "r1.7"): ((0.003, 0.01, 0.03, 0.1), _REST),
-    ("linear", "plain-adam"): ((0.008, 0.012, 0.018, 0.027), _REST_LINEAR),
+    ("linear", "plain-adam"): ((0.008, 0.012, 0.018, 0.027, 0.04), _REST_LINEAR),
     ("linear", "plain-adagrad"): ((0.05, 0.1, 0.2, 0.4), _REST_LINEAR),
     ("linear", "half"): ((0.012, 0.02, 0.03), _REST_LINEAR),
     ("linear", "adagrad"): ((0.05, 0.1, 0.2, 0.4), _REST_LINEAR),

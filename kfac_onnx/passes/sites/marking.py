@@ -112,12 +112,14 @@ class _Rows:
         ids = term.indices
         if ids.dtype != INT64:
             ids = emit.node("Cast", [ids], attributes={"to": INT64}, name="ids_int64", dtype=INT64)
+        if ids.shape is not None and len(ids.shape) == 1:
+            return ids
         flat = emit.constant(np.asarray([-1], np.int64), "flat")
         return emit.node("Reshape", [ids, flat], name="ids", dtype=INT64, shape=[None])
 
     def _rows(self, term: RowTerm) -> ir.Value:
         width = 1 if len(term.shape) == 1 else term.shape[1 - term.axis]
-        updates = term.updates
+        updates = _unmasked(term)
         if term.columns and term.axis == 1:
             updates = self.emitter.node(
                 "Transpose",
@@ -132,6 +134,8 @@ class _Rows:
         emit = self.emitter
         if updates.dtype != FLOAT:
             updates = emit.node("Cast", [updates], attributes={"to": FLOAT}, name="rows_float32", dtype=FLOAT)
+        if updates.shape is not None and len(updates.shape) == 2 and updates.shape[1] == width:
+            return updates
         shape = emit.constant(np.asarray([-1, width], np.int64), "one_row_a_lookup")
         return emit.node("Reshape", [updates, shape], name="rows", dtype=FLOAT, shape=[None, width])
 
@@ -224,6 +228,26 @@ def _width(shape: ir.Shape | None) -> int:
     if not isinstance(last, int):
         raise AssertionError("matching accepted a table of unknown width")
     return last
+
+
+def _unmasked(term: RowTerm) -> ir.Value:
+    """Return the rows before a mask that drops no valid id: ids are checked, so it would change nothing.
+
+    Reshapes between the mask and the scatter do not matter, since rows are brought to [n, D] anyway.
+    """
+    mask = term.mask
+    if mask is None or not mask.exact or mask.padding_idx is not None or not mask.drops_negatives:
+        return term.updates
+    if term.columns and term.axis == 1:
+        return term.updates
+    where = _where_of(term)
+    node = where.producer()
+    if node is None or node.op_type != "Where":
+        return term.updates
+    rows = node.inputs[2] if mask.drops_where else node.inputs[1]
+    if rows is None or rows.shape is None or where.shape is None or list(rows.shape) != list(where.shape):
+        return term.updates
+    return rows
 
 
 def _where_of(term: RowTerm) -> ir.Value:

@@ -39,13 +39,15 @@ def marked_table(
     """Run `find-embeddings`, and return Σ rows at ids as a table, the site, and its values."""
     parse_pipeline("find-embeddings").run(model)
     (found,) = metadata.read_list(model, "sites", Site)
-    names = [name for name in (found.ids, found.rows, found.keep) if name]
+    values = {key: value for key, value in feed.items() if key in (found.ids, found.rows)}
+    names = [name for name in (found.ids, found.rows, found.keep) if name and name not in values]
     by_name = {value.name: value for node in model.graph for value in node.outputs}
     by_name |= {value.name: value for value in model.graph.initializers.values()}
     model.graph.outputs.extend(by_name[name] for name in names)
     host = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     want = {item.name for item in host.get_inputs()}
-    values = dict(zip(names, host.run(names, {k: v for k, v in feed.items() if k in want}), strict=True))
+    found_values = host.run(names or None, {k: v for k, v in feed.items() if k in want})
+    values.update(zip(names, found_values, strict=False))
     table = np.zeros((found.vocab_size, found.embedding_dim))
     np.add.at(table, values[found.ids], values[found.rows].astype(np.float64))
     return table, found, values

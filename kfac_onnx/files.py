@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-__all__ = ["atomic_path", "load_model", "load_proto", "refuse_overwrite", "save_model"]
+__all__ = [
+    "atomic_path",
+    "load_model",
+    "load_proto",
+    "make_folder",
+    "refuse_overwrite",
+    "require_folder",
+    "save_model",
+]
 
 TEXT_SUFFIXES: Final = (".onnxtxt", ".onnxtext")
 LARGEST_FILE: Final = 2**31 - 2**20
@@ -139,9 +147,13 @@ def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:
 def atomic_path(path: str | Path) -> Generator[Path]:
     """Yield a temporary path beside `path` that becomes `path` when the block ends without an error.
 
-    Raises UserError when the folder is missing or cannot be written; then nothing is left behind.
+    Raises UserError when `path` is something else than a file (a device would be replaced), or its folder
+    is missing or cannot be written; then nothing is left behind.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "not a regular file"
+        raise UserError(f"'{path}' cannot be written: it is {what}")
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as e:
@@ -154,6 +166,27 @@ def atomic_path(path: str | Path) -> Generator[Path]:
         raise _unwritable(path, e) from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those above it where they are missing.
+
+    Raises UserError when that cannot be done.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"the folder '{path}' cannot be made: {e.strerror or e}") from e
+
+
+def require_folder(path: str | Path) -> None:
+    """Raise UserError unless files can be written into a folder, or `make_folder` can make it."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "not a folder" if not folder.is_dir() else "read-only"
+        raise UserError(f"nothing can be written into the folder '{path}': '{folder}' is {what}")
 
 
 def _unwritable(path: str | Path, error: OSError) -> UserError:

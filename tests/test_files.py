@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,9 +13,6 @@ from onnx import numpy_helper
 from kfac_onnx import files
 from kfac_onnx.errors import UserError
 from kfac_onnx.files import atomic_path, load_model, load_proto, refuse_overwrite, save_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TEXT = """# a comment
 <ir_version: 10, opset_import: ["" : 18]>
@@ -165,7 +162,11 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError) as caught:
         save_model(ir.from_onnx_text(TEXT), tmp_path / "taken")
-    assert message(caught, tmp_path) == "'DIR/taken' cannot be written: Is a directory"
+    assert message(caught, tmp_path) == "'DIR/taken' cannot be written: it is a folder"
+    with pytest.raises(UserError) as caught:  # a device would be replaced by a file
+        save_model(ir.from_onnx_text(TEXT), "/dev/null")
+    assert message(caught, tmp_path) == "'/dev/null' cannot be written: it is not a regular file"
+    assert Path("/dev/null").is_char_device()
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 

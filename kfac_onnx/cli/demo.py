@@ -13,7 +13,9 @@ __all__ = ["command"]
 @click.command("demo", short_help="Train a small language model with Adam, Adagrad and K-FAC.")
 @click.option("--quick", is_flag=True, help="A short run, under 40 s on two cores.")
 @click.option("--steps", type=int, metavar="N", help="Steps of each optimizer.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and batches.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and batches."
+)
 @click.option("--plot", metavar="PNG", help="Also draw the curves to this file (extra 'plot').")
 @click.option("--threads", type=int, metavar="N", help="Threads (default: all cores).")
 @common

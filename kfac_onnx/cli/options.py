@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import click
 
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 __all__ = [
+    "BLOCK_OPTIONS",
+    "block_options",
+    "block_settings",
     "common",
+    "given_options",
     "gradient_pairs",
     "is_quiet",
     "json_option",
@@ -92,9 +96,11 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
         show_default=True,
         help="Optimizer of all other parameters: sgd, momentum, adam, adagrad.",
     )(function)
-    function = click.option("--lr", type=float, help="Learning rate of the embedding tables (default 0.01).")(
-        function
-    )
+    function = click.option(
+        "--lr",
+        type=float,
+        help="Learning rate of the embedding tables (default: the preset's, 0.01; 0.1 for adagrad).",
+    )(function)
     return click.option(
         "--preset",
         metavar="NAME",
@@ -102,6 +108,47 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
         show_default=True,
         help=f"How the embedding tables are trained: {PRESETS}.",
     )(function)
+
+
+BLOCK_OPTIONS: Final = ("damping", "decay_a", "decay_g", "refresh_every")
+"""Options of the pass `insert-embedding-kfac` that `transform` and `train` offer by the same names."""
+
+_BLOCK: Final = "kfac_onnx.block"
+
+
+def block_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `BLOCK_OPTIONS`, with the types and help of the pass; `block_settings` reads them."""
+    from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
+    from kfac_onnx.passes.options import options_of
+
+    options = {option.field: option for option in options_of(InsertEmbeddingKfac)}
+    for option in (options[name] for name in reversed(BLOCK_OPTIONS)):
+        function = click.option(
+            f"--{option.name}",
+            type=int if option.kind == "int" else float,
+            metavar="N" if option.kind == "int" else "X",
+            expose_value=False,
+            callback=_keep,
+            help=f"{option.help[0].upper()}{option.help[1:].replace('if none', 'if not given')}.",
+        )(function)
+    return function
+
+
+def _keep(ctx: click.Context, parameter: click.Parameter, value: float | None) -> None:
+    if value is not None:
+        settings: dict[str, float] = ctx.meta.setdefault(_BLOCK, {})
+        settings[str(parameter.name)] = value
+
+
+def block_settings(ctx: click.Context) -> dict[str, Any]:
+    """Return what was given of `block_options`, by the names that `transform` takes."""
+    return dict(ctx.meta.get(_BLOCK, {}))
+
+
+def given_options(ctx: click.Context, names: Iterable[str]) -> list[str]:
+    """Return which of these parameters stand on the command line, as they are written there: `--rest-lr`."""
+    commandline = click.core.ParameterSource.COMMANDLINE
+    return [f"--{name.replace('_', '-')}" for name in names if ctx.get_parameter_source(name) == commandline]
 
 
 provider_option = click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kfac_onnx.cli.options import (
+    BLOCK_OPTIONS,
+    block_options,
+    block_settings,
     common,
+    given_options,
     gradient_pairs,
     is_quiet,
     model_argument,
@@ -46,7 +51,13 @@ _CHECKPOINT = "run.ckpt"
     "--steps", type=int, metavar="N", help="How many steps; without --epochs and --steps: one epoch."
 )
 @click.option("--epochs", type=int, metavar="N", help="How many passes over the data.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of shuffling and of random operators.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of shuffling and of random operators.",
+)
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the file.")
 @click.option(
     "--schedule",
@@ -55,7 +66,11 @@ _CHECKPOINT = "run.ckpt"
     show_default=True,
     help="constant, linear or cosine, with options: 'cosine:warmup=100,final=0.1'.",
 )
-@click.option("--held-out", metavar="FILE", help="Data to evaluate on, in the form of --data.")
+@click.option(
+    "--held-out",
+    metavar="FILE",
+    help="Data to evaluate on, as --data: the mean over its examples.",
+)
 @click.option("--eval-every", type=int, metavar="N", help="Evaluate every N steps (default: at the end).")
 @click.option("--metrics", metavar="FILE", help="Add one JSON line per step to this file.")
 @click.option("--checkpoint", metavar="DIR", help="Keep a checkpoint in this folder.")
@@ -70,6 +85,7 @@ _CHECKPOINT = "run.ckpt"
 @click.option("--threads", type=int, metavar="N", help="Threads of the parallel phases (default: all cores).")
 @provider_option
 @optimizer_options
+@block_options
 @parameters_option
 @reading_options
 @common
@@ -129,11 +145,14 @@ def command(
     with session:
         fixed = _fixed_size(session)
         size = batch_size if batch_size is not None else fixed
+        valid = None if held_out is None else _batches(held_out, size, None, full=fixed is not None)
+        if valid is not None:
+            session.evaluate(itertools.islice(valid, 1))  # what is wrong with it shows before training
         result = session.fit(
             _batches(data, size, None if no_shuffle else seed, full=fixed is not None),
             steps=steps,
             epochs=epochs,
-            held_out=None if held_out is None else _batches(held_out, size, None, full=fixed is not None),
+            held_out=valid,
             eval_every=eval_every,
             metrics=metrics,
             progress=not (as_json or is_quiet()),
@@ -148,8 +167,8 @@ def command(
 def _check(
     export: str | None, into: str | None, checkpoint: str | None, resume: bool, inputs: list[str]
 ) -> None:
-    """Raise UserError for options that cannot go together, before anything is read or run."""
-    from kfac_onnx.files import refuse_overwrite
+    """Raise UserError for what would fail after hours of training: options, places, a wrong --into."""
+    from kfac_onnx.files import load_proto, refuse_overwrite, require_folder
 
     if into is not None and export is None:
         raise UserError("--into says where the weights go, but there is no --export to write")
@@ -158,13 +177,12 @@ def _check(
     if export is not None:
         refuse_overwrite(export, *inputs)
         folder = Path(export).absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):  # sooner than after hours of training
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"'{export}' cannot be written: its folder does not exist or is read-only")
     if checkpoint is not None:
-        try:
-            Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"the folder '{checkpoint}' cannot be made: {e.strerror or e}") from e
+        require_folder(checkpoint)
+    if into is not None:
+        load_proto(into, external=False)
 
 
 def _prepared(
@@ -192,15 +210,14 @@ def _prepared(
     if metadata.read(model, "step", metadata.Step) is None:
         made = transform(
             path, preset=preset, lr=lr, rest=rest, rest_lr=rest_lr,
-            parameters=values, loss=loss, gradients=gradient_pairs(gradients),
+            parameters=values, loss=loss, gradients=gradient_pairs(gradients), **block_settings(ctx),
         )  # fmt: skip
         return made, None
-    for option in ("preset", "rest", "loss", "gradients"):
-        if ctx.get_parameter_source(option) == click.core.ParameterSource.COMMANDLINE:
-            raise UserError(
-                f"'{path}' is already transformed, so --{option} cannot change it",
-                help="give the original training graph",
-            )
+    for option in given_options(ctx, ("preset", "rest", "loss", "gradients", *BLOCK_OPTIONS)):
+        raise UserError(
+            f"'{path}' is already transformed, so {option} cannot change it",
+            help="give the original training graph",
+        )
     return model, values
 
 

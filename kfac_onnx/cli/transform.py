@@ -7,7 +7,11 @@ from pathlib import Path
 import click
 
 from kfac_onnx.cli.options import (
+    BLOCK_OPTIONS,
+    block_options,
+    block_settings,
     common,
+    given_options,
     gradient_pairs,
     model_argument,
     optimizer_options,
@@ -15,14 +19,19 @@ from kfac_onnx.cli.options import (
     reading_options,
 )
 from kfac_onnx.cli.output import print_json, quantity
+from kfac_onnx.errors import UserError
 
 __all__ = ["command"]
+
+_SETTINGS = ("preset", "lr", "rest", "rest_lr", "shape", "target", "grad_scale", "allow_fallback")
+"""Parameters of `command` that make up a pipeline."""
 
 
 @click.command("transform", short_help="Write a model that trains its embedding tables with K-FAC.")
 @model_argument
 @click.option("-o", "--output", metavar="OUT", required=True, help="The model to write.")
 @optimizer_options
+@block_options
 @click.option(
     "--shape",
     metavar="rows|dense",
@@ -48,7 +57,9 @@ __all__ = ["command"]
 @parameters_option
 @reading_options
 @common
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
     output: str,
     preset: str,
@@ -75,6 +86,12 @@ def command(
     from kfac_onnx.runtime.weights import read_weights
 
     refuse_overwrite(output, model, *([parameters] if parameters else []))
+    if pipeline is not None:
+        for option in given_options(ctx, (*_SETTINGS, *BLOCK_OPTIONS)):
+            raise UserError(
+                f"--pipeline says everything, so {option} cannot be given with it",
+                help="write it into the pipeline: `kfac-onnx opt --list` lists the passes and their options",
+            )
     made = transform(
         model,
         preset=preset,
@@ -89,6 +106,7 @@ def command(
         parameters=None if parameters is None else read_weights(parameters),
         loss=loss,
         gradients=gradient_pairs(gradients),
+        **block_settings(ctx),
     )
     save(made, output)
     report = inspect(made)

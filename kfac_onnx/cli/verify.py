@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import click
 
-from kfac_onnx.cli.options import common, gradient_pairs, parameters_option, reading_options
+from kfac_onnx.cli.options import (
+    common,
+    gradient_pairs,
+    parameters_option,
+    provider_names,
+    provider_option,
+    reading_options,
+)
 from kfac_onnx.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -24,9 +30,12 @@ _CHECK_FAILED = 2
 @click.option(
     "--batch-size", type=int, metavar="N", help="Take the first N examples (default: the whole file)."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random directions.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random directions."
+)
 @click.option("--golden", metavar="FILE", multiple=True, help="A golden file; may be given several times.")
 @click.argument("more", nargs=-1, metavar="")
+@provider_option
 @parameters_option
 @reading_options
 @common
@@ -39,6 +48,7 @@ def command(
     seed: int,
     golden: tuple[str, ...],
     more: tuple[str, ...],
+    provider: tuple[str, ...],
     parameters: str | None,
     loss: str | None,
     gradients: tuple[str, ...],
@@ -47,27 +57,32 @@ def command(
     """Check each gradient of MODEL against its loss, by finite differences on a batch of --data.
 
     With --golden FILE..., check the block's numbers against golden files instead: by ONNX on ONNX Runtime and
-    in float64. Exits 2 if a check fails.
+    in float64. Exits 2 if a check fails. --provider runs the graph, or the block; what it is compared with is
+    always made on the CPU.
     """
+    providers = provider_names(provider)
     if golden:
-        _golden(ctx, [*golden, *([model] if model else []), *more], as_json)
+        _golden(ctx, [*golden, *([model] if model else []), *more], providers, as_json)
         return
     if model is None or data is None or more:
         raise click.UsageError("verify wants MODEL and --data FILE, or --golden FILE...")
     from kfac_onnx.frontends import read_training_graph
-    from kfac_onnx.passes.api import scan
+    from kfac_onnx.passes.find_embeddings import find_sites
     from kfac_onnx.runtime.data import Batches
     from kfac_onnx.runtime.file_batches import FileBatches
     from kfac_onnx.runtime.verify import verify_gradients
     from kfac_onnx.runtime.weights import read_weights
 
-    pairs = gradient_pairs(gradients)
     batches = FileBatches(data) if batch_size is None else Batches(data, batch_size)
+    graph = read_training_graph(model, loss=loss, gradients=gradient_pairs(gradients))
+    sites, id_checks = find_sites(graph)
     checks = verify_gradients(
-        read_training_graph(model, loss=loss, gradients=pairs),
-        next(itertools.chain(batches)),
+        graph,
+        next(iter(batches)),
         parameters=None if parameters is None else read_weights(parameters),
-        sites=scan(model, loss=loss, gradients=pairs).sites,
+        sites=sites,
+        id_checks=id_checks,
+        providers=providers,
         seed=seed,
     )
     _print(checks, as_json)
@@ -97,10 +112,10 @@ def _print(checks: list[GradientCheck], as_json: bool) -> None:
     )
 
 
-def _golden(ctx: click.Context, paths: list[str], as_json: bool) -> None:
+def _golden(ctx: click.Context, paths: list[str], providers: list[str], as_json: bool) -> None:
     from kfac_onnx.fisher.golden import TOLERANCE, verify_golden
 
-    rows = verify_golden(paths)
+    rows = verify_golden(paths, providers=providers)
     if as_json:
         print_json([vars(row) for row in rows])
     else:

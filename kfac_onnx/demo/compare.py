@@ -81,14 +81,16 @@ def run(
     """Train the shipped language model with Adam, Adagrad and the default preset, and report.
 
     `quick` makes a run of under 40 s on two cores, `steps` sets the steps of each arm, `plot` names a
-    PNG to draw, `json` prints one JSON object instead of tables. Raises `UserError` for steps below 2, and
-    for a plot that could not be drawn, before any training.
+    PNG to draw, `json` prints one JSON object instead of tables. Raises `UserError` for steps below 2,
+    for no threads, and for a plot that could not be drawn, before any training.
     """
     scale = _QUICK if quick else _FULL
     if steps is not None:
         if steps < 2:
             raise UserError(f"the demo needs at least 2 steps, not {steps}")
         scale = _Scale(steps, max(1, min(scale.every, steps // 2)), scale.held_out)
+    if threads is not None and threads < 1:
+        raise UserError(f"threads must be at least 1, got {threads}")
     if plot is not None:
         check_plot(Path(plot))
     console = console or Console()

@@ -21,7 +21,7 @@ from kfac_onnx.fisher.symbols import placeholder
 from kfac_onnx.reference import BlockReference, BlockSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from kfac_onnx.fisher.blocks import EmbeddingKFACFB
@@ -45,9 +45,14 @@ class GoldenRow:
     ok: bool
 
 
-def verify_golden(paths: Iterable[str | Path]) -> list[GoldenRow]:
-    """Return a row for every number of every file; raises UserError for a file that cannot be used."""
-    return [row for path in paths for row in _verify_file(read_golden(path))]
+def verify_golden(
+    paths: Iterable[str | Path], *, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> list[GoldenRow]:
+    """Return a row for every number of every file, by ONNX on these execution providers and in float64.
+
+    Raises UserError for a file that cannot be used, and for a provider that onnxruntime does not have.
+    """
+    return [row for path in paths for row in _verify_file(read_golden(path), providers)]
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -67,12 +72,14 @@ def relative_error(found: Array, expected: Array) -> float:
 class _Runs:
     """The same run by ONNX and in float64, kept in step."""
 
-    def __init__(self, golden: GoldenFile) -> None:
+    def __init__(self, golden: GoldenFile, providers: Sequence[str]) -> None:
         self.golden = golden
         self.uses = 1 if golden.num_uses is None else golden.num_uses
         self.fed_damping = golden.damping_is_tensor or bool(golden.overrides)
         self.block = self._make_block()
-        self.session = FisherSession(self.collection, ema_decay=golden.ema_decay, threads=1)
+        self.session = FisherSession(
+            self.collection, ema_decay=golden.ema_decay, threads=1, providers=providers
+        )
         settings = golden.settings
         self.reference = BlockReference(
             golden.vocab_size,
@@ -202,8 +209,8 @@ class _Runs:
         return self.session.paths.get(stored.name or "", "initial")
 
 
-def _verify_file(golden: GoldenFile) -> list[GoldenRow]:
-    runs = _Runs(golden)
+def _verify_file(golden: GoldenFile, providers: Sequence[str]) -> list[GoldenRow]:
+    runs = _Runs(golden, providers)
     rows: list[GoldenRow] = []
     for verb, argument in golden.schedule:
         match verb:

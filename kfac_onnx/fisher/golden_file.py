@@ -92,15 +92,14 @@ def read_golden(path: str | Path) -> GoldenFile:
 
 def _load(path: Path) -> dict[str, Array]:
     try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.lib.npyio.NpzFile):
-                return {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(path):  # anything else, NumPy would take for a single array or for a pickle
+            pass
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise UserError(f"the golden file '{path}' does not exist") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise UserError(f"the golden file '{path}' cannot be read: {first_line(error)}") from error
-    raise UserError(f"the golden file '{path}' cannot be read: it is a single array, not an .npz archive")
 
 
 def _build(path: Path, settings: dict[str, Any], arrays: dict[str, Array]) -> GoldenFile:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from kfac_onnx import dialect
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.fisher.symbols import Array, HostPower, SparseRows, Update, Variable, placeholder
+from kfac_onnx.providers import provider_list
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,15 +33,24 @@ IR_VERSION: Final = 9
 class FisherSession:
     """State and execution of all blocks of a collection whose factors are instantiated.
 
-    `feeds` are arrays by the name of the symbolic tensor (ids, gradients, a damping tensor).
+    `feeds` are arrays by the name of the symbolic tensor (ids, gradients, a damping tensor), `providers`
+    the names of ONNX Runtime's execution providers.
+
+    Raises UserError for a provider that the installed onnxruntime does not have.
     """
 
     def __init__(
-        self, layer_collection: LayerCollection, *, ema_decay: float = 0.95, threads: int | None = None
+        self,
+        layer_collection: LayerCollection,
+        *,
+        ema_decay: float = 0.95,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         self._collection = layer_collection
         self._ema_decay = ema_decay
         self._threads = threads
+        self._providers = provider_list(providers)
         self._sessions: dict[tuple[ir.Value, ...], tuple[onnxruntime.InferenceSession, list[str]]] = {}
         self._expressions: dict[tuple[object, ...], Any] = {}
         self._state: dict[str, Array] = {}
@@ -167,7 +177,7 @@ class FisherSession:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         data = ir.serde.serialize_model(model).SerializeToString()
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(data, options, providers=self._providers)
         return session, [value.name for value in model.graph.inputs if value.name is not None]
 
     def _read(self, variable: Variable) -> Array:

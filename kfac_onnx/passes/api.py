@@ -201,6 +201,11 @@ def pipeline_text(
     steps = [str(FindEmbeddings())]
     others: dict[str, Any] = {} if rest_lr is None else {"lr": rest_lr}
     if preset in PLAIN:
+        for name in (name for name, value in options.items() if value is not None):
+            raise UserError(
+                f"preset '{preset}' has no K-FAC block, so {name} cannot be set",
+                help="the presets with a block are: " + ", ".join(PRESETS),
+            )
         rates: dict[str, Any] = {} if lr is None else {"lr": lr}
         method: Any = preset.removeprefix("plain-")
         steps.append(str(InsertOptimizer(method=method, parameters="tables", **rates)))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.passes.log import Log
 
-__all__ = ["FindEmbeddings", "find_tables"]
+__all__ = ["FindEmbeddings", "find_sites", "find_tables"]
 
 
 def find_tables(model: ir.Model) -> list[Verdict]:
@@ -35,6 +35,12 @@ def find_tables(model: ir.Model) -> list[Verdict]:
         for item in parameters
         if item.name in weights
     ]
+
+
+def find_sites(model: ir.Model) -> tuple[list[Site], list[metadata.IdCheck]]:
+    """Return the tables of a canonical training graph and the checks of their ids; edits nothing."""
+    found = [verdict.site for verdict in find_tables(model) if verdict.site is not None]
+    return [site.describe() for site in found], [check for site in found for check in id_checks(site)]
 
 
 def values_by_name(model: ir.Model) -> dict[str, ir.Value]:

@@ -47,12 +47,18 @@ class InsertEmbeddingKfac(Pass):
     name: ClassVar[str] = "insert-embedding-kfac"
     preset: Literal["half", "r1.7", "adagrad", "adaptive"] = opt("half", "named settings of the block")
     lr: float | None = opt(None, "learning rate of the tables; the preset's own if none", lo=0.0)
-    damping: float | None = opt(None, "λ (r1.7) or ρ (the others); the preset's own if none", lo=1e-30)
-    decay_a: float | None = opt(None, "weight kept from the old counts at each update", lo=0.0, hi=0.9999999)
-    decay_g: float | None = opt(None, "weight kept from the old G at each update", lo=0.0, hi=0.9999999)
-    refresh_every: int | None = opt(None, "committed steps between refreshes of the root", lo=1)
+    damping: float | None = opt(None, "damping: λ of r1.7, ρ of the others; the preset's if none", lo=1e-30)
+    decay_a: float | None = opt(
+        None, "weight kept from the old counts at each update; the preset's if none", lo=0.0, hi=0.9999999
+    )
+    decay_g: float | None = opt(
+        None, "weight kept from the old G at each update; the preset's if none", lo=0.0, hi=0.9999999
+    )
+    refresh_every: int | None = opt(
+        None, "committed steps between refreshes of the root; the preset's if none", lo=1
+    )
     grad_scale: float | None = opt(
-        None, "r1.7: examples that a mean loss divides by; found in the graph if none", lo=0.0
+        None, "r1.7: examples that a mean loss divides by; found in the graph if none", lo=1e-30
     )
     shape: Literal["rows", "dense"] = opt("rows", "update tables in place, or replace their gradients")
     allow_fallback: tuple[str, ...] = opt((), "refused tables that the ordinary optimizer may train")

@@ -84,11 +84,11 @@ class Option:
         if self.choices is not None:
             noun = "one of " + ", ".join(self.choices)
         if self.lo is not None and self.hi is not None:
-            noun += f" from {self.lo:g} to {self.hi:g}"
+            noun += f" from {self.lo:.10g} to {self.hi:.10g}"
         elif self.lo is not None:
-            noun += f", at least {self.lo:g}"
+            noun += f", at least {self.lo:.10g}"
         elif self.hi is not None:
-            noun += f", at most {self.hi:g}"
+            noun += f", at most {self.hi:.10g}"
         return f"{noun}, or none" if self.optional else noun
 
 

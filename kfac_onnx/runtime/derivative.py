@@ -20,6 +20,8 @@ from kfac_onnx.runtime.double import only_for, widened
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kfac_onnx.providers import Providers
+
 __all__ = ["LossFunction", "graph_gradients", "open_loss"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,10 +44,10 @@ class LossFunction:
         return float(self.run({**self.feeds, name: value.astype(self.feeds[name].dtype)}))
 
 
-def _open(proto: onnx.ModelProto) -> ort.InferenceSession:
+def _open(proto: onnx.ModelProto, providers: Providers = ("CPUExecutionProvider",)) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
 
 
 def _bake(proto: onnx.ModelProto, values: Mapping[str, Array]) -> None:
@@ -69,8 +71,9 @@ def graph_gradients(
     gradients: Mapping[str, str],
     values: Mapping[str, Array],
     feeds: Mapping[str, Array],
+    providers: Providers,
 ) -> dict[str, Array]:
-    """Return each parameter's gradient as the graph computes it, as float64.
+    """Return each parameter's gradient as the graph computes it on these providers, as float64.
 
     Raises UserError when the graph cannot be run or gives another loss each time.
     """
@@ -89,7 +92,7 @@ def graph_gradients(
     used = _named(graph)
     given = {name: array for name, array in feeds.items() if name in used}
     try:
-        session = _open(graph)
+        session = _open(graph, providers)
         first, *found = session.run(outputs, given)
         (second,) = session.run(outputs[:1], given)
     except Exception as e:  # ONNX Runtime's exceptions share no class of their own

@@ -20,13 +20,14 @@ from kfac_onnx.errors import first_line
 from kfac_onnx.runtime.tensors import Buffer, Device, element_type, host_value, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping
 
     import onnx
     import onnxruntime as ort
 
     from kfac_onnx.metadata import State
     from kfac_onnx.passes.partition import Plan, Slot, Stage
+    from kfac_onnx.providers import Providers
 
 __all__ = ["Engine", "Holder", "Runner", "StageError"]
 
@@ -113,7 +114,7 @@ class Engine:
         scalars: Mapping[str, np.ndarray],
         batch: Collection[str],
         host: Collection[str],
-        providers: Sequence[str | tuple[str, dict[str, str]]],
+        providers: Providers,
         device: Device,
         threads: int,
     ) -> None:
@@ -150,9 +151,7 @@ class Engine:
 
     # -- opening ---------------------------------------------------------------------------------
 
-    def _open(
-        self, stage: Stage, providers: Sequence[str | tuple[str, dict[str, str]]], threads: int
-    ) -> Runner:
+    def _open(self, stage: Stage, providers: Providers, threads: int) -> Runner:
         _fill_types(stage.model, self._types)
         session = open_session(stage.model, providers, threads=1 if stage.one_thread else threads)
         loose: list[str] = []

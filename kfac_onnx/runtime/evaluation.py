@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
     from kfac_onnx.passes.partition import Plan
+    from kfac_onnx.providers import Providers
     from kfac_onnx.runtime.batches import BatchInput
     from kfac_onnx.runtime.engine import Holder
 
@@ -35,7 +36,7 @@ class Evaluator:
         batch: Sequence[BatchInput],
         *,
         reduction: str,
-        providers: Sequence[str | tuple[str, dict[str, str]]],
+        providers: Providers,
         device: Device,
         threads: int,
     ) -> None:

@@ -22,7 +22,7 @@ class FileBatches(Batches):
 
     With a seed the order of the files changes from epoch to epoch, by the seed and the epoch alone.
 
-    Raises UserError when there is no such file.
+    Raises UserError when there is no such file, or no example in one of them.
     """
 
     def __init__(self, source: str | Path, *, seed: int | None = None) -> None:
@@ -44,4 +44,8 @@ class FileBatches(Batches):
         if self.seed is not None:
             np.random.default_rng([self.seed, number]).shuffle(order)
         for index in order[skip:]:
-            yield read_npz(self.files[int(index)])
+            path = self.files[int(index)]
+            arrays = read_npz(path)
+            if not any(array.size for array in arrays.values()):
+                raise UserError(f"'{path}' holds no examples")
+            yield arrays

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.files import make_folder
 from kfac_onnx.runtime.batches import examples_in
 from kfac_onnx.runtime.data import Batches
 
@@ -90,14 +91,21 @@ def _writer(target: Callable[[Row], None] | str | Path | None) -> Generator[Call
     if target is None:
         yield lambda row: None
     elif isinstance(target, (str, Path)):
+
+        def refusal(error: OSError) -> UserError:
+            return UserError(f"metrics cannot be written to '{target}': {error.strerror or error}")
+
         try:
-            file = Path(target).open("a", encoding="utf-8")  # noqa: SIM115  closed below
+            file = Path(target).open("ab", buffering=0)  # noqa: SIM115  closed below
         except OSError as e:
-            raise UserError(f"metrics cannot be written to '{target}': {e.strerror or e}") from e
+            raise refusal(e) from e
         with file:
 
             def write(row: Row) -> None:
-                file.write(json.dumps(row) + "\n")
+                try:
+                    file.write(f"{json.dumps(row)}\n".encode())  # at once: a full disk shows at its step
+                except OSError as e:
+                    raise refusal(e) from e
 
             yield write
     else:
@@ -184,13 +192,18 @@ def fit(
             write(_row(session, made, measured))
             bar.update(made["loss"], result.examples, measured)
             if checkpoint is not None and checkpoint_every and result.steps % checkpoint_every == 0:
-                session.save(checkpoint)
+                _save(session, checkpoint)
     if held_out is not None and session.position not in result.held_out and result.steps:
         result.held_out[session.position] = session.evaluate(held_out)
     if checkpoint is not None:
-        session.save(checkpoint)
+        _save(session, checkpoint)
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _save(session: TrainingSession, path: str | Path) -> None:
+    make_folder(Path(path).parent)
+    session.save(path)
 
 
 def _row(session: TrainingSession, made: Metrics, held_out: float | None) -> Row:

@@ -17,9 +17,10 @@ import onnx
 from kfac_onnx.runtime.tensors import Buffer, Device, host_value, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from kfac_onnx.passes.partition import Plan
+    from kfac_onnx.providers import Providers
 
 __all__ = ["in_place_problem", "plan_problem", "scatters_of"]
 
@@ -45,7 +46,7 @@ def scatters_of(models: Iterable[onnx.ModelProto]) -> set[tuple[str, str]]:
 
 def plan_problem(
     plan: Plan,
-    providers: Sequence[str | tuple[str, dict[str, str]]],
+    providers: Providers,
     device: Device,
 ) -> str | None:
     """Return why the plan's states cannot be held in place here, logged as a warning, or None."""
@@ -58,7 +59,7 @@ def plan_problem(
 
 def in_place_problem(
     scatters: Iterable[tuple[str, str]],
-    providers: Sequence[str | tuple[str, dict[str, str]]],
+    providers: Providers,
     device: Device,
 ) -> str | None:
     """Return what goes wrong with in-place scatters here, in a sentence, or None if all is well."""
@@ -91,7 +92,7 @@ def _model(operator: str, reduction: str) -> onnx.ModelProto:
 def _try(
     operator: str,
     reduction: str,
-    providers: Sequence[str | tuple[str, dict[str, str]]],
+    providers: Providers,
     device: Device,
 ) -> str | None:
     session = open_session(_model(operator, reduction), providers, threads=1)

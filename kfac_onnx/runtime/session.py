@@ -20,6 +20,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.files import load_model, save_model
 from kfac_onnx.metadata import Loss, State
 from kfac_onnx.passes.partition import partition
+from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.batches import checked_batch
 from kfac_onnx.runtime.checkpoint import (
@@ -47,7 +48,7 @@ from kfac_onnx.runtime.opening import (
 from kfac_onnx.runtime.probe import plan_problem
 from kfac_onnx.runtime.seeds import seed_random_nodes
 from kfac_onnx.runtime.stepper import Stepper
-from kfac_onnx.runtime.tensors import device_of, provider_list
+from kfac_onnx.runtime.tensors import device_of
 from kfac_onnx.runtime.views import Description, Metrics, Parameters, describe
 from kfac_onnx.runtime.weights import read_weights
 
@@ -243,7 +244,7 @@ class TrainingSession:
             eval_every: every so many steps.
             metrics: called with a `Row` per step, or a file to which rows are added as JSON lines.
             progress: show a progress bar on stderr.
-            checkpoint: file to save to, at the end and
+            checkpoint: file to save to (its folder is made), at the end and
             checkpoint_every: every so many steps.
 
         Raises:

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from kfac_onnx.providers import Providers
 
 __all__ = [
     "Buffer",
@@ -31,7 +31,6 @@ __all__ = [
     "host_value",
     "numpy_dtype",
     "open_session",
-    "provider_list",
     "same_bits",
 ]
 
@@ -72,30 +71,7 @@ class Device:
         return self.name == "cpu"
 
 
-def provider_list(
-    providers: Sequence[str | tuple[str, Mapping[str, object]]],
-) -> list[str | tuple[str, dict[str, str]]]:
-    """Return the execution providers as ONNX Runtime takes them.
-
-    Raises UserError for a provider that the installed onnxruntime does not have.
-    """
-    available = ort.get_available_providers()
-    result: list[str | tuple[str, dict[str, str]]] = []
-    for item in providers:
-        name = item if isinstance(item, str) else item[0]
-        if name not in available:
-            message = f"this onnxruntime has no execution provider '{name}'"
-            raise UserError(message, help=f"available are {', '.join(available)}")
-        if isinstance(item, str):
-            result.append(item)
-        else:
-            result.append((name, {key: str(value) for key, value in item[1].items()}))
-    if not result:
-        raise UserError("no execution provider is given", help=f"available are {', '.join(available)}")
-    return result
-
-
-def device_of(providers: Sequence[str | tuple[str, dict[str, str]]]) -> Device:
+def device_of(providers: Providers) -> Device:
     """Return the device of the first provider."""
     first = providers[0]
     name, options = (first, {}) if isinstance(first, str) else first
@@ -221,7 +197,7 @@ def _transfer(source: ort.OrtValue, target: ort.OrtValue, element: int) -> None:
 
 def open_session(
     model: onnx.ModelProto,
-    providers: Sequence[str | tuple[str, dict[str, str]]],
+    providers: Providers,
     *,
     threads: int,
 ) -> ort.InferenceSession:

@@ -23,13 +23,15 @@ import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
-from kfac_onnx.metadata import Loss, Parameter, Site
+from kfac_onnx.metadata import IdCheck, Loss, Parameter, Site
+from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime.batches import BatchInput, checked_batch
 from kfac_onnx.runtime.derivative import graph_gradients, open_loss
 from kfac_onnx.runtime.double import narrowest
+from kfac_onnx.runtime.ids import check_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import onnx
 
@@ -71,6 +73,8 @@ def verify_gradients(
     *,
     parameters: Mapping[str, Array] | None = None,
     sites: Iterable[Site] = (),
+    id_checks: Iterable[IdCheck] = (),
+    providers: Sequence[str] = ("CPUExecutionProvider",),
     seed: int = 0,
 ) -> list[GradientCheck]:
     """Return a verdict on each trained parameter of a canonical training graph.
@@ -80,12 +84,16 @@ def verify_gradients(
         batch: one batch by input name.
         parameters: values of parameters and constants that the graph takes as inputs.
         sites: the tables, for their padding rows.
+        id_checks: which batch inputs are ids of which table; a gradient means nothing for ids out of range.
+        providers: ONNX Runtime's execution providers that run the graph; its loss runs on the CPU.
         seed: of the random directions.
 
     Raises:
-        UserError: a value is missing, the batch does not fit, the graph has no loss, or it is random.
+        UserError: a value is missing, the batch does not fit, an id is no row of its table, the graph has no
+            loss, or it is random.
 
     """
+    ready = provider_list(providers)
     loss = metadata.read(model, "loss", Loss)
     if loss is None or loss.value is None:
         raise UserError(
@@ -97,7 +105,10 @@ def verify_gradients(
     fed = checked_batch(batch, _batch_inputs(proto, values))
     arrays = {name: value for name, value in fed.items() if isinstance(value, np.ndarray)}
     named = {pair.name: pair.gradient for pair in pairs if pair.gradient is not None}
-    gradients = graph_gradients(proto, loss.value, named, values, arrays)
+    for check in id_checks:
+        if check.ids in arrays:
+            check_ids(check, arrays[check.ids], lambda name=check.ids: f"input '{name}'")
+    gradients = graph_gradients(proto, loss.value, named, values, arrays, ready)
     evaluate = open_loss(proto, loss.value, [pair.name for pair in pairs], values, arrays)
     rng = np.random.default_rng(seed)
     digits = narrowest(proto)

@@ -27,7 +27,9 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     Raises UserError when the file is missing or damaged.
     """
     try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with zipfile.ZipFile(path):  # anything else, NumPy would take for a single array or for a pickle
+            pass
+        with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError as e:
         raise UserError(f"there is no file '{path}'") from e

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from kfac_onnx.passes.api import save, transform
@@ -123,7 +126,7 @@ def test_not_an_onnx_file(
 
 def test_a_graph_without_gradients(run: Callable[..., Outcome], tmp_path: Path, arrays: Arrays) -> None:
     path = tmp_path / "forward.onnx"
-    path.write_bytes((GRAPHS.parent / "graphs_other" / "fwd_dyncore__nplm.onnx").read_bytes())
+    path.write_bytes((GRAPHS.parent / "graphs_forward" / "fwd_dyncore__nplm.onnx").read_bytes())
     before = set(tmp_path.iterdir())
     message = (
         "the graph has no gradients of its parameters\n"
@@ -346,6 +349,72 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
             "the parameter 'm.emb.weight' has no value\n  help: give it with --parameters FILE",
         ),
         ("verify --golden data.npz", "'DIR/data.npz' is not a golden file: it has no settings"),
+        (
+            "verify --golden train.onnx",
+            "the golden file 'DIR/train.onnx' cannot be read: File is not a zip file",
+        ),
+        (
+            "train step.onnx --data train.onnx --parameters parameters.npz --quiet",
+            "'DIR/train.onnx' is not a readable .npz file: File is not a zip file",
+        ),
+        (
+            "train step.onnx --data data.npz --seed -1",
+            "Invalid value for '--seed': -1 is not in the range x>=0.\n  help: run `kfac-onnx train --help`",
+        ),
+        (
+            "train step.onnx --data data.npz --refresh-every 5",
+            "'DIR/step.onnx' is already transformed, so --refresh-every cannot change it\n"
+            "  help: give the original training graph",
+        ),
+        (
+            "train train.onnx --data data.npz --parameters parameters.npz --preset plain-adam --decay-a 0",
+            "preset 'plain-adam' has no K-FAC block, so decay_a cannot be set\n"
+            "  help: the presets with a block are: r1.7, half, adagrad, adaptive",
+        ),
+        (
+            "train step.onnx --data data.npz --export out.onnx --into none.onnx",
+            "there is no file 'DIR/none.onnx'",
+        ),
+        (
+            "train step.onnx --data data.npz --checkpoint data.npz",
+            "nothing can be written into the folder 'DIR/data.npz': 'DIR/data.npz' is not a folder",
+        ),
+        (
+            "train step.onnx --data data.npz --checkpoint new.folder --resume",
+            "there is no checkpoint 'DIR/new.folder/run.ckpt'",
+        ),
+        (
+            "transform train.onnx -o out.onnx --decay-a 1",
+            "option 'decay-a' of pass 'insert-embedding-kfac' cannot be 1.0: "
+            "it is a number from 0 to 0.9999999, or none",
+        ),
+        (
+            "transform train.onnx -o out.onnx --grad-scale 0",
+            "option 'grad-scale' of pass 'insert-embedding-kfac' cannot be 0.0: "
+            "it is a number, at least 1e-30, or none",
+        ),
+        (
+            "transform train.onnx -o out.onnx --damping nan",
+            "option 'damping' of pass 'insert-embedding-kfac' cannot be nan: "
+            "it is a number, at least 1e-30, or none",
+        ),
+        (
+            "transform train.onnx -o out.onnx --pipeline find-embeddings --rest-lr 1",
+            "--pipeline says everything, so --rest-lr cannot be given with it\n"
+            "  help: write it into the pipeline: `kfac-onnx opt --list` lists the passes and their options",
+        ),
+        (
+            "verify train.onnx --data data.npz --provider warp",
+            "this onnxruntime has no execution provider 'warp'\n  help: available are PROVIDERS",
+        ),
+        (
+            "verify --golden data.npz --provider warp",
+            "'DIR/data.npz' is not a golden file: it has no settings",
+        ),
+        (
+            "demo --quick --threads 0",
+            "threads must be at least 1, got 0",
+        ),
     ],
 )
 def test_wrong_options_and_places(
@@ -355,4 +424,99 @@ def test_wrong_options_and_places(
     files |= {"none/log": folder / "none" / "log"}
     given = [files.get(word, word) if not word.startswith("m.") else word for word in words.split()]
     before = set(folder.iterdir())
+    message = message.replace("PROVIDERS", ", ".join(ort.get_available_providers()))
     refused(run(*given), message, folder, before)
+
+
+def test_an_unknown_provider_for_golden_files(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    golden = GRAPHS.parent / "golden" / "01_basic.npz"
+    available = ", ".join(ort.get_available_providers())
+    refused(
+        run("verify", "--golden", golden, "--provider", "warp"),
+        f"this onnxruntime has no execution provider 'warp'\n  help: available are {available}",
+        tmp_path,
+        set(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "train step.onnx --data data.npz --parameters parameters.npz --quiet --metrics",
+            "metrics cannot be written to '/dev/full': No space left on device",
+        ),
+        (
+            "train step.onnx --data data.npz --parameters parameters.npz --quiet --export",
+            "'/dev/full' cannot be written: it is not a regular file",
+        ),
+        ("transform train.onnx -o", "'/dev/full' cannot be written: it is not a regular file"),
+        ("opt train.onnx -p dce -o", "'/dev/full' cannot be written: it is not a regular file"),
+    ],
+)
+def test_a_full_disk_and_a_device(
+    run: Callable[..., Outcome], folder: Path, words: str, message: str
+) -> None:
+    given = [folder / word if "." in word else word for word in words.split()]
+    refused(run(*given, "/dev/full"), message, folder, set(folder.iterdir()))
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_disk_that_fills_while_a_model_is_written(
+    run: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused(
+        run("transform", folder / "train.onnx", "-o", folder / "out.onnx"),
+        "'DIR/out.onnx' cannot be written: No space left on device",
+        folder,
+        set(folder.iterdir()),
+    )
+
+
+def test_held_out_data_is_looked_at_before_training(
+    run: Callable[..., Outcome], folder: Path, arrays: Arrays
+) -> None:
+    np.savez(folder / "wrong.npz", ids=arrays["ids"] + 100, labels=arrays["labels"])
+    before = set(folder.iterdir())
+    refused(
+        run(
+            "train", folder / "step.onnx", "--data", folder / "data.npz", "--held-out", folder / "wrong.npz",
+            "--parameters", folder / "parameters.npz", "--metrics", folder / "log",
+        ),
+        f"id {arrays['ids'].max() + 100} in input 'ids' is not a row of parameter 'm.emb.weight', which has 100 rows\n"
+        "  help: ids from 0 to 99 are allowed; nothing was written",
+        folder,
+        before,
+    )  # fmt: skip
+
+
+def test_data_without_an_example(run: Callable[..., Outcome], folder: Path, arrays: Arrays) -> None:
+    np.savez(folder / "none.npz", **{name: array[:0] for name, array in arrays.items()})
+    before = set(folder.iterdir())
+    words = ["train", folder / "step.onnx", "--data", folder / "none.npz", "--parameters"]
+    words += [folder / "parameters.npz", "--quiet"]
+    refused(run(*words), "'DIR/none.npz' holds no examples", folder, before)
+    refused(
+        run(*words, "--batch-size", 2),
+        "the data holds 0 examples, fewer than one batch of 2",
+        folder,
+        before,
+    )
+
+
+def test_verify_of_ids_that_are_no_rows(run: Callable[..., Outcome], folder: Path, arrays: Arrays) -> None:
+    np.savez(folder / "wrong.npz", ids=arrays["ids"] - 200, labels=arrays["labels"])
+    refused(
+        run(
+            "verify", folder / "train.onnx", "--data", folder / "wrong.npz",
+            "--parameters", folder / "parameters.npz",
+        ),
+        f"id {arrays['ids'].min() - 200} in input 'ids' is not a row of parameter 'm.emb.weight', which has 100 rows\n"
+        "  help: ids from 0 to 99 are allowed; nothing was written",
+        folder,
+        set(folder.iterdir()),
+    )  # fmt: skip

@@ -191,3 +191,20 @@ def test_a_word_after_golden_files_is_another_golden_file(run: Callable[..., Out
     assert outcome.code == 1  # none of them is there; the first is named
     assert "one.npz" in outcome.err
     assert run("verify").err.startswith("error: verify wants MODEL and --data FILE, or --golden FILE...")
+
+
+def test_settings_of_the_block_reach_the_pass(run: Callable[..., Outcome], folder: Path) -> None:
+    words = ["--damping", 0.3, "--decay-a", 0.9, "--decay-g", 0.8, "--refresh-every", 7]
+    found = run("transform", GRAPH, "-o", folder / "out.onnx", "--json", *words).data["pipeline"]
+    assert "insert-embedding-kfac{damping=0.3,decay-a=0.9,decay-g=0.8,refresh-every=7}" in found
+
+
+@pytest.mark.parametrize("words", [["--damping", 0.5], ["--decay-a", 0.6], ["--decay-g", 0.6]])
+def test_settings_of_the_block_change_training(
+    run: Callable[..., Outcome], folder: Path, words: list[object]
+) -> None:
+    def loss(*given: object) -> float:
+        return run("train", GRAPH, "--data", folder / "data.npz", "--steps", 4, "--batch-size", 3, "--lr", 0.1,
+                   "--parameters", folder / "weights.npz", "--json", *given).data["loss"]  # fmt: skip
+
+    assert abs(loss(*words) - loss()) > 1e-6  # both runs are bit-equal otherwise

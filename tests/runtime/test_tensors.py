@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime.tensors import (
     Buffer,
     Device,
@@ -14,7 +15,6 @@ from kfac_onnx.runtime.tensors import (
     dtype_name,
     element_type,
     host_value,
-    provider_list,
     same_bits,
 )
 

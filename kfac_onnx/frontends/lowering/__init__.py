@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Final
 import onnx
 
 from kfac_onnx.errors import UserError
-from kfac_onnx.frontends.lowering import activations, cross_entropy, plumbing, recurrent, rows
+from kfac_onnx.frontends.lowering import (
+    activations,
+    batch_norm,
+    convolution,
+    cross_entropy,
+    plumbing,
+    recurrent,
+    rows,
+)
 from kfac_onnx.frontends.lowering.emit import Emit, Miss, Names, Rule, replace_node
 from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.values import ONNX_DOMAINS, all_graphs
@@ -20,6 +28,8 @@ __all__ = ["RUNNABLE", "TABLE", "lower_training_operators"]
 TABLE: Final[dict[tuple[str, str], Rule]] = {
     **rows.RULES,
     **activations.RULES,
+    **batch_norm.RULES,
+    **convolution.RULES,
     **cross_entropy.RULES,
     **plumbing.RULES,
     **recurrent.RULES,

@@ -1,4 +1,4 @@
-"""Training operators that move or rescale tensors: concat and split with lengths, Scale, Dropout."""
+"""Training operators that move or rescale tensors: concat and split with lengths, Scale, Div, Dropout."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kfac_onnx.frontends.lowering.emit import HALF_TYPES, Miss
 from kfac_onnx.frontends.values import constant, dtype_of, int_attribute, static_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kfac_onnx.frontends.lowering.emit import Emit, Lowered
 
 __all__ = ["RULES"]
@@ -55,7 +57,17 @@ def scale(emit: Emit, node: ir.Node) -> Lowered:
 
 def broadcast_gradient_args(emit: Emit, node: ir.Node) -> Lowered:
     """BroadcastGradientArgs(shape A, shape B) -> axes to sum over for A, for B (shapes aligned right)."""
-    shapes = [value for value in node.inputs[:2] if value is not None]
+    left, right = node.inputs[:2]
+    if left is None or right is None:
+        return Miss("one of its two shapes is missing")
+    wanted = [bool(output.uses() or output.is_graph_output()) for output in node.outputs]
+    return _summed_axes(emit, (left, right), wanted)
+
+
+def _summed_axes(
+    emit: Emit, shapes: tuple[ir.Value, ir.Value], wanted: Sequence[bool]
+) -> list[ir.Value | None]:
+    """Return for each wanted one of two operands the axes of their broadcast result to sum over."""
     ranks = [emit.op("Shape", value) for value in shapes]
     rank = emit.op("Max", *ranks)
     one, one_scalar = emit.ints(1), emit.names.constant(np.array(1, np.int64))
@@ -65,12 +77,38 @@ def broadcast_gradient_args(emit: Emit, node: ir.Node) -> Lowered:
     ]
     is_one = [emit.op("Equal", value, one_scalar) for value in padded]
     results: list[ir.Value | None] = []
-    for index, output in enumerate(node.outputs):
-        if not (output.uses() or output.is_graph_output()):
+    for index, needed in enumerate(wanted):
+        if not needed:
             results.append(None)
             continue
         broadcast = emit.op("And", is_one[index], emit.op("Not", is_one[1 - index]))
         results.append(emit.op("Reshape", emit.op("NonZero", broadcast), emit.ints(-1)))
+    return results
+
+
+def div_grad(emit: Emit, node: ir.Node) -> Lowered:
+    """DivGrad(dY, A, B) -> dA = dY / B, dB = −dY A / B², summed over the axes that broadcasting added."""
+    grad, top, bottom = node.inputs[:3]
+    dtype = dtype_of(grad)
+    if grad is None or top is None or bottom is None or dtype is None:
+        return Miss("the type of its first input is unknown")
+    work = ir.DataType.FLOAT if dtype in HALF_TYPES else dtype
+    dy, a, b = (emit.cast(item, work, dtype) for item in (grad, top, bottom))
+    wanted = [bool(output.name) for output in node.outputs]
+    quotient = emit.op("Div", dy, b)
+    shapes = (emit.op("Shape", top), emit.op("Shape", bottom))
+    alike = top.shape is not None and bottom.shape is not None and list(top.shape) == list(bottom.shape)
+    axes = [None, None] if alike else _summed_axes(emit, shapes, wanted)
+    results: list[ir.Value | None] = []
+    for index, (needed, over) in enumerate(zip(wanted, axes, strict=False)):
+        if not needed:
+            results.append(None)
+            continue
+        part = quotient if index == 0 else emit.op("Neg", emit.op("Mul", quotient, emit.op("Div", a, b)))
+        if over is not None:
+            part = emit.op("ReduceSum", part, over, keepdims=1, noop_with_empty_axes=1)
+            part = emit.op("Reshape", part, shapes[index])
+        results.append(emit.cast(part, dtype, work))
     return results
 
 
@@ -111,6 +149,7 @@ RULES = {
     ("com.microsoft", "SplitTraining"): split_training,
     ("com.microsoft", "Scale"): scale,
     ("com.microsoft", "BroadcastGradientArgs"): broadcast_gradient_args,
+    ("com.microsoft", "DivGrad"): div_grad,
     ("com.microsoft", "DropoutGrad"): dropout_grad,
     ("com.microsoft", "ReduceSumTraining"): reduce_sum_training,
 }

@@ -2,7 +2,7 @@
 
 Needs PyTorch (CPU); the tests need only the two files. A case is an operator with its attributes, its inputs
 (null where left out; `constant` lists those that are initializers) and its expected outputs (null where
-not compared). Arrays are stored under `<case>/x<i>` and `<case>/y<i>`.
+not compared; with `shaped` the graph says their shapes). Arrays are stored under `<case>/x<i>` and `<case>/y<i>`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ cases: list[dict[str, object]] = []
 arrays: dict[str, np.ndarray] = {}
 
 
-def case(name, op, inputs, outputs, constant=(), domain="com.microsoft", **attributes):
+def case(name, op, inputs, outputs, constant=(), domain="com.microsoft", shaped=False, **attributes):
     if any(entry["name"] == name for entry in cases):
         raise ValueError(f"two cases are called {name}")
     for kind, values in (("x", inputs), ("y", outputs)):
@@ -38,6 +38,7 @@ def case(name, op, inputs, outputs, constant=(), domain="com.microsoft", **attri
             "inputs": [value is not None for value in inputs],
             "outputs": [value is not None for value in outputs],
             "constant": list(constant),
+            **({"shaped": True} if shaped else {}),
         }
     )
 
@@ -392,7 +393,158 @@ def _saved(kind, gates, x, weights, h, c, hidden):
     return [torch.stack(cells)[:, None], *stacked] if kind == "LSTM" else stacked
 
 
-for group in (row_selection, slices, activations, normalization, cross_entropy, plumbing, recurrent):
+def division():
+    for name, left, right in (
+        ("same", (2, 3), (2, 3)),
+        ("ones", (2, 1, 4), (1, 3, 4)),
+        ("missing", (3,), (2, 3)),
+        ("scalar", (2, 3), ()),
+    ):
+        a = normal(*left)
+        b = (torch.tensor(rng.random(right) + 0.5).float()).requires_grad_()
+        dy, *grads = backward(a / b, a, b)
+        case(f"div_{name}", "DivGrad", [dy, a, b], grads)
+    a, b = normal(2, 3, dtype=torch.float16), (1 + torch.tensor(rng.random((2, 1)))).half().requires_grad_()
+    dy, *grads = backward(a / b, a, b)
+    case("div_float16", "DivGrad", [dy, a, b], grads)
+
+
+def convolution():
+    def one(name, x, weight, **options):
+        bias = normal(weight.shape[0], dtype=x.dtype)
+        convolve = functional.conv1d if x.ndim == 3 else functional.conv2d
+        dy, *grads = backward(convolve(x, weight, bias, **options), x, weight, bias)
+        spatial = x.ndim - 2
+        attributes = {
+            "kernel_shape": list(weight.shape[2:]),
+            "strides": [options.get("stride", 1)] * spatial,
+            "dilations": [options.get("dilation", 1)] * spatial,
+            "pads": [options.get("padding", 0)] * 2 * spatial,
+            "group": options.get("groups", 1),
+        }
+        case(name, "ConvGrad", [dy, x, weight], grads, **attributes)
+
+    one("conv", normal(3, 4, 6), normal(5, 4, 3), padding=1)
+    one("conv_strided", normal(3, 4, 8), normal(5, 4, 3), stride=3, padding=1)
+    one("conv_left_over", normal(2, 4, 9), normal(2, 4, 2), stride=3, dilation=2)
+    one("conv_groups", normal(2, 4, 7), normal(6, 2, 3), groups=2, padding=2, dilation=2)
+    one("conv_plane", normal(2, 3, 5, 6), normal(4, 3, 3, 3), stride=2, padding=1)
+    x, weight = normal(3, 2, 5), normal(4, 2, 2)
+    dy, *grads = backward(functional.conv1d(x, weight), x, weight)
+    case("conv_bare", "ConvGrad", [dy, x, weight], grads)
+
+
+def pooling():
+    x = normal(2, 3, 8)
+    for name, options in (("", {"stride": 2}), ("_overlapping", {"stride": 1, "padding": 1})):
+        y, index = functional.max_pool1d(x, 3, return_indices=True, **options)
+        dy, grad = backward(y, x)
+        whole = index + 8 * torch.arange(6).reshape(2, 3, 1)  # torch counts inside each channel
+        case(f"max_pool{name}", "MaxPoolGrad", [dy, whole], [grad], domain="", shaped=True)
+    for name, length, options in (
+        ("", 8, {"stride": 2}),
+        ("_left_over", 9, {"stride": 4}),
+        ("_padded", 8, {"stride": 2, "padding": 1}),
+        ("_without_padding", 8, {"stride": 2, "padding": 1, "count_include_pad": False}),
+    ):
+        x = normal(2, 3, length)
+        dy, grad = backward(functional.avg_pool1d(x, 3, **options), x)
+        case(
+            f"average_pool{name}",
+            "AveragePoolGrad",
+            [dy],
+            [grad],
+            domain="",
+            shaped=True,
+            kernel_shape=[3],
+            strides=[options["stride"]],
+            pads=[options.get("padding", 0)] * 2,
+            count_include_pad=int(options.get("count_include_pad", True)),
+        )
+
+
+def batch_norm():
+    for name, x in (("", normal(6, 4)), ("_sequence", normal(3, 4, 5))):
+        scale, bias = normal(4), normal(4)
+        mean, variance = torch.tensor(rng.standard_normal(4)).float(), torch.tensor(rng.random(4)).float()
+        y = functional.batch_norm(x, None, None, scale, bias, training=True, eps=1e-4)
+        over = tuple(axis for axis in range(x.ndim) if axis != 1)
+        batch, spread = x.mean(over), x.var(over, unbiased=False)
+        invstd = torch.rsqrt(spread + 1e-4)
+        results = [y, 0.8 * mean + 0.2 * batch, 0.8 * variance + 0.2 * spread, batch, invstd]
+        inputs = [x, scale, bias, mean, variance]
+        case(f"batch_norm{name}", "BatchNormInternal", inputs, results, epsilon=1e-4, momentum=0.8)
+        dy, *grads = backward(y, x, scale, bias)
+        case(f"batch_norm{name}_grad", "BatchNormalizationGrad", [dy, x, scale, batch, invstd], grads)
+
+
+def directions():
+    """The recurrent operators with time running backwards, and in both directions at once."""
+    steps, batch, width, hidden = 4, 3, 2, 5
+    for kind, gates, cell in (("LSTM", (0, 3, 1, 2), torch.nn.LSTM), ("GRU", (1, 0, 2), torch.nn.GRU)):
+        for which, flips in (("reverse", (True,)), ("bidirectional", (False, True))):
+            x = normal(steps, batch, width)
+            starts = [normal(len(flips), batch, hidden) for _ in range(2 if kind == "LSTM" else 1)]
+            layers = [cell(width, hidden) for _ in flips]
+            every, lasts, saved = [], [], []
+            for index, (layer, flip) in enumerate(zip(layers, flips, strict=True)):
+                own = [start[index : index + 1] for start in starts]
+                entering = x.flip(0) if flip else x
+                y, last = layer(entering, tuple(own) if kind == "LSTM" else own[0])
+                every.append(y.flip(0) if flip else y)
+                lasts.append(last if kind == "LSTM" else (last,))
+                state = [*own, None][:2]
+                kept = _saved(kind, gates, entering, list(layer.parameters()), *state, hidden)
+                saved.append([item.flip(0) if flip else item for item in kept])
+            y = torch.stack(every, 1)
+            ends = [torch.cat(items) for items in zip(*lasts, strict=True)]
+            kept = [torch.cat(items, 1) for items in zip(*saved, strict=True)]
+            weights = [list(layer.parameters()) for layer in layers]
+            upstream = [torch.tensor(rng.standard_normal(item.shape)).float() for item in (y, *ends)]
+            wanted = [x, *starts, *(weight for group in weights for weight in group)]
+            dx, *rest = torch.autograd.grad([y, *ends], wanted, upstream)
+            dstarts, flat = rest[: len(starts)], rest[len(starts) :]
+            own, slopes = (_stored(gates, items) for items in (weights, torch_groups(flat, 4)))
+            w, r, bias = own
+            name = f"{kind.lower()}_{which}"
+            options = {"hidden_size": hidden, "direction": which}
+            if kind == "GRU":
+                options["linear_before_reset"] = 1
+            case(name, f"{kind}Training", [x, w, r, bias, None, *starts], [y, *ends], **options)
+            middle = [None] if kind == "LSTM" else [bias, None]
+            inputs = [x, w, r, *middle, *starts, y, *kept, *upstream]
+            case(f"{name}_grad", f"{kind}Grad", inputs, [dx, *slopes, *dstarts], **options)
+
+
+def torch_groups(items, size):
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
+
+def _stored(gates, groups):
+    """Return W, R and bias as ONNX stores them, directions first, from torch's four tensors of each."""
+
+    def order(weight):
+        parts = torch.chunk(weight, len(gates))
+        return torch.cat([parts[index] for index in gates])
+
+    stacked = [torch.stack([order(group[place]) for group in groups]) for place in range(4)]
+    return stacked[0], stacked[1], torch.cat(stacked[2:], 1)
+
+
+for group in (
+    row_selection,
+    slices,
+    activations,
+    normalization,
+    cross_entropy,
+    plumbing,
+    recurrent,
+    division,
+    convolution,
+    pooling,
+    batch_norm,
+    directions,
+):
     group()
 (HERE / "cases.json").write_text("[\n" + ",\n".join(json.dumps(entry) for entry in cases) + "\n]\n")
 np.savez_compressed(HERE / "cases.npz", **arrays)

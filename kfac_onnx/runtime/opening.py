@@ -12,7 +12,7 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.metadata import Step
+from kfac_onnx.metadata import State, Step
 from kfac_onnx.runtime.batches import BatchInput
 from kfac_onnx.runtime.engine import Holder
 from kfac_onnx.runtime.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from kfac_onnx.metadata import State
     from kfac_onnx.passes.partition import Plan
 
 __all__ = [
@@ -32,6 +31,8 @@ __all__ = [
     "build_holders",
     "check_names",
     "fitting_value",
+    "learning_rates",
+    "own_outputs",
     "require_step",
 ]
 
@@ -159,6 +160,24 @@ def build_constants(plan: Plan, values: Mapping[str, np.ndarray], device: Device
                 help="it is a constant of the graph: give it in parameters= (or --parameters FILE)",
             )
     return constants
+
+
+def learning_rates(step: Step, lr: float | None, rest_lr: float | None) -> dict[str, float]:
+    """Return the value of each learning rate by its input: the given one, else the model's."""
+    rates = {rate.input: rate.default for rate in step.learning_rates}
+    for index, name in enumerate(rates):
+        given = rest_lr if index > 0 or "rest" in name else lr
+        if given is not None:
+            rates[name] = float(given)
+    return rates
+
+
+def own_outputs(model: ir.Model, step: Step) -> list[str]:
+    """Return the outputs of a drop-in graph (`dense`) that are the exporter's own, gradients among them."""
+    if step.shape != "dense":
+        return []
+    ours = {state.output for state in metadata.read_list(model, "state", State)} | {step.loss, step.ok}
+    return [value.name for value in model.graph.outputs if value.name and value.name not in ours]
 
 
 def batch_inputs(plan: Plan, constants: Mapping[str, Buffer]) -> tuple[BatchInput, ...]:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.files import load_model, save_model
-from kfac_onnx.metadata import Loss, State
+from kfac_onnx.metadata import Loss
 from kfac_onnx.passes.partition import partition
 from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime import schedules
@@ -43,6 +43,8 @@ from kfac_onnx.runtime.opening import (
     build_constants,
     build_holders,
     check_names,
+    learning_rates,
+    own_outputs,
     require_step,
 )
 from kfac_onnx.runtime.probe import plan_problem
@@ -104,12 +106,7 @@ class TrainingSession:
         self._seed = seed
         checks = [check for check in step.id_checks if check.negatives == "reject" or not self._device.is_cpu]
         watch = [check.ids for check in checks]
-        outputs = {state.output for state in metadata.read_list(loaded, "state", State)}
-        self._extra = [
-            value.name
-            for value in loaded.graph.outputs
-            if step.shape == "dense" and value.name and value.name not in {*outputs, step.loss, step.ok}
-        ]
+        self._extra = own_outputs(loaded, step)
         plan = partition(loaded, watch=[*watch, *self._extra])
         self._random_operators = seed_random_nodes((stage.model for stage in plan.stages), seed)
         self._plan = plan
@@ -124,11 +121,7 @@ class TrainingSession:
         self._holders = build_holders(plan, values, self._device, in_place=self.in_place_problem is None)
         self._constants = build_constants(plan, values, self._device)
         self.batch_inputs = batch_inputs(plan, self._constants)
-        self.learning_rates = {rate.input: rate.default for rate in step.learning_rates}
-        for index, rate in enumerate(step.learning_rates):
-            given = rest_lr if index > 0 or "rest" in rate.input else lr
-            if given is not None:
-                self.learning_rates[rate.input] = float(given)
+        self.learning_rates = learning_rates(step, lr, rest_lr)
         self._rates = {name: np.zeros((), np.float32) for name in self.learning_rates}
         self.schedule = schedules.parse(schedule) if isinstance(schedule, str) else schedule
         self.committed = 0

@@ -1,0 +1,297 @@
+"""The nodes of one table's factors: the counts A, the second moment G, and G's inverse root.
+
+With ids u and rows g of the M lookups of a step:
+
+    A ← average of counts,   G ← average of gᵀg/M,   root = (G + damping_g·I)^e, as of the last refresh
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx.metadata import Phase, RootCheck, Site
+from kfac_onnx.passes.insertion.draft import BOOL, DOUBLE, FLOAT, INT64, Draft
+from kfac_onnx.passes.rewriter import Emitter, Out
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from kfac_onnx.fisher.presets import Preset
+
+__all__ = ["TableFactors"]
+
+RENORMALIZE_BELOW = 2.0**-20
+PLAIN_DECAY = 0.5
+"""Below this decay the running scale of A would vanish at once: A is averaged over the whole vocabulary."""
+
+
+def renormalization_states(settings: dict[str, object]) -> list[dict[str, str]]:
+    """Return the entries of the draft's settings that name a running scale and the vector under it."""
+    entries = settings.setdefault("renormalize", [])
+    if not isinstance(entries, list):
+        raise TypeError("kfac.draft: 'renormalize' is not a list")
+    return entries  # pyright: ignore[reportUnknownVariableType]  JSON written by this module
+
+
+class TableFactors:
+    """Emits the factors of one site and their root."""
+
+    def __init__(self, site: Site, preset: Preset, draft: Draft, scale: ir.Value | None) -> None:
+        self.site = site
+        self.preset = preset
+        self.draft = draft
+        self.emit: Emitter = draft.emitter.derive(site=site.parameter)
+        self.scale = scale
+        if site.ids is None or site.rows is None:
+            raise AssertionError("find-embeddings marks the ids and rows of every site")
+        self.ids = draft.value(site.ids)
+        self.rows = draft.value(site.rows)
+        self.mask = None if site.keep is None else draft.value(site.keep)
+        self.V, self.D = site.vocab_size, site.embedding_dim
+        self.counts = self.ids  # set by the input factor
+        self.decay_a = preset.input_decay if preset.input_decay is not None else 0.0
+
+    def _name(self, what: str) -> str:
+        return f"kfac/{self.site.parameter}/{what}"
+
+    def _lookups(self) -> ir.Value:
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
+        if self.mask is not None:
+            return emit.node(
+                "ReduceSum", [self.mask], attributes={"keepdims": 0}, name="lookups", dtype=FLOAT, shape=[]
+            )
+        size = emit.node("Size", [self.ids], name="lookups", dtype=INT64, shape=[])
+        return emit.node("Cast", [size], attributes={"to": FLOAT}, name="lookups", dtype=FLOAT, shape=[])
+
+    # --- the input factor: counts -----------------------------------------------------------------
+
+    def _input_factor(self, lookups: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Update A; return gain (a_u = gain·Ã_u) and total_a, the sum of a over the vocabulary."""
+        preset, draft = self.preset, self.draft
+        initial = "ones" if preset.start_input == 1.0 else "zeros"
+        factor = draft.state(
+            self._name("A"), FLOAT, [self.V], initial, "factor", parameter=self.site.parameter
+        )
+        self.counts = factor
+        if self.decay_a < PLAIN_DECAY:
+            return self._plain_input_factor(factor, lookups)
+        scale = self._counter("A.scale", DOUBLE, 1.0)
+        total = self._counter("A.total", DOUBLE, preset.start_input * self.V)
+        count = self._counter("A.count", INT64, 0.0)
+        outs = [
+            Out("A.scale", DOUBLE, []),
+            Out("A.total", DOUBLE, []),
+            Out("A.count", INT64, []),
+            Out("increment", FLOAT, []),
+            Out("gain", FLOAT, []),
+            Out("total_a", FLOAT, []),
+        ]
+        new_scale, new_total, new_count, increment, gain, total_a = draft.op(
+            "InputFactorDecay",
+            [scale, total, count, lookups],
+            outs,
+            Phase.GRADIENTS,
+            decay=self.decay_a,
+            debias=int(preset.debias),
+            normalize=int(preset.normalize_counts),
+        )
+        draft.keep(total, new_total, Phase.GRADIENTS)
+        draft.keep(count, new_count, Phase.GRADIENTS)
+        self._renormalized(scale, new_scale, factor)
+        increments = self._per_lookup(increment)
+        (counted,) = draft.op(
+            "InputFactorUpdate", [factor, self.ids, increments], [Out("A", FLOAT, [self.V])], Phase.COUNT
+        )
+        draft.write(factor, counted, Phase.COUNT)
+        kept = self.emit.node(
+            "Gather", [factor, self.ids], name="A.before", phase=Phase.GRADIENTS, dtype=FLOAT, shape=[None]
+        )
+        draft.remember(kept)
+        undo = draft.settings.setdefault("undo", [])
+        undo.append({"state": factor.name, "ids": self.ids.name, "before": kept.name})
+        self.counts = counted
+        return gain, total_a
+
+    def _plain_input_factor(self, factor: ir.Value, lookups: ir.Value) -> tuple[ir.Value, ir.Value]:
+        preset, draft = self.preset, self.draft
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
+        one = emit.constant(np.float32(1.0), "one")
+        divisor = (
+            lookups
+            if preset.normalize_counts
+            else emit.node("Min", [lookups, one], name="any", dtype=FLOAT, shape=[])
+        )
+        (averaged,) = draft.op(
+            "InputFactorAverage",
+            [factor, self.ids, self._per_lookup(one), divisor],
+            [Out("A", FLOAT, [self.V])],
+            Phase.GRADIENTS,
+            decay=self.decay_a,
+        )
+        draft.keep(factor, averaged, Phase.GRADIENTS)
+        self.counts = averaged
+        gain = one
+        if preset.debias:
+            count = self._counter("A.count", INT64, 0.0)
+            any_lookup = emit.node(
+                "Cast", [lookups], attributes={"to": BOOL}, name="any", dtype=BOOL, shape=[]
+            )
+            step = emit.node(
+                "Cast", [any_lookup], attributes={"to": INT64}, name="any", dtype=INT64, shape=[]
+            )
+            new_count = emit.node("Add", [count, step], name="A.count", dtype=INT64, shape=[])
+            draft.keep(count, new_count, Phase.GRADIENTS)
+            n = emit.node("Cast", [new_count], attributes={"to": FLOAT}, name="n", dtype=FLOAT, shape=[])
+            n = emit.node("Max", [n, one], name="n", dtype=FLOAT, shape=[])
+            rho = emit.constant(np.float32(self.decay_a), "decay_a")
+            power = emit.node("Pow", [rho, n], name="bias", dtype=FLOAT, shape=[])
+            seen = emit.node("Sub", [one, power], name="bias", dtype=FLOAT, shape=[])
+            gain = emit.node("Reciprocal", [seen], name="gain", dtype=FLOAT, shape=[])
+        total = emit.node(
+            "ReduceSum", [averaged], attributes={"keepdims": 0}, name="total_a", dtype=FLOAT, shape=[]
+        )
+        return gain, emit.node("Mul", [total, gain], name="total_a", dtype=FLOAT, shape=[])
+
+    def _per_lookup(self, scalar: ir.Value) -> ir.Value:
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
+        if self.mask is not None:
+            return emit.node("Mul", [self.mask, scalar], name="increments", dtype=FLOAT, shape=[None])
+        shape = emit.node("Shape", [self.ids], name="ids_shape", dtype=INT64, shape=[1])
+        return emit.node("Expand", [scalar, shape], name="increments", dtype=FLOAT, shape=[None])
+
+    def _counter(self, what: str, dtype: ir.DataType, initial: float) -> ir.Value:
+        return self.draft.state(
+            self._name(what), dtype, [], initial, "counter", parameter=self.site.parameter
+        )
+
+    def _renormalized(self, old: ir.Value, new: ir.Value, vector: ir.Value) -> None:
+        """Keep a running scale; where it becomes small, the vector takes it in and it starts again at 1."""
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
+        least = emit.constant(np.float64(RENORMALIZE_BELOW), "renormalize_below")
+        one = emit.constant(np.float64(1.0), "one64")
+        due = emit.node("Less", [new, least], name="renormalize_now", dtype=BOOL, shape=[])
+        kept = emit.node("Where", [due, one, new], name="scale_kept", dtype=DOUBLE, shape=[])
+        factor = emit.node(
+            "Cast", [new], attributes={"to": FLOAT}, name="scale_float32", dtype=FLOAT, shape=[]
+        )
+        self.draft.keep(old, kept, Phase.GRADIENTS)
+        self.draft.remember(due, factor)
+        entries = renormalization_states(self.draft.settings)
+        entries.append({"state": str(vector.name), "now": str(due.name), "factor": str(factor.name)})
+
+    # --- the output factor and its root -------------------------------------------------------------
+
+    def _output_factor(self, lookups: ir.Value) -> ir.Value:
+        preset, draft = self.preset, self.draft
+        old = draft.state(
+            self._name("G"),
+            FLOAT,
+            [self.D, self.D],
+            preset.start_output,
+            "factor",
+            parameter=self.site.parameter,
+        )
+        count = self._counter("G.count", INT64, 0.0)
+        scale = self.scale if self.scale is not None else self.emit.constant(np.float32(1.0), "one")
+        square = [self.D, self.D]
+        new, new_count, ghat = draft.op(
+            "OutputFactorUpdate",
+            [old, count, self.rows, lookups, scale],
+            [Out("G", FLOAT, square), Out("G.count", INT64, []), Out("G.debiased", FLOAT, square)],
+            Phase.GRADIENTS,
+            decay=preset.output_decay,
+            debias=int(preset.debias),
+        )
+        draft.keep(old, new, Phase.GRADIENTS)
+        draft.keep(count, new_count, Phase.GRADIENTS)
+        draft.flag(new)
+        return ghat
+
+    def _dampings(self, total_a: ir.Value, ghat: ir.Value) -> tuple[ir.Value, ir.Value]:
+        preset = self.preset
+        outs = [Out("damping_a", FLOAT, []), Out("damping_g", FLOAT, [])]
+        inputs = [total_a, ghat]
+        if preset.damping.kind == "relative":
+            made = self.draft.op(
+                "DampingRelative", inputs, outs, Phase.GRADIENTS, rho=preset.damping.value, vocab_size=self.V
+            )
+        else:
+            made = self.draft.op(
+                "DampingPi",
+                inputs,
+                outs,
+                Phase.GRADIENTS,
+                damping=preset.damping.value,
+                vocab_size=self.V,
+                pi=1,
+            )
+        return made[0], made[1]
+
+    def _root(self, ghat: ir.Value, damping_g: ir.Value) -> ir.Value:
+        preset, draft, emit = self.preset, self.draft, self.emit
+        square = [self.D, self.D]
+        old = draft.state(
+            self._name("root"), FLOAT, square, "identity", "root", parameter=self.site.parameter
+        )
+        now = draft.refresh_now(preset.refresh_every)
+        then, other = emit.branch("refresh"), emit.branch("keep")
+        inputs = [ghat, damping_g, old]
+        outs = [Out("root", FLOAT, square), Out("residual", FLOAT, [])]
+        if preset.uses_root:
+            attributes = {"iterations": preset.iterations(self.D)}
+            made = then.node(
+                "FactorInverseRoot",
+                inputs,
+                domain="ai.kfac",
+                attributes=attributes,
+                phase=Phase.REFRESH,
+                outputs=outs,
+            )
+        else:
+            made = then.node("FactorInverse", inputs, domain="ai.kfac", phase=Phase.REFRESH, outputs=outs)
+        then.graph.outputs.extend(made)
+        zero = emit.constant(np.float32(0.0), "no_residual")
+        other.graph.outputs.append(other.node("Identity", [old], name="root", dtype=FLOAT, shape=square))
+        other.graph.outputs.append(other.node("Identity", [zero], name="residual", dtype=FLOAT, shape=[]))
+        root, residual = emit.node(
+            "If",
+            [now],
+            attributes={"then_branch": then.graph, "else_branch": other.graph},
+            phase=Phase.REFRESH,
+            outputs=outs,
+        )
+        draft.remember(root, residual)
+        draft.keep(old, root, Phase.REFRESH)
+        draft.flag(root)
+        draft.roots.append(
+            RootCheck(
+                parameter=self.site.parameter,
+                root=str(root.name),
+                factor=str(ghat.name),
+                damping=str(damping_g.name),
+                residual=str(residual.name),
+                exponent=preset.exponent,
+                tolerance=preset.tolerance(self.D),
+            )
+        )
+        return root
+
+    def _active(self, root: ir.Value, ghat: ir.Value, lookups: ir.Value) -> ir.Value:
+        """Return the root, or zeros where a tied table must not move: no lookup, or trace(G) = 0.
+
+        Without a dense part nothing is needed: then there are no rows, or all of them are zero.
+        """
+        if self.site.dense is None:
+            return root
+        emit = self.emit.derive(phase=Phase.PRECONDITION)
+        eye = emit.node("EyeLike", [ghat], name="eye", dtype=FLOAT, shape=ghat.shape)
+        diagonal = emit.node("Mul", [ghat, eye], name="diagonal", dtype=FLOAT, shape=ghat.shape)
+        trace = emit.node(
+            "ReduceSum", [diagonal], attributes={"keepdims": 0}, name="trace", dtype=FLOAT, shape=[]
+        )
+        least = emit.node("Min", [trace, lookups], name="active", dtype=FLOAT, shape=[])
+        nothing = emit.constant(np.float32(0.0), "nothing")
+        active = emit.node("Greater", [least, nothing], name="active", dtype=BOOL, shape=[])
+        return emit.node("Where", [active, root, nothing], name="active_root", dtype=FLOAT, shape=root.shape)

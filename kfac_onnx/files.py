@@ -1,4 +1,4 @@
-"""Reading and writing model files: clear errors in, whole files or none out.
+"""Reading and writing models and arrays: clear errors in, whole files or none out.
 
 Open to every room, like `errors` and `metadata`. External data stays beside its model: a location
 that leaves the model's folder is refused when a file is read.
@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +22,7 @@ from kfac_onnx.errors import UserError, first_line
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    import numpy as np
     import onnx
     import onnx_ir as ir
 
@@ -28,6 +31,7 @@ __all__ = [
     "load_model",
     "load_proto",
     "make_folder",
+    "read_npz",
     "refuse_overwrite",
     "require_folder",
     "save_model",
@@ -131,6 +135,24 @@ def load_model(path: str | Path) -> ir.Model:
         return ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"'{path}' is not an ONNX model: {first_line(e)}") from e
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz` file by name; objects are refused.
+
+    Raises UserError when the file is missing, damaged or something else.
+    """
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path):  # anything else, NumPy would take for a single array or for a pickle
+            pass
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as e:
+        raise UserError(f"there is no file '{path}'") from e
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
 
 
 def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:

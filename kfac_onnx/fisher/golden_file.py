@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.files import read_npz
 from kfac_onnx.fisher.settings import FactorSettings, settings_of
 
 if TYPE_CHECKING:
@@ -76,7 +73,7 @@ class GoldenFile:
 def read_golden(path: str | Path) -> GoldenFile:
     """Read a golden file; raises UserError for one that is missing, broken or incomplete."""
     path = Path(path)
-    arrays = _load(path)
+    arrays = read_npz(path)
     if "settings" not in arrays:
         raise UserError(f"'{path}' is not a golden file: it has no settings")
     try:
@@ -88,18 +85,6 @@ def read_golden(path: str | Path) -> GoldenFile:
         raise UserError(f"the settings of '{path}' have no {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"the settings of '{path}' cannot be read: {first_line(error)}") from error
-
-
-def _load(path: Path) -> dict[str, Array]:
-    try:
-        with zipfile.ZipFile(path):  # anything else, NumPy would take for a single array or for a pickle
-            pass
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise UserError(f"the golden file '{path}' does not exist") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise UserError(f"the golden file '{path}' cannot be read: {first_line(error)}") from error
 
 
 def _build(path: Path, settings: dict[str, Any], arrays: dict[str, Array]) -> GoldenFile:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.runtime.weights import read_npz
+from kfac_onnx.files import read_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.files import read_npz
 from kfac_onnx.runtime.data import Batches
-from kfac_onnx.runtime.weights import read_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

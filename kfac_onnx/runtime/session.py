@@ -124,9 +124,7 @@ class TrainingSession:
         self.learning_rates = learning_rates(step, lr, rest_lr)
         self._rates = {name: np.zeros((), np.float32) for name in self.learning_rates}
         self.schedule = schedules.parse(schedule) if isinstance(schedule, str) else schedule
-        self.committed = 0
-        self.skipped = 0
-        self.position = 0
+        self.committed = self.skipped = self.position = 0
         host = {step.loss, step.ok, *watch, *self._extra}
         host.update(stage.condition for stage in plan.stages if stage.condition is not None)
         host.update(check.residual for check in step.root_checks)

@@ -6,35 +6,18 @@ bfloat16 comes out as `ml_dtypes.bfloat16`.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.files import load_model
+from kfac_onnx.files import load_model, read_npz
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["read_npz", "read_weights"]
+    import numpy as np
 
-
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an `.npz` file; objects are refused.
-
-    Raises UserError when the file is missing or damaged.
-    """
-    try:
-        with zipfile.ZipFile(path):  # anything else, NumPy would take for a single array or for a pickle
-            pass
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as e:
-        raise UserError(f"there is no file '{path}'") from e
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as e:
-        raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
+__all__ = ["read_weights"]
 
 
 def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:

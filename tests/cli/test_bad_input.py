@@ -351,7 +351,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ("verify --golden data.npz", "'DIR/data.npz' is not a golden file: it has no settings"),
         (
             "verify --golden train.onnx",
-            "the golden file 'DIR/train.onnx' cannot be read: File is not a zip file",
+            "'DIR/train.onnx' is not a readable .npz file: File is not a zip file",
         ),
         (
             "train step.onnx --data train.onnx --parameters parameters.npz --quiet",

@@ -221,7 +221,7 @@ def test_a_broken_file_is_told_in_a_sentence(edit: Any, message: str, tmp_path: 
 def test_files_that_are_no_archives(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         verify_golden([tmp_path / "none.npz"])
-    assert str(caught.value) == f"the golden file '{tmp_path / 'none.npz'}' does not exist"
+    assert str(caught.value) == f"there is no file '{tmp_path / 'none.npz'}'"
     text = tmp_path / "text.npz"
     text.write_text("hello")
     cut = tmp_path / "cut.npz"
@@ -235,4 +235,4 @@ def test_files_that_are_no_archives(tmp_path: Path) -> None:
     for path in (text, cut, empty, one, objects, tmp_path):
         with pytest.raises(UserError) as caught:
             verify_golden([path])
-        assert str(caught.value).startswith(f"the golden file '{path}' cannot be read: ")
+        assert str(caught.value).startswith(f"'{path}' is not a readable .npz file: ")

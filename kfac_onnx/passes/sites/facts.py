@@ -11,27 +11,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from kfac_onnx.frontends.values import ONNX_DOMAINS, int_attribute, static_shape
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Facts", "ancestors", "attribute", "static_shape"]
+__all__ = ["Facts", "ancestors"]
 
 SMALL = 1 << 16
 """Entries above which a constant expression is not evaluated."""
-
-
-def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """Return the shape of a value if every dimension is known, otherwise None."""
-    if value is None or value.shape is None:
-        return None
-    dims = [dim for dim in value.shape if isinstance(dim, int)]
-    return tuple(dims) if len(dims) == len(value.shape) else None
-
-
-def attribute(node: ir.Node, name: str, default: int) -> int:
-    """Return an integer attribute of a node, or its default."""
-    found = node.attributes.get(name)
-    return default if found is None else found.as_int()
 
 
 def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
@@ -93,7 +81,7 @@ class Facts:
                 return None
             return tensor.numpy()
         node = value.producer()
-        if node is None or node.domain not in ("", "ai.onnx"):
+        if node is None or node.domain not in ONNX_DOMAINS:
             return None
         if node.op_type == "Constant":
             return _constant_node(node)
@@ -134,21 +122,8 @@ def _has_graph(attr: ir.Attr) -> bool:
 
 
 def _constant_node(node: ir.Node) -> np.ndarray | None:
-    for name, attr in node.attributes.items():
-        match name:
-            case "value":
-                return attr.as_tensor().numpy()
-            case "value_int":
-                return np.asarray(attr.as_int(), np.int64)
-            case "value_ints":
-                return np.asarray(attr.as_ints(), np.int64)
-            case "value_float":
-                return np.asarray(attr.as_float(), np.float32)
-            case "value_floats":
-                return np.asarray(attr.as_floats(), np.float32)
-            case _:
-                return None
-    return None
+    tensor = ir.convenience.get_const_tensor(node.outputs[0])
+    return None if tensor is None else tensor.numpy()
 
 
 def _shape_node(node: ir.Node) -> np.ndarray | None:
@@ -159,7 +134,7 @@ def _shape_node(node: ir.Node) -> np.ndarray | None:
         shape = static_shape(source)
         return None if shape is None else np.asarray(np.prod(shape), np.int64)
     rank = len(source.shape)
-    dims = list(source.shape)[attribute(node, "start", 0) : attribute(node, "end", rank)]
+    dims = list(source.shape)[int_attribute(node, "start", 0) : int_attribute(node, "end", rank)]
     if not all(isinstance(dim, int) for dim in dims):
         return None
     return np.asarray(dims, np.int64)

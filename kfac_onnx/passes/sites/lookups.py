@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kfac_onnx.passes.sites.facts import attribute, static_shape
+from kfac_onnx.frontends.values import int_attribute, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,7 +102,7 @@ def _is_view(node: ir.Node, index: int, value: ir.Value) -> bool:
 
 def _gather(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
     data = static_shape(node.inputs[0])
-    axis = attribute(node, "axis", 0)
+    axis = int_attribute(node, "axis", 0)
     if index != 0 or data is None or len(data) not in (1, 2):
         return None
     axis %= len(data)
@@ -115,7 +115,7 @@ def _gather(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
 
 def _gather_nd(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
     data, indices = static_shape(node.inputs[0]), node.inputs[1]
-    if index != 0 or data is None or len(data) not in (1, 2) or attribute(node, "batch_dims", 0) != 0:
+    if index != 0 or data is None or len(data) not in (1, 2) or int_attribute(node, "batch_dims", 0) != 0:
         return None
     if indices is None or indices.shape is None or indices.shape[-1] != 1:
         return None
@@ -127,7 +127,7 @@ def _gather_elements(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
     data, indices = static_shape(node.inputs[0]), node.inputs[1]
     if index != 0 or data is None or len(data) != 2 or indices is None:
         return None
-    axis = attribute(node, "axis", 0) % 2
+    axis = int_attribute(node, "axis", 0) % 2
     if unexpanded(indices, 1 - axis) is None:
         return None
     return Lookup(node, "GatherElements", indices, node.outputs[0], data[axis], None)
@@ -139,8 +139,8 @@ def _one_hot_product(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
         return None
     if node.op_type == "Gemm" and any(
         (
-            attribute(node, "transA", 0),
-            attribute(node, "transB", 0),
+            int_attribute(node, "transA", 0),
+            int_attribute(node, "transB", 0),
             len(node.inputs) > 2 and node.inputs[2] is not None,
             "alpha" in node.attributes and node.attributes["alpha"].as_float() != 1.0,
         )
@@ -234,7 +234,7 @@ def one_hot_ids(value: ir.Value | None, facts: Facts) -> ir.Value | None:
             value = source
         elif node.op_type == "OneHot":
             values = facts.constant(node.inputs[2])
-            last = value.shape is not None and attribute(node, "axis", -1) in (-1, len(value.shape) - 1)
+            last = value.shape is not None and int_attribute(node, "axis", -1) in (-1, len(value.shape) - 1)
             return node.inputs[0] if last and values is not None and values.tolist() == [0, 1] else None
         elif node.op_type == "Equal":
             return _equal_to_arange(node, facts)

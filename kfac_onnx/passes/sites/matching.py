@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from kfac_onnx.frontends.values import static_shape
 from kfac_onnx.metadata import Refusal, Site, Use
-from kfac_onnx.passes.sites.facts import Facts, ancestors, static_shape
+from kfac_onnx.passes.sites.facts import Facts, ancestors
 from kfac_onnx.passes.sites.lookups import RESHAPES, DenseUse, Lookup, forward_uses, ids_chain
 from kfac_onnx.passes.sites.pulling import Miss, Pulled, RowStep, pull, pull_whole
 from kfac_onnx.passes.sites.scatters import DenseTerm, DropMask, RowTerm, gradient_terms

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from kfac_onnx.passes.sites.facts import static_shape
+from kfac_onnx.frontends.values import static_shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kfac_onnx.passes.sites.facts import attribute, static_shape
+from kfac_onnx.frontends.values import int_attribute, static_shape
 from kfac_onnx.passes.sites.lookups import RESHAPES, one_hot_ids, slice_window, unexpanded
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _placed_rows(node: ir.Node, facts: Facts) -> ViewStep | None:
         return None
     axis = 0
     if node.op_type == "ScatterElements":
-        axis = attribute(node, "axis", 0) % 2
+        axis = int_attribute(node, "axis", 0) % 2
         fixed = np.moveaxis(fixed, axis, 0)
         if np.any(fixed != fixed[:, :1]) or fixed.shape[1] != shape[1 - axis]:
             return None
@@ -178,7 +178,7 @@ def _split_window(node: ir.Node, value: ir.Value, facts: Facts) -> tuple[int, in
     source = static_shape(node.inputs[0])
     if source is None:
         return None
-    axis = attribute(node, "axis", 0) % len(source)
+    axis = int_attribute(node, "axis", 0) % len(source)
     lengths = facts.constant(node.inputs[1]) if len(node.inputs) > 1 else None
     if lengths is None:
         sizes = [static_shape(item) for item in node.outputs]
@@ -253,7 +253,7 @@ def _scatter_elements(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) 
         return None
     if _reduction(node) != "add" or not facts.is_zeros(node.inputs[0]):
         return None
-    axis = attribute(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     if len(shape) == 2:
         column = unexpanded(indices, 1 - axis)
         if column is None:
@@ -279,7 +279,7 @@ def _one_hot_product(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) -
     if shape is None or len(shape) != 2 or left is None or updates is None:
         return None
     if node.op_type == "Gemm":
-        plain = attribute(node, "transA", 0) == 1 and attribute(node, "transB", 0) == 0
+        plain = int_attribute(node, "transA", 0) == 1 and int_attribute(node, "transB", 0) == 0
         alpha = node.attributes.get("alpha")
         if not plain or (alpha is not None and alpha.as_float() != 1.0) or len(node.inputs) > 2:
             return None

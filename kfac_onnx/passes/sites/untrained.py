@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kfac_onnx.frontends.values import static_shape
 from kfac_onnx.metadata import Site
-from kfac_onnx.passes.sites.facts import Facts, ancestors, static_shape
+from kfac_onnx.passes.sites.facts import Facts, ancestors
 from kfac_onnx.passes.sites.lookups import forward_uses
 from kfac_onnx.passes.sites.matching import describe_lookup
 

@@ -34,6 +34,7 @@ __all__ = [
     "read_npz",
     "refuse_overwrite",
     "require_folder",
+    "require_writable",
     "save_model",
 ]
 
@@ -173,9 +174,7 @@ def atomic_path(path: str | Path) -> Generator[Path]:
     is missing or cannot be written; then nothing is left behind.
     """
     target = Path(path)
-    if target.exists() and not target.is_file():
-        what = "a folder" if target.is_dir() else "not a regular file"
-        raise UserError(f"'{path}' cannot be written: it is {what}")
+    _require_file(target)
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as e:
@@ -188,6 +187,20 @@ def atomic_path(path: str | Path) -> Generator[Path]:
         raise _unwritable(path, e) from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_file(target: Path) -> None:
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "not a regular file"
+        raise UserError(f"'{target}' cannot be written: it is {what}")
+
+
+def require_writable(path: str | Path) -> None:
+    """Raise UserError for a place that `atomic_path` could not write to: sooner than after hours of work."""
+    _require_file(Path(path))
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"'{path}' cannot be written: its folder does not exist or is read-only")
 
 
 def make_folder(path: str | Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +167,7 @@ def _check(
     export: str | None, into: str | None, checkpoint: str | None, resume: bool, inputs: list[str]
 ) -> None:
     """Raise UserError for what would fail after hours of training: options, places, a wrong --into."""
-    from kfac_onnx.files import load_proto, refuse_overwrite, require_folder
+    from kfac_onnx.files import load_proto, refuse_overwrite, require_folder, require_writable
 
     if into is not None and export is None:
         raise UserError("--into says where the weights go, but there is no --export to write")
@@ -176,9 +175,7 @@ def _check(
         raise UserError("--resume needs --checkpoint DIR, the folder to go on from")
     if export is not None:
         refuse_overwrite(export, *inputs)
-        folder = Path(export).absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"'{export}' cannot be written: its folder does not exist or is read-only")
+        require_writable(export)
     if checkpoint is not None:
         require_folder(checkpoint)
     if into is not None:

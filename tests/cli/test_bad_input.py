@@ -447,7 +447,7 @@ def test_an_unknown_provider_for_golden_files(run: Callable[..., Outcome], tmp_p
             "metrics cannot be written to '/dev/full': No space left on device",
         ),
         (
-            "train step.onnx --data data.npz --parameters parameters.npz --quiet --export",
+            "train step.onnx --data data.npz --export",
             "'/dev/full' cannot be written: it is not a regular file",
         ),
         ("transform train.onnx -o", "'/dev/full' cannot be written: it is not a regular file"),

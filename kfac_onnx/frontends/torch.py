@@ -82,6 +82,7 @@ def export_training_graph(
         opset=opset,
     )
     model = joint.model
+    _inner_names_apart(model)
     _values_into_graph(model, joint.constants)
     if parameters_as == "initializers":
         _values_into_graph(model, joint.parameters)
@@ -89,6 +90,26 @@ def export_training_graph(
     if path is not None:
         _write(model, Path(path))
     return model
+
+
+def _inner_names_apart(model: ir.Model) -> None:
+    """Rename inner values that have the name of an input or output, or of an earlier inner value.
+
+    PyTorch names inner values after operators (`neg`, `add_3`), whatever the arguments of forward are called.
+    """
+    graph = model.graph
+    ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    taken = {value.name for value in ends}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs:
+            if value in ends or not value.name:
+                continue
+            name, number = value.name, 1
+            while name in taken:
+                number += 1
+                name = f"{value.name}_{number}"
+            value.name = name
+            taken.add(name)
 
 
 def _values_into_graph(model: ir.Model, values: Mapping[str, np.ndarray]) -> None:

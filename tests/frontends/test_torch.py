@@ -122,6 +122,26 @@ def test_parameters_as_inputs_leave_their_values_out(torch: Any) -> None:
         np.testing.assert_array_equal(array, given[name])
 
 
+@pytest.mark.parametrize("names", [("context", "neg"), ("neg", "mul")])
+def test_arguments_and_parameters_called_like_operators(torch: Any, names: tuple[str, str]) -> None:
+    class Scored(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 3)
+            self.sigmoid = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, first: Any, second: Any) -> Any:
+            rows = self.emb(first) * self.emb(second)
+            return torch.sigmoid(-(rows * torch.sigmoid(self.sigmoid)).sum(1)).mean()
+
+    module = Scored()
+    inputs = torch.tensor([1, 2, 2]), torch.tensor([3, 3, 8])
+    model = export_training_graph(module, inputs, input_names=names)
+    check(model, module, names, inputs)
+    (site,) = scan(model).sites
+    assert (site.parameter, len(site.uses)) == ("emb.weight", 2)
+
+
 def test_parameters_with_equal_values_stay_apart(torch: Any) -> None:
     class TwoBiases(torch.nn.Module):
         def __init__(self) -> None:

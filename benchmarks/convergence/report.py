@@ -32,7 +32,6 @@ class Row:
     curves: tuple[Curve, ...]
     steps: tuple[float | None, ...]
     ratios: tuple[float | None, ...]
-    ms_per_step: float
 
     @property
     def mean_best(self) -> float:
@@ -82,8 +81,7 @@ def compare(runs: Runs, schedule: Schedule) -> Comparison:
         ratios = tuple(
             None if step is None else step / least for step, least in zip(steps, fastest, strict=True)
         )
-        times = statistics.median(runs[setting, seed]["ms_per_step"] for seed in SEEDS)
-        rows.append(Row(setting, found[setting], steps, ratios, times))
+        rows.append(Row(setting, found[setting], steps, ratios))
     return Comparison(baseline, levels, fastest, tuple(rows))
 
 
@@ -96,8 +94,8 @@ def print_comparison(result: Comparison, swept: set[Setting]) -> None:
     print(f"Best baseline: {result.baseline}.")
     print(f"Level of each seed: {', '.join(f'{level:.4f}' for level in result.levels)}; ", end="")
     print(f"reached by the fastest baseline at step {', '.join(f'{step:.0f}' for step in result.fastest)}.\n")
-    print("| preset | lr | rest lr | best loss ± sd | steps to level | ratio per seed | mean | ms/step |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| preset | lr | rest lr | best loss ± sd | steps to level | ratio per seed | mean |")
+    print("|---|---|---|---|---|---|---|")
     for row in result.rows:
         setting = row.setting
         name = f"**{setting.preset}**" if result.tuned[setting.preset] is row else setting.preset
@@ -108,7 +106,7 @@ def print_comparison(result: Comparison, swept: set[Setting]) -> None:
         mean = f"{statistics.mean(reached):.3f}" if len(reached) == len(SEEDS) else f"{len(reached)} of 3"
         print(
             f"| {name} | {setting.lr:g} | {setting.rest_lr:g} | {row.mean_best:.4f} ± {spread:.4f} | "
-            f"{steps} | {ratios} | {mean} | {row.ms_per_step:.1f} |"
+            f"{steps} | {ratios} | {mean} |"
         )
     for preset, row in result.tuned.items():
         if names := edges(row.setting, swept):

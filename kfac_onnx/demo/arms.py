@@ -34,8 +34,8 @@ class Arm:
 
 
 ARMS: Final = (
-    Arm("Adam", "plain-adam", lr=0.01, rest_lr=0.003),
-    Arm("Adagrad", "plain-adagrad", lr=0.2, rest_lr=0.003),
+    Arm("Adam", "plain-adam", lr=0.006, rest_lr=0.004),
+    Arm("Adagrad", "plain-adagrad", lr=0.1, rest_lr=0.005),
     Arm("half", "half", lr=0.01, rest_lr=0.003),
 )
 """Adam first: the steps to its best held-out loss are counted. Last the default preset."""

@@ -43,7 +43,7 @@ class _Scale:
 
 
 _FULL = _Scale(steps=1_200, every=50, held_out=None)
-_QUICK = _Scale(steps=200, every=20, held_out=1_000)
+_QUICK = _Scale(steps=400, every=20, held_out=1_000)
 
 
 @dataclass(frozen=True)

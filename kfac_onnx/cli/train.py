@@ -124,6 +124,7 @@ def command(
     """
     _check(export, into, checkpoint, resume, [model, data, *(p for p in (parameters, held_out, into) if p)])
     from kfac_onnx.runtime import TrainingSession
+    from kfac_onnx.runtime.export import filled
 
     providers = provider_names(provider)
     saved = None if checkpoint is None else Path(checkpoint) / _CHECKPOINT
@@ -147,6 +148,8 @@ def command(
         valid = None if held_out is None else _batches(held_out, size, None, full=fixed is not None)
         if valid is not None:
             session.evaluate(itertools.islice(valid, 1))  # what is wrong with it shows before training
+        if into is not None:
+            filled(session.parameters, into)  # and so does a model that the weights do not fit
         result = session.fit(
             _batches(data, size, None if no_shuffle else seed, full=fixed is not None),
             steps=steps,

@@ -494,6 +494,20 @@ def test_held_out_data_is_looked_at_before_training(
     )  # fmt: skip
 
 
+def test_a_forward_model_is_looked_at_before_training(run: Callable[..., Outcome], folder: Path) -> None:
+    (folder / "forward.onnx").write_bytes(onnx.parser.parse_model(LINEAR).SerializeToString())
+    before = set(folder.iterdir())
+    outcome = run(
+        "train", folder / "step.onnx", "--data", folder / "data.npz", "--parameters", folder / "parameters.npz",
+        "--metrics", folder / "log", "--export", folder / "out.onnx", "--into", folder / "forward.onnx",
+    )  # fmt: skip
+    message = "no trained parameter fits an initializer of 'DIR/forward.onnx' by name or shape\n" + "".join(
+        outcome.err.splitlines(keepends=True)[1:]
+    ).rstrip("\n")
+    assert "help: trained parameters are 'm.emb.weight' [100, 16], " in message
+    refused(outcome, message, folder, before)
+
+
 def test_data_without_an_example(run: Callable[..., Outcome], folder: Path, arrays: Arrays) -> None:
     np.savez(folder / "none.npz", **{name: array[:0] for name, array in arrays.items()})
     before = set(folder.iterdir())

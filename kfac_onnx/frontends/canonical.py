@@ -16,6 +16,7 @@ from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidate
 from kfac_onnx.frontends.lowering import lower_training_operators
 from kfac_onnx.frontends.pairing import Pairing, find_value, pair, parameter_of
 from kfac_onnx.frontends.scatters import make_scatters_race_free
+from kfac_onnx.frontends.sequences import split_without_sequences
 from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
@@ -112,7 +113,9 @@ def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Mo
 
 def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     """Lower, widen and make scatters safe; shapes are inferred between, since the rules look at them."""
-    notes = lower_training_operators(model, place)
+    split = split_without_sequences(model)
+    notes = [f"sequences of parts made tensors: {split}"] if split else []
+    notes += lower_training_operators(model, place)
     infer_shapes(model)
     notes += widen(model)
     if scatters := make_scatters_race_free(model):

@@ -11,6 +11,18 @@ from kfac_onnx.frontends.values import REMEMBERED, all_graphs, dtype_of
 
 __all__ = ["infer_shapes"]
 
+SEQUENCES = frozenset(
+    {
+        "SplitToSequence",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceMap",
+    }
+)
+"""Operators whose result is a sequence of tensors."""
+
 
 def infer_shapes(model: ir.Model) -> None:
     """Fill in missing shapes and types; a graph that ONNX cannot infer stays as it is.
@@ -27,6 +39,9 @@ def infer_shapes(model: ir.Model) -> None:
     for graph in all_graphs(model.graph):
         for node in graph:
             for value in node.outputs:
+                if node.op_type in SEQUENCES:  # the pass takes a sequence for one of its tensors
+                    value.type, value.shape = None, None
+                    continue
                 dtype = dtype_of(value)
                 if value.is_graph_output():
                     continue

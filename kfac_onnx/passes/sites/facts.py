@@ -21,6 +21,11 @@ __all__ = ["Facts", "ancestors"]
 SMALL = 1 << 16
 """Entries above which a constant expression is not evaluated."""
 
+NO_LARGER = frozenset(
+    {"Cast", "Flatten", "Identity", "Range", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators evaluated also where the shape of their result is unknown: no larger than their inputs say."""
+
 
 def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
     """Return the values and everything that they are computed from, also through subgraphs."""
@@ -87,11 +92,15 @@ class Facts:
             return _constant_node(node)
         if node.op_type in ("Shape", "Size"):
             return _shape_node(node)
+        if len(node.outputs) > 1:
+            return None
         shape = static_shape(value)
-        if shape is None or int(np.prod(shape)) > SMALL or len(node.outputs) > 1:
+        if node.op_type not in NO_LARGER if shape is None else int(np.prod(shape)) > SMALL:
             return None
         inputs = [self.constant(item) for item in node.inputs if item is not None]
         if any(item is None for item in inputs) or any(_has_graph(attr) for attr in node.attributes.values()):
+            return None
+        if node.op_type == "Range" and _range_size(inputs) > SMALL:
             return None
         return _run_node(node, [item for item in inputs if item is not None], self.model)
 
@@ -138,6 +147,11 @@ def _shape_node(node: ir.Node) -> np.ndarray | None:
     if not all(isinstance(dim, int) for dim in dims):
         return None
     return np.asarray(dims, np.int64)
+
+
+def _range_size(inputs: list[np.ndarray | None]) -> float:
+    start, limit, step = (float(item.reshape(())) for item in inputs if item is not None)
+    return (limit - start) / step if step else np.inf
 
 
 def _run_node(node: ir.Node, inputs: list[np.ndarray], model: ir.Model) -> np.ndarray | None:

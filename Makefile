@@ -9,7 +9,7 @@ help:  ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install:  ## install the package in place with everything a developer needs
-	$(PYTHON) -m pip install -e '.[dev,plot]'
+	$(PYTHON) -m pip install -e '.[dev]'
 
 check: lint types test  ## everything that must be green before a commit
 

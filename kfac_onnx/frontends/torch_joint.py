@@ -25,6 +25,7 @@ import torch.export.experimental
 from torch.export.graph_signature import InputKind, OutputKind
 
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.frontends.torch_backward import rewrite_backward
 from kfac_onnx.frontends.torch_embeddings import ExportableEmbeddings
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def _trace(
     with ExportableEmbeddings():
         forward = torch.export.export(functional, inputs, dynamic_shapes=(tuple(free),))
     joint = torch.export.experimental._export_forward_backward(forward)
+    rewrite_backward(joint.graph_module)
     held: dict[str, torch.Tensor] = {}
     for spec in joint.graph_signature.input_specs:
         if spec.kind != InputKind.USER_INPUT:

@@ -142,6 +142,41 @@ def test_arguments_and_parameters_called_like_operators(torch: Any, names: tuple
     assert (site.parameter, len(site.uses)) == ("emb.weight", 2)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_convolution_pooling_and_gates(torch: Any, padded: bool) -> None:
+    class Text(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.conv = torch.nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
+            self.average = torch.nn.AvgPool1d(2, 1, padding=1, count_include_pad=padded)
+            self.most = torch.nn.MaxPool1d(3, 2, padding=1)
+
+        def forward(self, ids: Any) -> Any:
+            rows = torch.nn.functional.silu(self.conv(self.emb(ids).transpose(1, 2)))
+            return self.most(self.average(rows)).square().mean()
+
+    module = Text()
+    model = export_training_graph(module, (torch.randint(0, 9, (4, 12)),))
+    check(model, module, ("ids",), (torch.randint(0, 9, (7, 12)),))
+    (site,) = scan(model).sites
+    assert (site.parameter, site.vocab_size, site.embedding_dim) == ("emb.weight", 9, 4)
+
+
+def test_what_no_rule_covers_is_said(torch: Any) -> None:
+    class Up(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.up = torch.nn.ConvTranspose1d(4, 2, 3)
+
+        def forward(self, ids: Any) -> Any:
+            return self.up(self.emb(ids).transpose(1, 2)).square().mean()
+
+    with pytest.raises(UserError, match="the gradient of a transposed convolution cannot be exported"):
+        export_training_graph(Up(), (torch.randint(0, 9, (4, 5)),))
+
+
 def test_parameters_with_equal_values_stay_apart(torch: Any) -> None:
     class TwoBiases(torch.nn.Module):
         def __init__(self) -> None:

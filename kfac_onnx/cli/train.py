@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _CHECKPOINT = "run.ckpt"
+_log = logging.getLogger(__name__)
+_SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule", "parameters", *BLOCK_OPTIONS)
+"""What a checkpoint already says."""
 
 
 @click.command("train", short_help="Train a training graph on a file of arrays.")
@@ -47,7 +51,10 @@ _CHECKPOINT = "run.ckpt"
     "--batch-size", type=int, metavar="N", help="Default: the graph's, else each file is one batch."
 )
 @click.option(
-    "--steps", type=int, metavar="N", help="How many steps; without --epochs and --steps: one epoch."
+    "--steps",
+    type=int,
+    metavar="N",
+    help="How many steps, those before --resume counted in; without --epochs and --steps: one epoch.",
 )
 @click.option("--epochs", type=int, metavar="N", help="How many passes over the data.")
 @click.option(
@@ -130,6 +137,10 @@ def command(
     saved = None if checkpoint is None else Path(checkpoint) / _CHECKPOINT
     if resume and saved is not None:
         session = TrainingSession.resume(saved, providers=providers, threads=threads)
+        steps = None if steps is None else max(steps - session.position, 0)
+        ignored = given_options(ctx, _SETTINGS)
+        if ignored:
+            _log.warning("%s is not read on --resume: the run goes on as it was begun", ", ".join(ignored))
     else:
         made, values = _prepared(ctx, model, parameters, loss, gradients, preset, lr, rest, rest_lr)
         session = TrainingSession(

@@ -78,11 +78,16 @@ class InsertEmbeddingKfac(Pass):
         """Edit `model` in place.
 
         Raises UserError for a table that was refused and is not in `allow-fallback`, when there is no
-        table at all, and for r1.7 where the divisor of the loss is unknown.
+        table at all, for r1.7 where the divisor of the loss is unknown, and for a divisor that is not used.
         """
         sites = metadata.read_list(model, "sites", Site)
         self._check(model, sites)
         preset = self.settings()
+        if self.grad_scale is not None and not preset.scale_gradients:
+            raise UserError(
+                f"grad-scale has no meaning for preset '{preset.name}', whose update does not depend on it",
+                help="leave it out, or take preset r1.7",
+            )
         emitter = Emitter(model, self.name)
         draft = Draft(model, emitter, values_by_name(model))
         scale = self._gradient_scale(model, emitter, draft) if preset.scale_gradients else None

@@ -6,7 +6,7 @@ else from `State.initial`), constants, and learning rates. What is left is the b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -35,6 +35,10 @@ __all__ = [
     "own_outputs",
     "require_step",
 ]
+
+
+_PIECE: Final = 1 << 22
+"""Entries that are checked at once."""
 
 
 def require_step(model: ir.Model, name: str) -> Step:
@@ -86,7 +90,7 @@ def _initial(state: State, plan: Plan, values: Mapping[str, np.ndarray], element
 def fitting_value(array: np.ndarray, state: State) -> np.ndarray:
     """Return a parameter's value in the state's dtype (bfloat16 may come as uint16 bits).
 
-    Raises UserError for another shape or dtype.
+    Raises UserError for another shape or dtype, and for entries that are not finite: no step would be kept.
     """
     element = element_type(state.dtype)
     wanted = numpy_dtype(element)
@@ -101,7 +105,17 @@ def fitting_value(array: np.ndarray, state: State) -> np.ndarray:
     if array.dtype != wanted:
         message = f"the value of parameter '{state.input}' must be {dtype_name(element)}, got {array.dtype}"
         raise UserError(message, help=f"convert it: array.astype('{dtype_name(element)}')")
+    if not _all_finite(array):
+        raise UserError(f"the value of parameter '{state.input}' holds entries that are not finite")
     return array
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """Say whether every entry is finite, in pieces: a table may be most of the memory."""
+    if array.ndim == 0:
+        return bool(np.isfinite(array))
+    rows = max(1, _PIECE // max(1, array[:1].size))
+    return all(bool(np.isfinite(array[i : i + rows]).all()) for i in range(0, len(array), rows))
 
 
 def assignable(

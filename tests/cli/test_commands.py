@@ -140,7 +140,7 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(
     whole = train(run, folder, step, "--steps", 7, "--threads", 1)
     keep = ("--checkpoint", folder / "ckpt", "--threads", 1)
     assert train(run, folder, step, "--steps", 3, *keep).data["position"] == 3
-    rest = train(run, folder, step, "--steps", 4, "--resume", *keep)
+    rest = train(run, folder, step, "--steps", 7, "--resume", *keep)
     assert rest.data["position"] == 7
     assert rest.data["loss"] == whole.data["loss"]
 

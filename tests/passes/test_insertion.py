@@ -254,3 +254,11 @@ def test_values_given_to_transform_are_stored_and_constants_leave_the_batch() ->
 )
 def test_values_that_do_not_fit(values: dict[str, np.ndarray], message: str) -> None:
     assert message_of(lambda: transform(NPLM.path, parameters=values)) == message
+
+
+def test_grad_scale_is_refused_where_it_means_nothing() -> None:
+    assert message_of(lambda: transform(NPLM.path, grad_scale=4.0)) == (
+        "grad-scale has no meaning for preset 'half', whose update does not depend on it\n"
+        "  in:   insert-embedding-kfac, pass 2 of 6\n"
+        "  help: leave it out, or take preset r1.7"
+    )

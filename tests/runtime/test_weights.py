@@ -9,8 +9,10 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from corpus_cases import Case, MarkedGraph
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.passes.api import transform
 from kfac_onnx.runtime import TrainingSession
 from kfac_onnx.runtime.weights import read_weights
 
@@ -105,3 +107,14 @@ def test_a_session_reads_its_model_from_a_file(
     session = TrainingSession(tmp_path / "step.onnx", threads=1)
     batch = toy.batches(1)[0]
     assert session.step(batch) == open_toy().step(batch)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(bad: float) -> None:
+    case = Case("torchjoint_in__nplm")
+    values = MarkedGraph(case).initial(case)
+    table = values["m.emb.weight"].copy()
+    table[99, 15] = bad
+    with pytest.raises(UserError) as caught:
+        TrainingSession(transform(case.path), parameters={**values, "m.emb.weight": table})
+    assert str(caught.value) == "the value of parameter 'm.emb.weight' holds entries that are not finite"

@@ -24,9 +24,20 @@ from kfac_onnx.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ADAGRAD", "ADAPTIVE", "HALF", "PRESETS", "R17", "Damping", "Preset", "find_preset"]
+__all__ = [
+    "ADAGRAD",
+    "ADAPTIVE",
+    "EARLY_REFRESHES",
+    "HALF",
+    "PRESETS",
+    "R17",
+    "Damping",
+    "Preset",
+    "find_preset",
+]
 
-_DOUBLINGS: Final = (1, 2, 4, 8)
+EARLY_REFRESHES: Final = (1, 2, 4, 8)
+"""Committed steps at which the inverse (root) of G is recomputed besides every `refresh_every`-th."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +105,7 @@ class Preset:
 
     def refreshes(self, step: int) -> bool:
         """Return whether the inverse (root) is recomputed at committed step 1, 2, 3, ..."""
-        return step in _DOUBLINGS or step % self.refresh_every == 0
+        return step in EARLY_REFRESHES or step % self.refresh_every == 0
 
     def iterations(self, embedding_dim: int) -> int:
         """Return the Newton–Schulz iterations that reach full accuracy at width D.

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
+from kfac_onnx.fisher.presets import EARLY_REFRESHES
 from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State
 
 if TYPE_CHECKING:
@@ -187,11 +188,13 @@ class Draft:
         if known is not None:
             return self.values[known]
         t, emit = self.step_number(), self.emitter.derive(phase=Phase.GRADIENTS)
-        early = emit.constant(np.asarray([1, 2, 4, 8], np.int64), "early_refreshes")
+        early = emit.constant(np.asarray(EARLY_REFRESHES, np.int64), "early_refreshes")
         period = emit.constant(np.asarray(every, np.int64), "refresh_every")
         zero = emit.constant(np.asarray(0, np.int64), "zero")
-        hits = emit.node("Equal", [t, early], name="early", dtype=BOOL, shape=[4])
-        hits = emit.node("Cast", [hits], attributes={"to": INT64}, name="early", dtype=INT64, shape=[4])
+        hits = emit.node("Equal", [t, early], name="early", dtype=BOOL, shape=[len(EARLY_REFRESHES)])
+        hits = emit.node(
+            "Cast", [hits], attributes={"to": INT64}, name="early", dtype=INT64, shape=[len(EARLY_REFRESHES)]
+        )
         hit = emit.node("ReduceMax", [hits], attributes={"keepdims": 0}, name="early", dtype=INT64, shape=[])
         hit = emit.node("Greater", [hit, zero], name="early", dtype=BOOL, shape=[])
         rest = emit.node("Mod", [t, period], name="since_refresh", dtype=INT64, shape=[])

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DATA = Path(__file__).parent.parent / "data"
+EXPORTERS = ("ortart_", "ortgrad_", "ortmodule_", "torchjoint_", "torchmakefx_")
 GRAPHS = {
     path.stem: path
-    for folder in ("graphs", "graphs_other")
-    for path in sorted((DATA / folder).glob("*.onnx"))
+    for path in sorted((DATA / "graphs").glob("*.onnx"))
+    if path.stem.startswith(EXPORTERS)
 }
 # Measured worst errors relative to the largest entry: float32 5e-7, float16 1e-3, bfloat16 5.3e-3: the
 # exporter's own graph rounds each operator to 2⁻¹¹ (2⁻⁸) of its result.

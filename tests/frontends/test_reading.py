@@ -215,7 +215,7 @@ def test_accumulators_may_have_a_second_output() -> None:
 
 
 def test_a_boundary_gradient_becomes_a_batch_input() -> None:
-    model = read_training_graph(GRAPHS.parent / "graphs_other" / "ortmodule_leg__nplm.onnx")
+    model = read_training_graph(GRAPHS / "ortmodule_leg__nplm.onnx")
     assert model.metadata_props["kfac.frontend"] == "ort-module"
     assert metadata.read(model, "loss", metadata.Loss) == metadata.Loss(None)
     assert "pred_grad" in {value.name for value in model.graph.inputs}

@@ -6,32 +6,23 @@ exporter's graph at those weights, so an error is that of one step and rounding 
 
 from __future__ import annotations
 
-import functools
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from corpus_cases import Case, MarkedGraph, StepReference, case_names
+from corpus_cases import StepReference, marked
+from corpus_table import names
 
 from kfac_onnx import metadata
 from kfac_onnx.metadata import State, Step
 from kfac_onnx.passes.api import transform
 from kfac_onnx.runtime import TrainingSession
 
-UNTRAINABLE = {"torchjoint_initopt__identical_init"}
-RANDOM = {"ortart_dyncore__nplm_dropout"}  # Dropout draws anew in every session
-NAMES = [name for name in case_names("ortart_", "torchjoint_") if name not in UNTRAINABLE | RANDOM]
+NAMES = names("trained")
 # One step of rounding, relative to the largest entry of a parameter: a few units in the last place of its
 # dtype; float16 gradients add their own rounding, amplified by the inverse root.
 TOLERANCE = {np.float32: 4e-6, np.float16: 1.5e-3, ml_dtypes.bfloat16: 1.2e-2}
-
-
-@functools.cache
-def marked(name: str) -> tuple[Case, MarkedGraph]:
-    case = Case(name)
-    return case, MarkedGraph(case)
 
 
 def compare(
@@ -98,7 +89,7 @@ def test_adaptive_on_four_threads(name: str) -> None:
 
 def rest_of(name: str) -> str:
     """Adam divides the key bias of attention, whose gradient is rounding noise, by that noise."""
-    return "sgd" if "gpt" in name else "adam"
+    return "sgd" if "gpt" in name or "lm" in name else "adam"
 
 
 def test_comparison_notices_one_percent() -> None:

@@ -7,6 +7,7 @@ gradient and, at the first batch, against torch's numbers in the sidecar.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,12 @@ class MarkedGraph:
         self.session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
         self.inputs = {item.name: item.type for item in self.session.get_inputs()}
 
+    @property
+    def half(self) -> bool:
+        """Whether any value of the graph is half precision."""
+        values = (value for node in self.model.graph for value in node.outputs)
+        return any(value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for value in values)
+
     def initial(self, case: Case) -> dict[str, np.ndarray]:
         """Return every parameter's starting value."""
         feed = case.feed()
@@ -141,6 +148,13 @@ class MarkedGraph:
                 values[name] = ort.OrtValue.ortvalue_from_numpy(array)
         results = self.session.run_with_ort_values([item.name for item in self.session.get_outputs()], values)
         return {name: item.numpy() for name, item in zip(self.names, results, strict=True)}
+
+
+@functools.cache
+def marked(name: str) -> tuple[Case, MarkedGraph]:
+    """Return a committed graph and its marked canonical form; made once."""
+    case = Case(name)
+    return case, MarkedGraph(case)
 
 
 def is_bf16(value: ir.Value) -> bool:

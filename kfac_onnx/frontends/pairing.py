@@ -19,7 +19,7 @@ from kfac_onnx.metadata import Parameter, Refusal
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Pairing", "candidates", "find_value", "pair", "parameter_of"]
+__all__ = ["Pairing", "candidates", "find_value", "named_values", "pair", "parameter_of"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,25 @@ def candidates(model: ir.Model) -> dict[str, ir.Value]:
     return found
 
 
-def find_value(model: ir.Model, name: str, what: str, place: str | None) -> ir.Value:
-    """Return the graph output, or else any value, with this name.
+def named_values(model: ir.Model) -> dict[str, ir.Value]:
+    """Return the outputs of nodes and the graph's outputs by name."""
+    found = {str(value.name): value for node in model.graph for value in node.outputs if value.name}
+    found.update((str(value.name), value) for value in model.graph.outputs)
+    return found
+
+
+def find_value(
+    model: ir.Model, name: str, what: str, place: str | None, values: Mapping[str, ir.Value] | None = None
+) -> ir.Value:
+    """Return the graph output, or else any value, with this name; `values` are `named_values`, if at hand.
 
     Raises:
         UserError: if there is none.
 
     """
-    for value in model.graph.outputs:
-        if value.name == name:
-            return value
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name == name:
-                return value
+    found = (named_values(model) if values is None else values).get(name)
+    if found is not None:
+        return found
     known = [value.name for value in model.graph.outputs if value.name]
     raise UserError(
         f"the graph has no value '{name}', given as {what}{did_you_mean(name, known)}",
@@ -90,9 +95,9 @@ def pair(
         UserError: if a name that the user gave is unknown, or a gradient's shape is not its parameter's.
 
     """
-    known = candidates(model)
+    known, values = candidates(model), named_values(model)
     gradients = {
-        name: find_value(model, output, f"the gradient of '{name}'", place)
+        name: find_value(model, output, f"the gradient of '{name}'", place, values)
         for name, output in interface.gradients.items()
     }
     notes: list[str] = []
@@ -102,10 +107,11 @@ def pair(
                 f"the graph has no parameter '{name}', given in the gradients{did_you_mean(name, known)}",
                 place=place,
             )
-        gradients[name] = find_value(model, output, f"the gradient of '{name}'", place)
+        gradients[name] = find_value(model, output, f"the gradient of '{name}'", place, values)
     if not gradients and interface.by_position:
         gradients = _by_position(model, losses, place)
         notes.append(f"paired {len(gradients)} gradients with parameters by position and shape")
+    taken = {value.name for value in gradients.values()}
     refused = tuple(
         Refusal(
             parameter=name,
@@ -115,7 +121,7 @@ def pair(
             "or with the parameters as inputs",
         )
         for name, output in interface.orphans.items()
-        if output not in {value.name for value in gradients.values()}
+        if output not in taken
     )
     ordered = {name: gradients[name] for name in known if name in gradients}
     for name, gradient in ordered.items():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
+import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
+from kfac_onnx.errors import first_line
 from kfac_onnx.frontends.values import REMEMBERED, all_graphs, dtype_of
 
 __all__ = ["infer_shapes"]
+
+LOG: Final = logging.getLogger(__name__)
 
 SEQUENCES = frozenset(
     {
@@ -23,6 +27,9 @@ SEQUENCES = frozenset(
 )
 """Operators whose result is a sequence of tensors."""
 
+LARGE: Final = 1000
+"""Bytes above which only the shape of an initializer is given to ONNX's inference."""
+
 
 def infer_shapes(model: ir.Model) -> None:
     """Fill in missing shapes and types; a graph that ONNX cannot infer stays as it is.
@@ -30,16 +37,18 @@ def infer_shapes(model: ir.Model) -> None:
     A file cannot say a type without a shape or a shape without a type: of such values `dtype_of` keeps the
     type, and what it finds for the others is filled in.
     """
-    inference = logging.getLogger("onnx_ir.passes.common.shape_inference")
-    inference.disabled = True  # it logs a traceback for each graph that it gives up on
     try:
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    finally:
-        inference.disabled = False
+        inferred = onnx.shape_inference.infer_shapes(
+            _without_large_tensors(model), check_type=False, strict_mode=False, data_prop=True
+        )
+    except (RuntimeError, ValueError) as error:  # what ONNX raises for a graph that it gives up on
+        LOG.debug("shapes are not inferred: %s", first_line(error))
+    else:
+        _merge(model.graph, inferred.graph)
     for graph in all_graphs(model.graph):
         for node in graph:
             for value in node.outputs:
-                if node.op_type in SEQUENCES:  # the pass takes a sequence for one of its tensors
+                if node.op_type in SEQUENCES:  # a sequence's type is not that of its tensors
                     value.type, value.shape = None, None
                     continue
                 dtype = dtype_of(value)
@@ -49,3 +58,68 @@ def infer_shapes(model: ir.Model) -> None:
                     value.meta[REMEMBERED], value.type, value.shape = dtype, None, None
                 elif value.type is None:
                     value.type = ir.TensorType(dtype)
+
+
+def _without_large_tensors(model: ir.Model) -> onnx.ModelProto:
+    """Return the model as ONNX's inference reads it: large initializers are inputs. The model stays."""
+    graph = model.graph
+    held = list(graph.initializers.values())
+    inputs = list(graph.inputs)
+    for value in held:
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= LARGE:
+            continue
+        if value.shape is None:
+            value.shape = ir.Shape(tensor.shape.numpy())
+        if value.type is None:
+            value.type = ir.TensorType(tensor.dtype)
+        if not value.is_graph_input():
+            graph.inputs.append(value)
+        del graph.initializers[str(value.name)]
+    try:
+        return ir.to_proto(model)
+    finally:
+        graph.initializers.clear()
+        for value in held:
+            graph.initializers.add(value)
+        graph.inputs.clear()
+        graph.inputs.extend(inputs)
+
+
+def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
+    """Take over shapes and types, also of the graphs inside: both have the same nodes in the same order."""
+    known = {info.name: info.type for info in (*inferred.input, *inferred.value_info, *inferred.output)}
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.name in known:
+            _take(value, known[value.name])
+    for node, proto in zip(graph, inferred.node, strict=True):
+        for attribute in node.attributes.values():
+            bodies = graphs_of(attribute)
+            if not bodies:
+                continue
+            found = next(item for item in proto.attribute if item.name == attribute.name)
+            inner = found.graphs if found.graphs else [found.g]
+            for body, body_proto in zip(bodies, inner, strict=True):
+                _merge(body, body_proto)
+
+
+def graphs_of(attribute: ir.Attr) -> list[ir.Graph]:
+    """Return the graphs that an attribute holds: the bodies of an `If`, a `Loop` or a `Scan`."""
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+
+
+def _take(value: ir.Value, found: onnx.TypeProto) -> None:
+    """Give a value the tensor type and shape that were inferred; other types are left alone."""
+    if not found.HasField("tensor_type"):
+        return
+    tensor = found.tensor_type
+    if tensor.elem_type and (value.dtype is None or value.dtype != tensor.elem_type):
+        value.type = ir.TensorType(ir.DataType(tensor.elem_type))
+    if tensor.HasField("shape"):
+        dims = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim
+        ]
+        if value.shape is None or list(value.shape) != dims:
+            value.shape = ir.Shape(dims)

@@ -32,10 +32,12 @@ class Dce(Pass):
         """Edit `model` in place; each removed node, initializer and function is one change."""
         nodes = initializers = 0
         for graph in reversed(list(model.graphs())):
+            dead: list[ir.Node] = []
             for node in reversed(graph):
                 if not any(output.uses() or output.is_graph_output() for output in node.outputs):
                     nodes += 1 + _release(node)
-                    graph.remove(node, safe=True)
+                    dead.append(node)
+            graph.remove(dead)
         for graph in model.graphs():
             for name, value in list(graph.initializers.items()):
                 if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
@@ -49,14 +51,14 @@ class Dce(Pass):
 
 
 def _release(node: ir.Node) -> int:
-    """Take the nodes of a dead node's sub-graphs off the values that they use; return how many there are."""
+    """Take a dead node, and the nodes in its sub-graphs, off what they use; return how many are in those."""
     within = [
         inner
         for attribute in node.attributes.values()
         for graph in graphs_of(attribute)
         for inner in graph.all_nodes()
     ]
-    for inner in within:
+    for inner in (node, *within):
         for index in range(len(inner.inputs)):
             inner.replace_input_with(index, None)
     return len(within)

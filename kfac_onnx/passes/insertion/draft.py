@@ -41,6 +41,7 @@ class Draft:
         self.emitter = emitter
         self.values = values
         self.states = metadata.read_list(model, "draft_states", State)
+        self._places = {state.input: index for index, state in enumerate(self.states)}
         data: dict[str, Any] = json.loads(model.metadata_props.get("kfac.draft", "{}"))
         self.flags: list[str] = data.get("flags", [])
         self.rates = [LearningRate(**item) for item in data.get("learning_rates", [])]
@@ -96,6 +97,7 @@ class Draft:
         """Add a state input; `keep` or `write` says later what it becomes."""
         value = self.emitter.input(name, dtype, shape)
         self.remember(value)
+        self._places[name] = len(self.states)
         self.states.append(
             State(
                 input=name,
@@ -129,12 +131,12 @@ class Draft:
         aliases: tuple[str, ...],
     ) -> None:
         self.remember(new)
-        for index, state in enumerate(self.states):
-            if state.input == old.name:
-                self.states[index] = replace(
-                    state, candidate=str(new.name), phase=phase, update=update, aliases=aliases
-                )
-                return
+        place = self._places.setdefault(str(old.name), len(self.states))
+        if place < len(self.states):
+            self.states[place] = replace(
+                self.states[place], candidate=str(new.name), phase=phase, update=update, aliases=aliases
+            )
+            return
         self.states.append(
             State(
                 input=str(old.name),

@@ -23,9 +23,9 @@ _APPLY = {"rows": "ApplyRows", "columns": "ApplyColumns", "flat": "ApplyFlat"}
 
 def drop_gradient(draft: Draft, name: str | None) -> None:
     """Take a gradient out of the graph's outputs: the step uses it, nobody else needs it."""
-    outputs = draft.model.graph.outputs
-    for value in [value for value in outputs if value.name == name]:
-        outputs.remove(value)
+    value = None if name is None else draft.values.get(name)
+    while value is not None and value.is_graph_output():
+        draft.model.graph.outputs.remove(value)
         draft.emitter.count(removed=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -16,6 +17,7 @@ from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidate
 from kfac_onnx.frontends.lowering import lower_training_operators
 from kfac_onnx.frontends.pairing import Pairing, find_value, pair, parameter_of
 from kfac_onnx.frontends.scatters import make_scatters_race_free
+from kfac_onnx.frontends.segment_sums import raise_segment_sums
 from kfac_onnx.frontends.sequences import split_without_sequences
 from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
@@ -64,6 +66,7 @@ def read_training_graph(
 
     loss_value, pairing = _loss_and_pairs(exported, interface, loss, gradients)
     notes += pairing.notes
+    notes += _close_boundary(model, loss_value, interface)
     copied, ambiguous = undo_stale_copies(model, pairing.parameters)
     notes += copied
     _set_outputs(model, loss_value, pairing, interface)
@@ -72,7 +75,8 @@ def read_training_graph(
     name = None if loss_value is None else loss_value.name
     metadata.write(model, "frontend", interface.frontend)
     metadata.write(model, "parameters", pairing.described())
-    metadata.write(model, "loss", metadata.Loss(name, reduction.kind))
+    predictions = {} if loss_value is not None else interface.boundary
+    metadata.write(model, "loss", metadata.Loss(name, reduction.kind, predictions))
     metadata.write(model, "notes", notes)
     metadata.write(model, "refused", [*pairing.refused, *ambiguous])
     return model
@@ -118,6 +122,8 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     notes += lower_training_operators(model, place)
     infer_shapes(model)
     notes += widen(model)
+    if sums := raise_segment_sums(model):
+        notes.append(f"lowered segment sums made scatters: {sums}")
     if scatters := make_scatters_race_free(model):
         notes.append(f"scatters made safe for several threads: {scatters}")
     clean_imports(model)
@@ -152,8 +158,39 @@ def _loss_and_pairs(
     found = [named] if named is not None else loss_candidates(model, taken)
     if interface.by_position and not gradients and len(found) > 1 and found[0] is model.graph.outputs[0]:
         found = found[:1]  # scalars after the first are gradients of scalar parameters
-    chosen = choose_loss(found, boundary=interface.boundary, place=place)
+    if interface.boundary:
+        found = [value for value in found if static_shape(value) == ()]
+    chosen = choose_loss(found, boundary=bool(interface.boundary), place=place)
     return chosen, pair(model, interface, [] if chosen is None else [chosen], gradients, place)
+
+
+def _close_boundary(model: ir.Model, loss: ir.Value | None, interface: Interface) -> list[str]:
+    """Where a scalar prediction is the loss, set the gradients that a host would feed: 1, and 0 elsewhere."""
+    if loss is None or loss.name not in interface.boundary:
+        return []
+    inputs = {value.name: value for value in model.graph.inputs}
+    made = {value.name: value for value in model.graph.outputs}
+    for prediction, gradient in interface.boundary.items():
+        source, value = made[prediction], inputs.get(gradient)
+        node = source.producer()
+        if value is None or node is None:
+            continue
+        dtype = dtype_of(value) or dtype_of(source) or ir.DataType.FLOAT
+        fill = np.full(1, prediction == loss.name).astype(dtype.numpy())
+        shape = ir.Node("", "Shape", [source], num_outputs=1, name=f"kfac/boundary/{gradient}/shape")
+        whole = ir.Node(
+            "", "ConstantOfShape", [shape.outputs[0]], {"value": ir.tensor(fill)},
+            num_outputs=1, name=f"kfac/boundary/{gradient}",
+        )  # fmt: skip
+        shape.outputs[0].name = f"kfac/boundary/{gradient}/shape"
+        shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        model.graph.insert_after(node, [shape, whole])
+        value.replace_all_uses_with(whole.outputs[0], replace_graph_outputs=True)
+        model.graph.inputs.remove(value)
+        whole.outputs[0].name, whole.outputs[0].type, whole.outputs[0].shape = gradient, value.type, value.shape
+    others = [name for name, gradient in interface.boundary.items() if gradient and name != loss.name]
+    rest = f"; nothing else is fed back: {', '.join(others)}" if others else ""
+    return [f"the prediction '{loss.name}' is a scalar and is the loss{rest}"]
 
 
 def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing, interface: Interface) -> None:

@@ -12,6 +12,7 @@ from kfac_onnx.frontends.lowering import (
     batch_norm,
     convolution,
     cross_entropy,
+    normalization,
     plumbing,
     recurrent,
     rows,
@@ -31,6 +32,7 @@ TABLE: Final[dict[tuple[str, str], Rule]] = {
     **batch_norm.RULES,
     **convolution.RULES,
     **cross_entropy.RULES,
+    **normalization.RULES,
     **plumbing.RULES,
     **recurrent.RULES,
 }

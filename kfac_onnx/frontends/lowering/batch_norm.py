@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.frontends.lowering.emit import HALF_TYPES, Miss
+from kfac_onnx.frontends.lowering.normalization import normalized_gradient
 from kfac_onnx.frontends.values import dtype_of, rank_of
 
 if TYPE_CHECKING:
@@ -83,11 +84,9 @@ def batch_normalization_grad(emit: Emit, node: ir.Node) -> Lowered:
     inverse = _spread(emit, invstd, rank, work)
     x_hat = emit.op("Mul", emit.op("Sub", data, _spread(emit, mean, rank, work)), inverse)
     aligned = emit.op("Mul", dy, x_hat)
-    shared = emit.op("Mul", x_hat, emit.op("ReduceMean", aligned, over, keepdims=1))
-    inner = emit.op("Sub", emit.op("Sub", dy, emit.op("ReduceMean", dy, over, keepdims=1)), shared)
     gain = emit.op("Mul", _spread(emit, scale, rank, work), inverse)
     own = dtype_of(scale) or dtype
-    results = [emit.cast(emit.op("Mul", gain, inner), dtype, work)]
+    results = [emit.cast(normalized_gradient(emit, dy, x_hat, gain, over, centred=True), dtype, work)]
     results += [emit.cast(emit.op("ReduceSum", item, over, keepdims=0), own, work) for item in (aligned, dy)]
     return results[: len(node.outputs)]
 

@@ -16,7 +16,7 @@ from kfac_onnx.frontends.values import constant, dtype_of
 if TYPE_CHECKING:
     from kfac_onnx.frontends.lowering.emit import Emit, Lowered
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "loss_gradient"]
 
 
 def _ignored(node: ir.Node) -> int | Miss | None:
@@ -71,14 +71,42 @@ def loss_grad(emit: Emit, node: ir.Node) -> Lowered:
     ignored = _ignored(node)
     if isinstance(ignored, Miss):
         return ignored
-    work = ir.DataType.FLOAT if dtype in HALF_TYPES else dtype
+    result = loss_gradient(emit, grad, log_prob, label, weight, ignored, _reduction(node), dtype)
+    wanted = node.attributes.get("output_type")
+    work = _work(dtype)
+    return [emit.cast(result, dtype if wanted is None else ir.DataType(wanted.as_int()), work)]
+
+
+def _work(dtype: ir.DataType) -> ir.DataType:
+    return ir.DataType.FLOAT if dtype in HALF_TYPES else dtype
+
+
+def loss_gradient(
+    emit: Emit,
+    grad: ir.Value,
+    log_prob: ir.Value,
+    label: ir.Value,
+    weight: ir.Value | None,
+    ignored: int | None,
+    reduction: str,
+    dtype: ir.DataType,
+    *,
+    through_softmax: bool = True,
+) -> ir.Value:
+    """Return what `loss_grad` does, in float32 for half types: the gradient of the scores.
+
+    Without `through_softmax` it is that of the negative log likelihood, with respect to `log_prob`: the
+    same without exp(log_prob). `dtype` is the type of `log_prob`.
+    """
+    work = _work(dtype)
     zero = emit.scalar(0.0, work)
     labels = emit.cast(label, ir.DataType.INT64, dtype_of(label))
-    probability = emit.op("Exp", emit.cast(log_prob, work, dtype))
     classes = emit.entry(emit.op("Shape", log_prob), 1)
-    bounds = emit.names.constant(np.array([0, 1], np.float32))
+    bounds = emit.names.constant(np.array([0, 1] if through_softmax else [0, -1], np.float32))
     (hot,) = emit.many("OneHot", [labels, classes, bounds], 1, {"axis": 1})
-    error = emit.op("Sub", probability, emit.cast(hot, work, ir.DataType.FLOAT))
+    error = emit.cast(hot, work, ir.DataType.FLOAT)
+    if through_softmax:
+        error = emit.op("Sub", emit.op("Exp", emit.cast(log_prob, work, dtype)), error)
     kept = None
     if ignored is not None:
         kept = emit.op("Not", emit.op("Equal", labels, emit.names.constant(np.array(ignored, np.int64))))
@@ -93,17 +121,16 @@ def loss_grad(emit: Emit, node: ir.Node) -> Lowered:
         if kept is not None:
             importance = emit.op("Where", kept, importance, zero)
     factor = emit.cast(grad, work, dtype_of(grad))
-    if _reduction(node) == "mean":
+    if reduction == "mean":
         factor = emit.op("Div", factor, _divisor(emit, labels, kept, importance, work))
     if importance is not None:
         factor = emit.op("Mul", factor, importance)
-    if importance is not None or _reduction(node) == "none":
+    if importance is not None or reduction == "none":
         factor = emit.op("Unsqueeze", factor, emit.ints(1))
     result = emit.op("Mul", error, factor)
     if kept is not None:  # last, so that no ignored label lets 0/0 through
         result = emit.op("Where", emit.op("Unsqueeze", kept, emit.ints(1)), result, zero)
-    wanted = node.attributes.get("output_type")
-    return [emit.cast(result, dtype if wanted is None else ir.DataType(wanted.as_int()), work)]
+    return result
 
 
 def _divisor(

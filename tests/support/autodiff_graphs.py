@@ -46,6 +46,10 @@ def case_model(case: Case, *, symbolic: bool, differentiated: bool = True) -> tu
     values = {value.name: value for node in model.graph for value in node.outputs}
     infer_shapes(model)
     outputs = [values[name] for name in case.outputs]
+    for value in outputs:
+        if value.shape is None:  # ONNX infers none outside the standard; such operators keep their input's
+            first = model.graph.inputs[0]
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), first.shape
     model.graph.outputs.extend(outputs)
     if not differentiated:
         return model, {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import onnx_ir as ir
+
 from kfac_onnx.frontends.autodiff.backward import no_gradient
 from kfac_onnx.frontends.autodiff.rules_activation import of_output
 from kfac_onnx.frontends.autodiff.working import Working
@@ -13,8 +15,6 @@ from kfac_onnx.frontends.lowering.emit import Miss
 from kfac_onnx.frontends.values import dtype_of
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from kfac_onnx.frontends.autodiff.backward import Backward, Gradients, Rule
 
 __all__ = ["RULES"]
@@ -38,9 +38,8 @@ def cross_entropy(back: Backward) -> Gradients:
         result = _loss(back, log_prob, through_softmax=True)
     above = back.grad(1)
     if above is not None:
-        total = back.emit.op("ReduceSum", work.up(above), back.emit.ints(1), keepdims=1)
-        share = back.emit.op("Mul", back.emit.op("Exp", work.up(log_prob)), total)
-        through = back.emit.op("Sub", work.up(above), share)
+        along = ir.Node("", "LogSoftmax", [], attributes=[ir.AttrInt64("axis", 1)])
+        through = log_softmax_grad(back.emit, along, work.up(above), work.up(log_prob))
         result = through if result is None else back.emit.op("Add", result, through)
     return [None if result is None else work.down(result)]
 

@@ -8,6 +8,8 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.frontend`   | frontends              | which reader understood the file              |
 | `kfac.parameters` | frontends              | list of `Parameter`                           |
 | `kfac.loss`       | frontends              | `Loss`                                        |
+| `kfac.outputs`    | frontends              | the exporter's outputs, in order              |
+| `kfac.row_gradients` | frontends           | list of `RowGradient`                         |
 | `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
 | `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
 | `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
@@ -41,6 +43,7 @@ __all__ = [
     "Phase",
     "Refusal",
     "RootCheck",
+    "RowGradient",
     "Site",
     "State",
     "Step",
@@ -87,10 +90,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Loss:
-    """The scalar loss and how it reduces over examples."""
+    """The scalar loss and how it reduces over examples.
+
+    A graph whose loss lies outside has `value` null and `predictions`: what it hands out, each with the input
+    that takes dL/d(prediction), or null where the loss does not depend on it.
+    """
 
     value: str | None
     reduction: Literal["mean", "sum", "unknown"] = "unknown"
+    predictions: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,19 @@ class Refusal:
     path: str
     reason: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """A gradient that the exporter's graph gives as two outputs: rows float[N, D] and their ids int[N].
+
+    `gradient` is the tensor that they were scattered into when the graph was read.
+    """
+
+    parameter: str
+    values: str
+    indices: str
+    gradient: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,10 +227,12 @@ class Step:
     """Everything a host needs to run the training step that the model is.
 
     `ok` is a bool scalar: false where a gradient, factor or update is not finite. `constants` are
-    inputs that the user supplies once; `batch` those given at every step.
+    inputs that the user supplies once; `batch` those given at every step. Where the loss lies outside the graph,
+    `loss` is null and `predictions` are those of `Loss`: a step then has two halves, between which the host
+    computes dL/d(predictions).
     """
 
-    loss: str
+    loss: str | None
     ok: str
     batch: tuple[str, ...]
     learning_rates: tuple[LearningRate, ...]
@@ -218,6 +241,12 @@ class Step:
     root_checks: tuple[RootCheck, ...] = ()
     shape: Literal["rows", "dense"] = "rows"
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    predictions: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Where the forward part ends: at the loss, or at the predictions."""
+        return tuple(self.predictions) if self.loss is None else (self.loss,)
 
 
 _NESTED: dict[str, dict[str, type[Any]]] = {

@@ -11,11 +11,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError
 from kfac_onnx.frontends.copies import undo_stale_copies
+from kfac_onnx.frontends.dropped_rows import mask_dropped_rows
 from kfac_onnx.frontends.interface import READERS, Interface, is_float
 from kfac_onnx.frontends.load import Exported, load
 from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidates
 from kfac_onnx.frontends.lowering import lower_training_operators
 from kfac_onnx.frontends.pairing import Pairing, find_value, pair, parameter_of
+from kfac_onnx.frontends.row_gradients import chosen_row_gradients, scatter_row_gradients
 from kfac_onnx.frontends.scatters import make_scatters_race_free
 from kfac_onnx.frontends.segment_sums import raise_segment_sums
 from kfac_onnx.frontends.sequences import split_without_sequences
@@ -23,6 +25,7 @@ from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
 from kfac_onnx.frontends.widen import widen
+from kfac_onnx.frontends.window_scatters import raise_window_scatters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,8 +63,15 @@ def read_training_graph(
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
     infer_shapes(model)
+    outputs = [str(value.name) for value in model.graph.outputs]
+    chosen = scatter_row_gradients(model, chosen_row_gradients(model, gradients or {}))
+    if gradients is not None:
+        gradients = {**gradients, **{item.parameter: item.gradient for item in chosen}}
     interface = _read_interface(exported, gradients)
     notes += interface.notes
+    row_gradients = [*chosen, *interface.rows]
+    if row_gradients:
+        notes.append(f"gradients given as rows and ids made tensors: {len(row_gradients)}")
     notes += _to_standard_operators(model, place)
 
     loss_value, pairing = _loss_and_pairs(exported, interface, loss, gradients)
@@ -77,6 +87,8 @@ def read_training_graph(
     metadata.write(model, "parameters", pairing.described())
     predictions = {} if loss_value is not None else interface.boundary
     metadata.write(model, "loss", metadata.Loss(name, reduction.kind, predictions))
+    metadata.write(model, "outputs", outputs)
+    metadata.write(model, "row_gradients", row_gradients)
     metadata.write(model, "notes", notes)
     metadata.write(model, "refused", [*pairing.refused, *ambiguous])
     return model
@@ -121,6 +133,10 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     notes = [f"sequences of parts made tensors: {split}"] if split else []
     notes += lower_training_operators(model, place)
     infer_shapes(model)
+    if windows := raise_window_scatters(model):
+        notes.append(f"scatters of every entry made scatters of rows: {windows}")
+    if dropped := mask_dropped_rows(model):
+        notes.append(f"rows dropped before a scatter are masked: {dropped}")
     notes += widen(model)
     if sums := raise_segment_sums(model):
         notes.append(f"lowered segment sums made scatters: {sums}")
@@ -177,33 +193,30 @@ def _close_boundary(model: ir.Model, loss: ir.Value | None, interface: Interface
             continue
         dtype = dtype_of(value) or dtype_of(source) or ir.DataType.FLOAT
         fill = np.full(1, prediction == loss.name).astype(dtype.numpy())
-        shape = ir.Node("", "Shape", [source], num_outputs=1, name=f"kfac/boundary/{gradient}/shape")
-        whole = ir.Node(
-            "", "ConstantOfShape", [shape.outputs[0]], {"value": ir.tensor(fill)},
-            num_outputs=1, name=f"kfac/boundary/{gradient}",
-        )  # fmt: skip
-        shape.outputs[0].name = f"kfac/boundary/{gradient}/shape"
+        shape = ir.node("Shape", [source], name=f"kfac/boundary/{gradient}/shape")
+        whole = ir.node("ConstantOfShape", shape.outputs, {"value": ir.tensor(fill)})
+        shape.outputs[0].name = whole.name = f"kfac/boundary/{gradient}"
         shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         model.graph.insert_after(node, [shape, whole])
         value.replace_all_uses_with(whole.outputs[0], replace_graph_outputs=True)
         model.graph.inputs.remove(value)
-        whole.outputs[0].name, whole.outputs[0].type, whole.outputs[0].shape = gradient, value.type, value.shape
+        whole.outputs[0].name, whole.outputs[0].type, whole.outputs[0].shape = (
+            gradient,
+            value.type,
+            value.shape,
+        )
     others = [name for name, gradient in interface.boundary.items() if gradient and name != loss.name]
     rest = f"; nothing else is fed back: {', '.join(others)}" if others else ""
     return [f"the prediction '{loss.name}' is a scalar and is the loss{rest}"]
 
 
 def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing, interface: Interface) -> None:
-    """Make the outputs the loss, the user's others, then each parameter's gradient."""
-    gradients = set(pairing.gradients.values())
+    """Keep the exporter's outputs in their order, without orphans; other losses and gradients come after."""
     orphans = set(interface.orphans.values())
-    others = [
-        value
-        for value in model.graph.outputs
-        if value is not loss and value not in gradients and value.name not in orphans
-    ]
-    outputs = [] if loss is None else [loss]
-    outputs += others
+    outputs = [value for value in model.graph.outputs if value.name not in orphans]
+    if loss is not None and loss not in outputs:
+        outputs.append(loss)
+    taken = set[ir.Value]() if loss is None else {loss}
     for name, value in pairing.gradients.items():
         output = value
         if value.shape is None or value.type is None:  # a gradient is like its parameter
@@ -211,13 +224,15 @@ def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing, inter
             value.type = ir.TensorType(
                 dtype_of(value) or dtype_of(pairing.parameters[name]) or ir.DataType.FLOAT
             )
-        if value in outputs:  # one value is the gradient of two parameters: each output has its own name
+        if value in taken:  # one value is the gradient of two parameters: each output has its own name
             node = ir.Node("", "Identity", [value], num_outputs=1, name=f"kfac/gradient/{name}")
             output = node.outputs[0]
             output.name, output.type, output.shape = f"kfac/gradient/{name}", value.type, value.shape
             model.graph.append(node)
             pairing.gradients[name] = output
-        outputs.append(output)
+        taken.add(value)
+        if output not in outputs:
+            outputs.append(output)
     model.graph.outputs.clear()
     model.graph.outputs.extend(outputs)
 

@@ -13,10 +13,11 @@ from typing import Final, TypeAlias
 
 import onnx_ir as ir
 
-from kfac_onnx.errors import NoGradientsError
 from kfac_onnx.frontends.load import Exported
 from kfac_onnx.frontends.lowering.emit import Miss
+from kfac_onnx.frontends.row_gradients import named_row_gradients, scatter_row_gradients
 from kfac_onnx.frontends.values import dtype_of
+from kfac_onnx.metadata import RowGradient
 
 __all__ = ["READERS", "Interface", "Reader", "is_float"]
 
@@ -29,15 +30,18 @@ class Interface:
     """What a reader found.
 
     `gradients` maps a parameter's name to the name of the value that is its gradient; `orphans` does so
-    for parameters that are no longer in the graph. `boundary` says that the loss lies outside the graph,
-    `by_position` that gradients must be paired by position if no name does it.
+    for parameters that are no longer in the graph. `boundary` maps what the graph hands out to the input
+    that takes its gradient (None: it has none) where the loss lies outside the graph,
+    `by_position` says that gradients must be paired by position if no name does it.
     """
 
     frontend: str
     gradients: dict[str, str]
     orphans: dict[str, str] = field(default_factory=dict[str, str])
-    boundary: bool = False
+    boundary: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
     by_position: bool = False
+    rows: tuple[RowGradient, ...] = ()
+    """Gradients that the graph gave as rows and ids; `gradients` names their scatter."""
     notes: tuple[str, ...] = ()
 
 
@@ -97,23 +101,31 @@ def ort_artifacts(exported: Exported) -> Interface | Miss:
 def ort_module(exported: Exported) -> Interface | Miss:
     """Read a graph captured by ORTModule: a YieldOp hands out predictions and takes in dL/dpredictions.
 
-    The predictions become outputs, dL/dpredictions inputs of the same shape; the loss is outside.
+    The predictions become outputs, dL/dpredictions inputs of the same shape; the loss is outside. One
+    that is not in `full_shape_outputs` may be smaller where a host broadcasts it; here it is fed whole.
     """
     graph = exported.model.graph
     nodes = [node for node in graph if node.op_type == "YieldOp"]
     if not nodes:
         return Miss("it has no YieldOp")
+    boundary: dict[str, str | None] = {}
     for node in nodes:
         without = node.attributes.get("non_differentiable_outputs")
         skipped = set[int]() if without is None else set(without.as_ints())
         sources = [value for index, value in enumerate(node.inputs) if index not in skipped]
+        if len(sources) != len(node.outputs):
+            return Miss(f"its YieldOp takes {len(node.outputs)} gradients of {len(sources)} predictions")
+        handed = [value for value in node.inputs if value is not None and value.producer() is not None]
+        boundary.update((str(value.name), None) for value in handed)
         for source, output in zip(sources, node.outputs, strict=True):
             if source is None:
                 continue
-            kind, shape = output.type or source.type, output.shape or source.shape
+            kind, shape = source.type or output.type, source.shape or output.shape
             incoming = ir.Value(name=output.name, type=kind, shape=shape)
             output.replace_all_uses_with(incoming, replace_graph_outputs=True)
             graph.inputs.append(incoming)
+            if source in handed:
+                boundary[str(source.name)] = str(incoming.name)
         for source in node.inputs:
             if source is not None and source.producer() is not None and not source.is_graph_output():
                 graph.outputs.append(source)
@@ -121,7 +133,7 @@ def ort_module(exported: Exported) -> Interface | Miss:
     named = named_gradients(exported)
     if isinstance(named, Miss):
         return named
-    return Interface("ort-module", named.gradients, named.orphans, boundary=True)
+    return Interface("ort-module", named.gradients, named.orphans, boundary=boundary)
 
 
 def named_gradients(exported: Exported) -> Interface | Miss:
@@ -134,28 +146,16 @@ def named_gradients(exported: Exported) -> Interface | Miss:
         if name is None or not is_float(value):
             continue
         (gradients if _known(model, name) else orphans)[name] = str(value.name)
+    pairs = [item for item in named_row_gradients(model) if item.parameter not in gradients]
+    rows = tuple(scatter_row_gradients(model, pairs))
+    gradients.update((item.parameter, item.gradient) for item in rows)
     if not gradients:
         return Miss("none of its outputs is named <parameter>_grad after one of its parameters")
-    _refuse_sparse(exported)
     if any(node.domain == "com.microsoft" and node.op_type.endswith("Grad") for node in model.graph):
         frontend = "ort-gradient-graph"
     else:
         frontend = "torch-joint" if model.producer_name == "pytorch" else "named-gradients"
-    return Interface(frontend, gradients, orphans)
-
-
-def _refuse_sparse(exported: Exported) -> None:
-    """Raise UserError for gradients given as rows and ids, which would otherwise silently not be trained."""
-    outputs = {str(value.name) for value in exported.model.graph.outputs}
-    sparse = sorted(name.removesuffix("_values") for name in outputs if name.endswith("_grad_values"))
-    rows = [name for name in sparse if f"{name}_indices" in outputs]
-    if rows:
-        raise NoGradientsError(
-            f"the gradient of '{rows[0].removesuffix(GRADIENT_SUFFIX)}' is given as rows and their ids",
-            place=exported.place,
-            path=f"outputs {rows[0]}_values, {rows[0]}_indices",
-            help="export it as a dense tensor (tf.convert_to_tensor): its scatter is removed again on import",
-        )
+    return Interface(frontend, gradients, orphans, rows=rows)
 
 
 def positional(exported: Exported) -> Interface | Miss:

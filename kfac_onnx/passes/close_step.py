@@ -45,20 +45,23 @@ class CloseStep(Pass):
         emitter = Emitter(model, self.name)
         draft = Draft(model, emitter, values_by_name(model))
         loss = metadata.read(model, "loss", Loss)
-        if loss is None or loss.value is None:
+        if loss is None or (loss.value is None and not loss.predictions):
             raise UserError(
                 "the graph has no loss: it lies outside, with whoever runs the graph",
                 context=self.name,
                 help="export the model together with its loss, or name a scalar output: --loss NAME",
             )
-        draft.flag(draft.value(loss.value), phase=Phase.PRECONDITION)
+        for name in loss.predictions if loss.value is None else [loss.value]:
+            value = draft.value(name)
+            if value.dtype is None or value.dtype.is_floating_point():
+                draft.flag(value, phase=Phase.PRECONDITION)
         ok = self._finite(draft, emitter)
         self._guard(model, draft, emitter, ok)
         restored = self._undo(draft, emitter, ok)
         finals = self._renormalize(draft, emitter, ok, restored)
         states = [self._output(state, draft, emitter, ok, finals) for state in draft.states]
         emitter.metadata("state", states)
-        emitter.metadata("step", self._step(model, draft, loss.value, ok, states))
+        emitter.metadata("step", self._step(model, draft, loss, ok, states))
         for key in ("kfac.draft", "kfac.draft_states"):
             emitter.count(edited=int(model.metadata_props.pop(key, None) is not None))
         log.count("states", len(states))
@@ -184,7 +187,7 @@ class CloseStep(Pass):
         value.name = name
         draft.remember(value)
 
-    def _step(self, model: ir.Model, draft: Draft, loss: str, ok: ir.Value, states: list[State]) -> Step:
+    def _step(self, model: ir.Model, draft: Draft, loss: Loss, ok: ir.Value, states: list[State]) -> Step:
         taken = {state.input for state in states} | {rate.input for rate in draft.rates}
         taken.update(item.name for item in metadata.read_list(model, "parameters", Parameter))
         others = [str(value.name) for value in model.graph.inputs if value.name not in taken]
@@ -193,7 +196,8 @@ class CloseStep(Pass):
             key: draft.settings[key] for key in ("preset", "optimizer") if key in draft.settings
         }
         return Step(
-            loss=loss,
+            loss=loss.value,
+            predictions=loss.predictions if loss.value is None else {},
             ok=str(ok.name),
             batch=tuple(name for name in others if name not in held),
             constants=tuple(name for name in others if name in held),

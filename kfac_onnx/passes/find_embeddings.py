@@ -10,7 +10,7 @@ from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
 from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.registry import register
 from kfac_onnx.passes.rewriter import Emitter
-from kfac_onnx.passes.sites.facts import Facts
+from kfac_onnx.passes.sites.facts import Facts, ancestors
 from kfac_onnx.passes.sites.marking import id_checks, mark
 from kfac_onnx.passes.sites.matching import Verdict, match_table
 
@@ -30,6 +30,8 @@ def find_tables(model: ir.Model) -> list[Verdict]:
     weights = {item.name: values[item.name] for item in parameters if item.name in values}
     top = values.get(loss.value) if loss is not None and loss.value is not None else None
     facts = Facts(model, weights.values(), top)
+    if loss is not None and top is None:
+        facts.forward = ancestors(values[name] for name in loss.predictions if name in values)
     return [
         match_table(weights[item.name], values.get(item.gradient) if item.gradient else None, facts)
         for item in parameters

@@ -7,6 +7,7 @@ a session read a table that the same session writes (DESIGN section 8). Hence th
 
 | stage        | runs                         | what it may do                                        |
 |--------------|------------------------------|-------------------------------------------------------|
+| forward      | always, if the loss is outside | predictions; the host then feeds their gradients    |
 | gradients    | always                       | reads tables                                          |
 | count-read   | always                       | reads that must come before the counts are written    |
 | count        | always, one thread           | writes counts                                         |
@@ -41,7 +42,14 @@ from kfac_onnx.passes.partition_graph import (
     read_source,
     with_functions,
 )
-from kfac_onnx.passes.partition_slots import Slot, assign_slots, check_hazards, drop_selects, prune
+from kfac_onnx.passes.partition_slots import (
+    Slot,
+    assign_slots,
+    check_hazards,
+    drop_selects,
+    first_half,
+    prune,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -152,7 +160,7 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
         if state.update == "in-place":
             names = (state.input, *state.aliases, candidates[state.input])
             versions.update(dict.fromkeys(names, state.input))
-    roots = {step.loss, step.ok, *candidates.values(), *versions, *watch}
+    roots = {*step.ends, step.ok, *candidates.values(), *versions, *watch}
     for check in step.root_checks:
         roots.update((check.root, check.factor, check.damping, check.residual))
     roots = {stands_for.get(name, name) for name in roots}
@@ -163,6 +171,8 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
     check_hazards(items, slots, versions)
     if not any(Slot.GRADIENTS < slot < Slot.PRECONDITION for slot in slots):
         slots = [Slot.GRADIENTS if slot == Slot.PRECONDITION else slot for slot in slots]
+    if step.predictions:
+        slots = first_half(items, slots, step.predictions)
     as_inputs = {*source.inputs, *(state.input for state in states)}
     one_thread = _one_thread_source(source) if sequential else source
     stages: list[Stage] = []

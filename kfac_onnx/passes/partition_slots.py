@@ -18,23 +18,24 @@ from kfac_onnx.passes.partition_graph import Item, free_names, rename
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Slot", "assign_slots", "check_hazards", "drop_selects", "prune"]
+__all__ = ["Slot", "assign_slots", "check_hazards", "drop_selects", "first_half", "prune"]
 
 
 class Slot(enum.IntEnum):
     """The stages in the order in which they run."""
 
-    GRADIENTS = 0
-    COUNT_READ = 1
-    COUNT = 2
-    REFRESH_READ = 3
-    REFRESH = 4
-    PRECONDITION = 5
-    COMMIT_READ = 6
-    COMMIT = 7
-    RENORMALIZE = 8
-    UNDO_READ = 9
-    UNDO = 10
+    FORWARD = 0
+    GRADIENTS = 1
+    COUNT_READ = 2
+    COUNT = 3
+    REFRESH_READ = 4
+    REFRESH = 5
+    PRECONDITION = 6
+    COMMIT_READ = 7
+    COMMIT = 8
+    RENORMALIZE = 9
+    UNDO_READ = 10
+    UNDO = 11
 
 
 _PHASE_SLOT: Final = {
@@ -89,6 +90,17 @@ def prune(items: Sequence[Item], roots: Iterable[str]) -> list[Item]:
             kept.append(item)
             needed.update(item.reads)
     return kept[::-1]
+
+
+def first_half(items: Sequence[Item], slots: Sequence[Slot], predictions: Iterable[str]) -> list[Slot]:
+    """Move what the predictions need from the gradients into a stage of its own before them."""
+    needed = set(predictions)
+    moved = list(slots)
+    for index in range(len(items) - 1, -1, -1):
+        if needed.intersection(items[index].makes):
+            moved[index] = Slot.FORWARD
+            needed.update(items[index].reads)
+    return moved
 
 
 def _is_branch(item: Item) -> bool:

@@ -29,12 +29,11 @@ def problems_of(model: ir.Model) -> list[str]:
     """Return one sentence for each thing that is wrong with `model`; an empty list when it is sound."""
     problems: list[str] = []
     names: dict[str, str] = {}
-    problems += _graph_problems(model.graph, frozenset(), names, dict(model.opset_imports))
+    problems += _graph_problems(model.graph, set(), names, dict(model.opset_imports))
     for function in model.functions.values():
         where = f"in function {function.domain}::{function.name}: "
         problems += [
-            where + problem
-            for problem in _graph_problems(function, frozenset(), {}, dict(function.opset_imports))
+            where + problem for problem in _graph_problems(function, set(), {}, dict(function.opset_imports))
         ]
     problems += _metadata_problems(model, names)
     return problems
@@ -47,12 +46,11 @@ def _label(node: ir.Node) -> str:
 
 def _graph_problems(
     graph: ir.Graph | ir.Function,
-    outer: frozenset[int],
+    scope: set[int],
     names: dict[str, str],
     imports: dict[str, int],
 ) -> Iterator[str]:
-    """Yield the problems of one graph; `outer` holds the ids of the values of the graphs around it."""
-    scope = set(outer)
+    """Yield the problems of one graph; `scope` holds the ids of the values known so far, and gets its own."""
     for value in graph.inputs:
         yield from _define(value, "an input", scope, names)
     if isinstance(graph, ir.Graph):
@@ -71,7 +69,8 @@ def _graph_problems(
                 yield f"{_label(node)}, input {index}: '{value.name}' {_why_missing(value, graph)}"
         for attribute in node.attributes.values():
             for body in graphs_of(attribute):
-                yield from _graph_problems(body, frozenset(scope), names, imports)
+                yield from _graph_problems(body, scope, names, imports)
+                scope.difference_update(map(id, _values_of(body)))
         for value in node.outputs:
             if value.name:
                 yield from _define(value, f"an output of {_label(node)}", scope, names)
@@ -82,6 +81,14 @@ def _graph_problems(
     for value in graph.outputs:
         if id(value) not in scope:
             yield f"output '{value.name}' {_why_missing(value, graph)}"
+
+
+def _values_of(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield the values that belong to a graph itself, not to the graphs in it."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
 
 
 def _define(value: ir.Value, role: str, scope: set[int], names: dict[str, str]) -> Iterator[str]:
@@ -131,7 +138,11 @@ def _metadata_problems(model: ir.Model, names: dict[str, str]) -> Iterator[str]:
     for name in (*step.batch, *step.constants, *(rate.input for rate in step.learning_rates)):
         if name not in inputs:
             yield f"kfac.step: '{name}' is not an input of the graph"
-    named = [step.loss, step.ok, *(check.ids for check in step.id_checks)]
+    named = [
+        *step.ends,
+        step.ok,
+        *(check.ids for check in step.id_checks),
+    ]
     for check in step.root_checks:
         named += [check.root, check.factor, check.damping, check.residual]
     for name in named:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.providers import Providers
 
-__all__ = ["LossFunction", "graph_gradients", "open_loss"]
+__all__ = ["LossFunction", "add_linear_loss", "boundary_gradients", "graph_gradients", "open_loss"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arithmetic = Literal["float64", "float32"]
@@ -103,6 +103,47 @@ def graph_gradients(
             help="export it without dropout",
         )
     return dict(zip(gradients, found, strict=True))
+
+
+def boundary_gradients(
+    proto: onnx.ModelProto,
+    predictions: Mapping[str, str | None],
+    values: Mapping[str, Array],
+    feeds: Mapping[str, Array],
+    rng: np.random.Generator,
+) -> dict[str, Array]:
+    """Return a random gradient for each prediction of a graph whose loss lies outside, by its input.
+
+    Those that `feeds` holds are left out. Raises UserError when the predictions cannot be computed.
+    """
+    wanted = {name: fed for name, fed in predictions.items() if fed is not None and fed not in feeds}
+    if not wanted:
+        return {}
+    graph = only_for(proto, list(wanted))
+    _bake(graph, {name: value for name, value in values.items() if name in _named(graph)})
+    used = _named(graph)
+    try:
+        made = _open(graph).run(list(wanted), {name: a for name, a in feeds.items() if name in used})
+    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        raise UserError(f"the graph cannot be run on this batch: {first_line(e)}") from e
+    kinds = {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
+    return {
+        fed: np.asarray(rng.standard_normal(value.shape)).astype(ir.DataType(kinds[fed]).numpy())
+        for fed, value in zip(wanted.values(), made, strict=True)
+    }
+
+
+def add_linear_loss(proto: onnx.ModelProto, predictions: Mapping[str, str | None]) -> str:
+    """Append the loss Σ prediction · gradient, gradients being inputs of the graph; return its name."""
+    terms: list[str] = []
+    for number, (name, fed) in enumerate((name, fed) for name, fed in predictions.items() if fed is not None):
+        product, term = f"kfac/verify/product_{number}", f"kfac/verify/term_{number}"
+        proto.graph.node.append(onnx.helper.make_node("Mul", [name, fed], [product]))
+        proto.graph.node.append(onnx.helper.make_node("ReduceSum", [product], [term], keepdims=0))
+        terms.append(term)
+    loss = "kfac/verify/loss"
+    proto.graph.node.append(onnx.helper.make_node("Sum", terms, [loss]))
+    return loss
 
 
 def _named(proto: onnx.ModelProto) -> set[str]:

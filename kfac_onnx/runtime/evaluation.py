@@ -1,4 +1,7 @@
-"""The loss on held-out batches: the forward part of the graph, with dropout off, at the current weights."""
+"""The forward part of the graph, with dropout off, at the current weights: the loss on held-out batches.
+
+Where the loss lies outside the graph, the forward part ends at the predictions.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ __all__ = ["Evaluator"]
 
 
 class Evaluator:
-    """A session for the loss alone, reading the training session's own buffers."""
+    """A session for the loss (or predictions) alone, reading the training session's own buffers."""
 
     def __init__(
         self,
@@ -45,7 +48,8 @@ class Evaluator:
         self._constants = constants
         self._reduction = reduction
         self._device = device
-        self._session = open_session(extract(plan, [plan.step.loss]), providers, threads=threads)
+        self._outputs = plan.step.ends
+        self._session = open_session(extract(plan, self._outputs), providers, threads=threads)
         used = [info.name for info in self._session.get_inputs()]
         self._inputs = [item for item in batch if item.name in used]
         self._known = [item.name for item in batch]
@@ -54,8 +58,8 @@ class Evaluator:
     def _value(self, name: str) -> ort.OrtValue:
         return self._holders[name].live.value if name in self._holders else self._constants[name].value
 
-    def loss(self, batch: Mapping[str, np.ndarray]) -> float:
-        """Return the loss of one batch; inputs that only the backward part reads may be left out.
+    def outputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the loss or predictions of one batch; what only the backward part reads may be left out.
 
         Raises UserError as `TrainingSession.step` does.
         """
@@ -68,7 +72,8 @@ class Evaluator:
                 binding.bind_cpu_input(name, value)
             else:
                 binding.bind_ortvalue_input(name, value)
-        binding.bind_output(self._plan.step.loss, "cpu", 0)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu", 0)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:  # ONNX Runtime's exceptions share no class of their own
@@ -76,7 +81,13 @@ class Evaluator:
             raise UserError(f"the batch cannot be run through the graph: {first_line(e)}") from e
         if not self._device.is_cpu:
             binding.synchronize_outputs()
-        return float(np.asarray(binding.get_outputs()[0].numpy(), np.float64).reshape(()))
+        made = zip(self._outputs, binding.get_outputs(), strict=True)
+        return {name: value.numpy() for name, value in made}
+
+    def loss(self, batch: Mapping[str, np.ndarray]) -> float:
+        """Return the loss of one batch, as `outputs` does."""
+        (value,) = self.outputs(batch).values()
+        return float(np.asarray(value, np.float64).reshape(()))
 
     def mean(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
         """Return the loss per example over all batches.

@@ -171,6 +171,7 @@ def fit(
     ):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
+    session.require_loss("fit")
     supply, total = _supply(session, batches, steps, epochs)
     if session.schedule is not None:
         horizon = None if total is None else session.position + total
@@ -180,9 +181,10 @@ def fit(
     with _writer(metrics) as write, _Bar(total, enabled=progress) as bar:
         for batch in supply:
             made = session.step(batch)
+            loss = math.nan if made["loss"] is None else made["loss"]
             result.steps += 1
             result.skipped += made["skipped"]
-            result.loss = made["loss"]
+            result.loss = loss
             result.examples += examples_in(batch)
             measured = None
             last = total is not None and result.steps == total
@@ -190,7 +192,7 @@ def fit(
                 measured = session.evaluate(held_out)
                 result.held_out[session.position] = measured
             write(_row(session, made, measured))
-            bar.update(made["loss"], result.examples, measured)
+            bar.update(loss, result.examples, measured)
             if checkpoint is not None and checkpoint_every and result.steps % checkpoint_every == 0:
                 _save(session, checkpoint)
     if held_out is not None and session.position not in result.held_out and result.steps:
@@ -210,7 +212,7 @@ def _row(session: TrainingSession, made: Metrics, held_out: float | None) -> Row
     return {
         "step": made["step"],
         "position": session.position,
-        "loss": made["loss"] if math.isfinite(made["loss"]) else None,
+        "loss": made["loss"] if made["loss"] is not None and math.isfinite(made["loss"]) else None,
         "skipped": made["skipped"],
         "lr": made["lr"],
         "held_out": held_out,

@@ -190,7 +190,8 @@ def own_outputs(model: ir.Model, step: Step) -> list[str]:
     """Return the outputs of a drop-in graph (`dense`) that are the exporter's own, gradients among them."""
     if step.shape != "dense":
         return []
-    ours = {state.output for state in metadata.read_list(model, "state", State)} | {step.loss, step.ok}
+    ours = {state.output for state in metadata.read_list(model, "state", State)}
+    ours |= {step.ok} if step.loss is None else {step.ok, step.loss}  # predictions are the exporter's
     return [value.name for value in model.graph.outputs if value.name and value.name not in ours]
 
 

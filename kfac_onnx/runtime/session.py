@@ -37,6 +37,7 @@ from kfac_onnx.runtime.engine import Engine
 from kfac_onnx.runtime.evaluation import Evaluator
 from kfac_onnx.runtime.export import forward_model, write_into
 from kfac_onnx.runtime.fitting import FitResult, Row, fit
+from kfac_onnx.runtime.halves import Halves
 from kfac_onnx.runtime.opening import (
     assignable,
     batch_inputs,
@@ -125,7 +126,7 @@ class TrainingSession:
         self._rates = {name: np.zeros((), np.float32) for name in self.learning_rates}
         self.schedule = schedules.parse(schedule) if isinstance(schedule, str) else schedule
         self.committed = self.skipped = self.position = 0
-        host = {step.loss, step.ok, *watch, *self._extra}
+        host = {step.ok, *step.ends, *watch, *self._extra}
         host.update(stage.condition for stage in plan.stages if stage.condition is not None)
         host.update(check.residual for check in step.root_checks)
         self._engine = Engine(
@@ -140,14 +141,36 @@ class TrainingSession:
             threads=threads or 0,
         )
         self._stepper = Stepper(plan, self._engine, checks)
+        self._halves = Halves(step.predictions, self.batch_inputs, self._stepper, self._engine)
         self.closed = False
 
     # -- one step --------------------------------------------------------------------------------
 
+    def forward(self, batch: Mapping[str, np.ndarray], *, training: bool = True) -> dict[str, np.ndarray]:
+        """Return the predictions of a graph whose loss lies outside, by name: the first half of a step.
+
+        The loss is the caller's; `predictions` says which batch input of `step` takes which of its gradients:
+
+            made = session.forward({"ids": ids})                           # {"pred": float32[B, V]}
+            session.step({"ids": ids, "pred_grad": softmax(made["pred"]) - onehot})
+
+        A `step` with the very arrays of the last `forward` goes on from it, so that both halves see the same
+        dropout; with other arrays it runs both halves. `training=False` turns dropout off and is no part of a
+        step. Gradients of predictions may be left out of the batch.
+
+        Raises:
+            UserError: as `step`, and where the loss is in the graph.
+
+        """
+        self._require_open()
+        return self._halves.forward(batch) if training else self._evaluation().outputs(batch)
+
     def step(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """Make one training step on a batch of arrays by input name.
 
-        A step whose gradients, factors or updates are not finite changes no parameter and no state.
+        A step whose gradients, factors or updates are not finite changes no parameter and no state. Where the
+        loss lies outside the graph, the batch holds the gradients of the predictions too (see `forward`), and
+        the loss of the metrics is None.
 
         Raises:
             UserError: a name, dtype, shape or id of the batch is wrong; nothing was written.
@@ -155,10 +178,11 @@ class TrainingSession:
         """
         self._require_open()
         ready = checked_batch(batch, self.batch_inputs)
+        half = self._halves.take(batch)
         factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
         for name, rate in self.learning_rates.items():
             self._rates[name][...] = rate * factor
-        loss, kept = self._stepper.step(ready)
+        loss, kept = self._stepper.step({**ready, **(half or {})}, forwarded=half is not None)
         self.position += 1
         if kept:
             self.committed += 1
@@ -170,6 +194,11 @@ class TrainingSession:
         if self._extra:
             metrics["outputs"] = {name: np.array(self._engine.read(name)) for name in self._extra}
         return metrics
+
+    @property
+    def predictions(self) -> dict[str, str | None]:
+        """Where the loss lies outside: each prediction, and the input of its gradient (None: it has none)."""
+        return dict(self._halves.predictions)
 
     @property
     def host_roots(self) -> int:
@@ -199,6 +228,10 @@ class TrainingSession:
 
         """
         self._require_open()
+        self.require_loss("evaluate")
+        return self._evaluation().mean(batches)
+
+    def _evaluation(self) -> Evaluator:
         if self._evaluator is None:
             self._evaluator = Evaluator(
                 self._plan,
@@ -210,7 +243,11 @@ class TrainingSession:
                 device=self._device,
                 threads=self._threads or 0,
             )
-        return self._evaluator.mean(batches)
+        return self._evaluator
+
+    def require_loss(self, what: str) -> None:
+        """Raise UserError where the loss lies outside the graph, so that `what` cannot be done."""
+        self._halves.require_loss(what)
 
     def fit(
         self,
@@ -263,6 +300,7 @@ class TrainingSession:
 
         """
         self._require_open()
+        self._halves.forget()
         for name, array in assignable(self._plan, self._holders, values).items():
             self._holders[name].live.write(array)
 
@@ -350,7 +388,7 @@ class TrainingSession:
         Args:
             path: the file to write.
             outputs: values of the training graph to cut at; inputs that they do not need are left out.
-                None cuts at the loss.
+                None cuts at the loss, or at the predictions where the loss lies outside the graph.
             into: a forward model of the user's; its initializers get the weights, by name or shape.
 
         Raises:
@@ -364,7 +402,7 @@ class TrainingSession:
                 raise UserError("outputs and into cannot be given together")
             return write_into(weights, into, path)
         constants = {name: buffer.read() for name, buffer in self._constants.items()}
-        model = forward_model(self._plan, constants | weights, outputs or [self._plan.step.loss])
+        model = forward_model(self._plan, constants | weights, outputs or self._plan.step.ends)
         save_model(model, path)
         return {name: name for name in weights if name in model.graph.initializers}
 

@@ -39,26 +39,36 @@ class Stepper:
         self._plan = plan
         self._engine = engine
         self._checks = checks
-        self._before = engine.stages(lambda slot: slot <= Slot.PRECONDITION)
+        self._forward = engine.stages(lambda slot: slot == Slot.FORWARD)
+        self._before = engine.stages(lambda slot: Slot.FORWARD < slot <= Slot.PRECONDITION)
         self._keep = engine.stages(lambda slot: Slot.PRECONDITION < slot <= Slot.RENORMALIZE)
         self._undo = engine.stages(lambda slot: slot >= Slot.UNDO_READ)
         self.host_roots = 0
 
-    def step(self, batch: Batch) -> tuple[float, bool]:
-        """Make one step; return the loss and whether the step was kept.
+    def forward(self, batch: Batch) -> None:
+        """Run the half of a step that leads to the predictions, and check the ids that reached the tables."""
+        self._engine.start()
+        for runner in self._forward:
+            self._run_first(runner, batch)
 
+    def step(self, batch: Batch, *, forwarded: bool = False) -> tuple[float | None, bool]:
+        """Make one step; return the loss (None if it is outside) and whether the step was kept.
+
+        With `forwarded`, `forward` was the last call and ran on this batch: its half is not run again.
         Whatever interrupts the step, parameters and states are as before or as after it, never between.
 
         Raises UserError when the batch cannot be run; nothing was written then.
         """
         engine = self._engine
-        engine.start()
+        if not forwarded:
+            self.forward(batch)
         counted = kept = settled = False
         try:
             for runner in self._before:
                 slot = runner.stage.slot
                 counted = counted or slot == Slot.COUNT
-                ran = self._run_first(runner, batch) if slot == Slot.GRADIENTS else engine.run(runner, batch)
+                first = slot == Slot.GRADIENTS
+                ran = self._run_first(runner, batch) if first else engine.run(runner, batch)
                 if slot == Slot.REFRESH and ran:
                     self._check_roots(runner.stage.outputs)
             kept = bool(engine.read(self._plan.step.ok))
@@ -70,7 +80,8 @@ class Stepper:
         finally:
             if counted and not kept and not settled:
                 self._restore(batch)
-        return float(np.asarray(engine.read(self._plan.step.loss), np.float64).reshape(())), kept
+        loss = self._plan.step.loss
+        return None if loss is None else float(np.asarray(engine.read(loss), np.float64).reshape(())), kept
 
     def _commit(self, batch: Batch) -> None:
         for runner in self._keep:

@@ -26,7 +26,12 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.metadata import IdCheck, Loss, Parameter, Site
 from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime.batches import BatchInput, checked_batch
-from kfac_onnx.runtime.derivative import graph_gradients, open_loss
+from kfac_onnx.runtime.derivative import (
+    add_linear_loss,
+    boundary_gradients,
+    graph_gradients,
+    open_loss,
+)
 from kfac_onnx.runtime.double import narrowest
 from kfac_onnx.runtime.ids import check_ids
 
@@ -79,6 +84,9 @@ def verify_gradients(
 ) -> list[GradientCheck]:
     """Return a verdict on each trained parameter of a canonical training graph.
 
+    Where the loss lies outside the graph, the loss Σ prediction · v is taken, whose gradient with respect to
+    the prediction is v: the batch's own, or a random one where the batch has none.
+
     Args:
         model: as `read_training_graph` returns it; not changed.
         batch: one batch by input name.
@@ -95,22 +103,28 @@ def verify_gradients(
     """
     ready = provider_list(providers)
     loss = metadata.read(model, "loss", Loss)
-    if loss is None or loss.value is None:
+    if loss is None or (loss.value is None and not loss.predictions):
         raise UserError(
             "the graph has no loss, so its gradients cannot be checked", help="name it with --loss"
         )
     pairs = metadata.read_list(model, "parameters", Parameter)
     proto = ir.to_proto(model)
     values = _values(model, pairs, parameters or {})
-    fed = checked_batch(batch, _batch_inputs(proto, values))
+    rng = np.random.default_rng(seed)
+    inputs = _batch_inputs(proto, values)
+    fed_back = {name for name in loss.predictions.values() if name is not None and name not in batch}
+    fed = checked_batch(batch, [item for item in inputs if item.name not in fed_back])
     arrays = {name: value for name, value in fed.items() if isinstance(value, np.ndarray)}
+    ending = loss.value
+    if ending is None:
+        arrays |= boundary_gradients(proto, loss.predictions, values, arrays, rng)
+        ending = add_linear_loss(proto, loss.predictions)
     named = {pair.name: pair.gradient for pair in pairs if pair.gradient is not None}
     for check in id_checks:
         if check.ids in arrays:
             check_ids(check, arrays[check.ids], lambda name=check.ids: f"input '{name}'")
-    gradients = graph_gradients(proto, loss.value, named, values, arrays, ready)
-    evaluate = open_loss(proto, loss.value, [pair.name for pair in pairs], values, arrays)
-    rng = np.random.default_rng(seed)
+    gradients = graph_gradients(proto, ending, named, values, arrays, ready)
+    evaluate = open_loss(proto, ending, [pair.name for pair in pairs], values, arrays)
     digits = narrowest(proto)
     padding = {site.parameter: site for site in sites if site.padding_idx is not None}
     return [

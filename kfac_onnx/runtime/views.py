@@ -19,10 +19,11 @@ __all__ = ["Description", "Metrics", "Parameters", "describe"]
 class Metrics(TypedDict):
     """What a step reports: `step` counts kept steps, `lr` is the tables' rate times the schedule's factor.
 
-    `outputs` is there for drop-in graphs only: their own outputs, such as the preconditioned gradients.
+    `loss` is None where it lies outside the graph. `outputs` is there for drop-in graphs only: their own
+    outputs, such as the preconditioned gradients.
     """
 
-    loss: float
+    loss: float | None
     skipped: bool
     step: int
     lr: float

@@ -31,10 +31,11 @@ def compare(
     case, graph = marked(name)
     weights = graph.initial(case)
     reference = StepReference(graph, weights, preset, 0.01, rest, 1e-3)
-    model = transform(case.path, preset=preset, lr=0.01, rest=rest, rest_lr=1e-3)
+    scale = 1.0 if preset == "r1.7" and graph.loss is None else None  # the host's loss is a sum
+    model = transform(case.path, preset=preset, lr=0.01, rest=rest, rest_lr=1e-3, grad_scale=scale)
     trained = {item.name for item in graph.parameters}
     batches = [
-        {key: value for key, value in case.feed(which).items() if key not in trained}
+        {key: value for key, value in case.feed(which).items() if key not in trained} | graph.fed_back(case)
         for which in ("in", "in2")
     ]
     with TrainingSession(model, parameters=weights, threads=threads) as session:
@@ -48,8 +49,11 @@ def compare(
             reference.step(out)
             metrics = session.step(batch)
             assert metrics["skipped"] is False
-            loss = np.asarray(out[graph.loss], np.float64)
-            np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-3 if half(weights) else 2e-6)
+            if graph.loss is None:
+                assert metrics["loss"] is None
+            else:
+                loss = np.asarray(out[graph.loss], np.float64)
+                np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-3 if half(weights) else 2e-6)
             for key, want in reference.weights.items():
                 got = np.asarray(session.parameters[key], np.float64) * scaled
                 dtype = np.float32 if not half(weights) else narrowest(weights)

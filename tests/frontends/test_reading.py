@@ -51,9 +51,9 @@ def test_gradients_by_name(build: Callable[[str], ir.Model]) -> None:
     assert [value.name for value in model.graph.inputs] == ["p", "x"]
 
 
-def test_other_outputs_stay_between_loss_and_gradients(build: Callable[[str], ir.Model]) -> None:
+def test_outputs_keep_the_exporters_order(build: Callable[[str], ir.Model]) -> None:
     model = read_training_graph(build(joint("float[3] p_grad, float[3] m, float loss")))
-    assert outputs(model) == ["loss", "m", "p_grad"]
+    assert outputs(model) == ["p_grad", "m", "loss"]
 
 
 def test_gradients_by_position_are_the_last_resort(build: Callable[[str], ir.Model]) -> None:
@@ -217,9 +217,11 @@ def test_accumulators_may_have_a_second_output() -> None:
 def test_a_boundary_gradient_becomes_a_batch_input() -> None:
     model = read_training_graph(GRAPHS / "ortmodule_leg__nplm.onnx")
     assert model.metadata_props["kfac.frontend"] == "ort-module"
-    assert metadata.read(model, "loss", metadata.Loss) == metadata.Loss(None)
+    assert metadata.read(model, "loss", metadata.Loss) == metadata.Loss(
+        None, predictions={"pred": "pred_grad"}
+    )
     assert "pred_grad" in {value.name for value in model.graph.inputs}
-    assert outputs(model)[0] == "pred"
+    assert outputs(model)[-1] == "pred"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

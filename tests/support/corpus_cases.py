@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from kfac_onnx import metadata
 from kfac_onnx.frontends import read_training_graph
-from kfac_onnx.metadata import Parameter, Site
+from kfac_onnx.metadata import Loss, Parameter, Site
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.pipeline import parse_pipeline
 from kfac_onnx.reference import (
@@ -87,7 +87,8 @@ class MarkedGraph:
         self.sites = metadata.read_list(self.model, "sites", Site)
         values = values_by_name(self.model)
         wanted = [name for site in self.sites for name in (site.ids, site.rows, site.keep) if name]
-        self.loss = str(json.loads(self.model.metadata_props["kfac.loss"])["value"])
+        loss = metadata.read(self.model, "loss", Loss) or Loss(None)
+        self.loss, self.predictions = loss.value, loss.predictions
         wanted += [item.gradient for item in self.parameters if item.gradient]
         from kfac_onnx.frontends import emit_divisor
 
@@ -98,7 +99,8 @@ class MarkedGraph:
             wanted.append(self.divisor)
         outputs = self.model.graph.outputs
         outputs.clear()
-        self.names = list(dict.fromkeys([self.loss, *wanted]))
+        ends = [*self.predictions] if self.loss is None else [self.loss]
+        self.names = list(dict.fromkeys([*ends, *wanted]))
         for name in self.names:  # bfloat16 has no NumPy dtype: read it as float32
             cast = (
                 ir.node("Cast", [values[name]], {"to": ir.DataType.FLOAT}) if is_bf16(values[name]) else None
@@ -134,6 +136,11 @@ class MarkedGraph:
             item.name: feed[item.name] if item.name in feed else self.stored[item.name]
             for item in self.parameters
         }
+
+    def fed_back(self, case: Case) -> dict[str, np.ndarray]:
+        """Return the sidecar's gradients of the predictions where the loss lies outside the graph."""
+        given = {key.removeprefix("yield:"): a for key, a in case.arrays.items() if key.startswith("yield:")}
+        return {fed: given[name] for name, fed in self.predictions.items() if fed is not None}
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every output as an array."""

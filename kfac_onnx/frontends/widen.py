@@ -84,7 +84,7 @@ def widen(model: ir.Model) -> list[str]:
 def _wrap(names: Names, node: ir.Node, narrow: ir.DataType) -> None:
     emit = Emit(names, node, "widen")
     inputs = [
-        emit.cast(value, ir.DataType.FLOAT) if value is not None and dtype_of(value) == narrow else value
+        _in_float(emit, value) if value is not None and dtype_of(value) == narrow else value
         for value in node.inputs
     ]
     results = emit.many(node.op_type, inputs, len(node.outputs), domain=node.domain)
@@ -96,8 +96,14 @@ def _wrap(names: Names, node: ir.Node, narrow: ir.DataType) -> None:
     back: list[ir.Value | None] = []
     for old, new in zip(node.outputs, results, strict=True):
         if dtype_of(old) == narrow:
-            new.type = ir.TensorType(ir.DataType.FLOAT)
+            new.type, new.shape = ir.TensorType(ir.DataType.FLOAT), old.shape
             back.append(emit.cast(new, narrow))
         else:
             back.append(new)
     replace_node(node, emit, back)
+
+
+def _in_float(emit: Emit, value: ir.Value) -> ir.Value:
+    cast = emit.cast(value, ir.DataType.FLOAT)
+    cast.type, cast.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+    return cast

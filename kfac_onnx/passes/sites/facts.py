@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.frontends.constants import Constants
+from kfac_onnx.frontends.numbering import Numbering
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,6 +48,7 @@ class Facts(Constants):
         self.trained = set(trained)
         self.inputs = set(model.graph.inputs)
         self.forward = ancestors([loss]) if loss is not None else set[ir.Value]()
+        self.numbering = Numbering()
         super().__init__(self.trained | self.inputs, model.opset_imports.get("", 18))
 
     def is_forward(self, node: ir.Node) -> bool:

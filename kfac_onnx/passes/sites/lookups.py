@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.passes.sites.facts import Facts
 
-__all__ = ["VIEWS", "DenseUse", "Lookup", "forward_uses", "ids_chain", "one_hot_ids"]
+__all__ = ["VIEWS", "DenseUse", "Lookup", "forward_uses", "ids_chain", "keeps_every_id", "one_hot_ids"]
 
 VIEWS: Final = frozenset(
     {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat"}
@@ -279,8 +279,8 @@ ID_STEPS: Final = frozenset(
 def ids_chain(ids: ir.Value | None, facts: Facts) -> list[ir.Value]:
     """Return the values that carry the same ids, from `ids` back to where they come from.
 
-    Steps through reshapes, integer casts, clips, single-input Concat, Max/Min with a constant, and the
-    wrapping of negative ids `Where(ids < 0, ids + V, ids)`.
+    Steps through reshapes, integer casts, clips, single-input Concat, Max/Min with a constant, the
+    wrapping of negative ids `Where(ids < 0, ids + V, ids)`, and a Where that replaces some by a constant.
     """
     chain: list[ir.Value] = []
     value = ids
@@ -293,11 +293,27 @@ def ids_chain(ids: ir.Value | None, facts: Facts) -> list[ir.Value]:
             value = node.inputs[0]
         elif node.op_type in ("Max", "Min") and len(node.inputs) == 2:
             value = next((item for item in node.inputs if facts.constant(item) is None), None)
-        elif node.op_type == "Where" and (wrapped := _wrapped(node)) is not None:
-            value = wrapped
+        elif node.op_type == "Where" and (carried := _wrapped(node) or _replaced(node, facts)) is not None:
+            value = carried
         else:
             break
     return chain
+
+
+def keeps_every_id(chain: list[ir.Value]) -> bool:
+    """Say whether the first of a chain's values is its last one, at most seen differently or wrapped."""
+    nodes = [value.producer() for value in chain[:-1]]
+    return not any(
+        node is not None
+        and (node.op_type in ("Clip", "Max", "Min") or (node.op_type == "Where" and _wrapped(node) is None))
+        for node in nodes
+    )
+
+
+def _replaced(node: ir.Node, facts: Facts) -> ir.Value | None:
+    """Match Where(condition, x, constant), or the other way round, and return x."""
+    varying = [item for item in node.inputs[1:3] if facts.constant(item) is None]
+    return varying[0] if len(varying) == 1 else None
 
 
 def _wrapped(node: ir.Node) -> ir.Value | None:

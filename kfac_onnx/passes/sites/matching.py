@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Literal
 from kfac_onnx.frontends.values import static_shape
 from kfac_onnx.metadata import Refusal, Site, Use
 from kfac_onnx.passes.sites.facts import Facts, ancestors
-from kfac_onnx.passes.sites.lookups import RESHAPES, DenseUse, Lookup, forward_uses, ids_chain
+from kfac_onnx.passes.sites.lookups import (
+    RESHAPES,
+    DenseUse,
+    Lookup,
+    forward_uses,
+    ids_chain,
+    keeps_every_id,
+)
 from kfac_onnx.passes.sites.pulling import Miss, Pulled, RowStep, pull, pull_whole
 from kfac_onnx.passes.sites.scatters import DenseTerm, DropMask, RowTerm, gradient_terms
 
@@ -20,6 +27,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["MatchedUse", "SiteMatch", "Verdict", "match_table"]
+
+ORDERED_VIEWS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operators that leave the entries of a tensor in their order."""
 
 REPORT = "leave it to the ordinary optimizer (allow-fallback={name}), or see `why {name}`"
 
@@ -166,8 +176,8 @@ def _pair(
     for lookup in lookups:
         found = _claim(lookup, left, shape, facts, misses)
         if found is not None:
-            uses.append(found)
             left.remove(found.term)
+            uses.append(_with_judged_mask(found, facts))
     uses = [_with_shared(use, left, shape, facts) for use in uses]
     unclaimed = [lookup for lookup in lookups if all(use.lookup is not lookup for use in uses)]
     rows_left = [term for term in left if isinstance(term, RowTerm)]
@@ -266,15 +276,18 @@ def _claim(
     misses: list[str],
 ) -> MatchedUse | None:
     chain = ids_chain(lookup.ids, facts)
-    ranked = sorted(
-        (term for term in terms if isinstance(term, RowTerm)),
-        key=lambda term: not _same_rows(term.updates, lookup.output),
+    scattered = [(term, _common_id(chain, term, facts)) for term in terms if isinstance(term, RowTerm)]
+    scattered.sort(
+        key=lambda item: (
+            not _same_rows(item[0].updates, lookup.output),
+            len(chain) if item[1] is None else item[1],
+        )
     )
-    for term in ranked:
+    for term, common in scattered:
         if lookup.constant_ids is not None and term.fixed is not None:
             agrees = _window_ids(term.fixed, lookup) == lookup.constant_ids
         else:
-            agrees = any(value in chain for value in ids_chain(term.indices, facts))
+            agrees = common is not None
         if not agrees:
             misses.append(f"{term.op} of '{term.updates.name}' takes other ids than '{lookup.output.name}'")
             continue
@@ -300,6 +313,25 @@ def _claim(
     return None
 
 
+def _common_id(chain: list[ir.Value], term: RowTerm, facts: Facts) -> int | None:
+    """Return the first place in a lookup's chain of ids whose value the ids of a scatter come from too."""
+    numbers = {facts.numbering.number(value) for value in ids_chain(term.indices, facts)}
+    found = (place for place, value in enumerate(chain) if facts.numbering.number(value) in numbers)
+    return next(found, None)
+
+
+def _with_judged_mask(use: MatchedUse, facts: Facts) -> MatchedUse:
+    """Keep the mask of a use whose lookup clamps its ids: it alone tells which of them are no rows."""
+    term = use.term
+    if not isinstance(term, RowTerm) or term.mask is None:
+        return use
+    chain = ids_chain(use.lookup.ids, facts)
+    common = _common_id(chain, term, facts)
+    if common is None or keeps_every_id(chain[: common + 1]):
+        return use
+    return replace(use, term=replace(term, mask=replace(term.mask, exact=False)))
+
+
 def _with_shared(
     use: MatchedUse, terms: list[RowTerm | DenseTerm], shape: tuple[int, ...], facts: Facts
 ) -> MatchedUse:
@@ -307,7 +339,7 @@ def _with_shared(
     claimed = use.term
     if not isinstance(claimed, RowTerm) or claimed.fixed is not None:
         return use
-    chain = ids_chain(use.lookup.ids, facts)
+    own = _in_order(claimed.indices, facts)
     for term in list(terms):
         if (
             not isinstance(term, RowTerm)
@@ -316,11 +348,29 @@ def _with_shared(
         ):
             continue
         pulled = pull(term, shape)
-        same = any(value in chain for value in ids_chain(term.indices, facts))
+        same = bool(own & _in_order(term.indices, facts)) and _same_mask(term, claimed, facts)
         if same and isinstance(pulled, Pulled) and pulled.steps == use.pulled.steps == ():
             terms.remove(term)
             use = replace(use, also=(*use.also, (term, pulled)))
     return use
+
+
+def _in_order(ids: ir.Value | None, facts: Facts) -> set[int]:
+    """Return the numbers of the values that hold the same ids in the same order."""
+    found: set[int] = set()
+    value = ids
+    while value is not None:
+        found.add(facts.numbering.number(value))
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type in ORDERED_VIEWS else None
+    return found
+
+
+def _same_mask(one: RowTerm, other: RowTerm, facts: Facts) -> bool:
+    if one.mask is None or other.mask is None:
+        return one.mask is other.mask
+    conditions = _in_order(one.mask.condition, facts) & _in_order(other.mask.condition, facts)
+    return bool(conditions) and one.mask.drops_where == other.mask.drops_where
 
 
 def _window_ids(fixed: tuple[int, ...], lookup: Lookup) -> tuple[int, ...]:

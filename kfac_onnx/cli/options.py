@@ -79,7 +79,8 @@ def reading_options(function: Callable[P, R]) -> Callable[P, R]:
         "--gradients",
         metavar="PARAM=OUTPUT",
         multiple=True,
-        help="The graph output that is a parameter's gradient; may be given several times.",
+        help="The graph output that is a parameter's gradient, or VALUES:INDICES where it is rows and "
+        "their ids; may be given several times.",
     )(function)
     return click.option("--loss", metavar="NAME", help="The graph output that is the loss.")(function)
 

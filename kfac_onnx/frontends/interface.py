@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import onnx_ir as ir
 
@@ -17,7 +17,9 @@ from kfac_onnx.frontends.load import Exported
 from kfac_onnx.frontends.lowering.emit import Miss
 from kfac_onnx.frontends.row_gradients import named_row_gradients, scatter_row_gradients
 from kfac_onnx.frontends.values import dtype_of
-from kfac_onnx.metadata import RowGradient
+
+if TYPE_CHECKING:
+    from kfac_onnx.metadata import RowGradient
 
 __all__ = ["READERS", "Interface", "Reader", "is_float"]
 

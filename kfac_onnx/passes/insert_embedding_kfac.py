@@ -15,6 +15,7 @@ from kfac_onnx.metadata import Loss, Phase, Refusal, Site
 from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.draft import FLOAT, Draft
+from kfac_onnx.passes.insertion.interface import replace_rows, restore_outputs, row_gradient_of
 from kfac_onnx.passes.insertion.table import RowUpdate, TableBlock, from_rows
 from kfac_onnx.passes.insertion.writing import drop_gradient, write_table
 from kfac_onnx.passes.options import opt
@@ -40,7 +41,7 @@ class InsertEmbeddingKfac(Pass):
             state kfac/<table>/G      float32[D, D]  average of gᵀg / M over lookups, g = dL/d(row)
             state kfac/<table>/root   float32[D, D]  (G + damping)^exponent as of the last refresh
     Shape   `rows` updates each table in place and removes its dense gradient; `dense` replaces the
-            gradient output by the preconditioned one, under its own name.
+            gradient output (a tensor, or rows and their ids) by the preconditioned one, under its own name.
     Source  spec sections 1 to 4; Martens & Grosse 2015, sections 5 and 6.3.
     """
 
@@ -93,6 +94,8 @@ class InsertEmbeddingKfac(Pass):
         scale = self._gradient_scale(model, emitter, draft) if preset.scale_gradients else None
         for site in sites:
             self._insert(site, preset, draft, scale, log)
+        if self.shape == "dense":
+            restore_outputs(draft)
         draft.settings["preset"] = preset.name
         draft.settings["shape"] = self.shape
         draft.save()
@@ -102,7 +105,11 @@ class InsertEmbeddingKfac(Pass):
         result = TableBlock(site, preset, draft, scale).update()
         with draft.at(draft.emitter.derive(site=site.parameter)):
             if self.shape == "dense":
-                self._replace_gradient(site, result, draft)
+                pair = row_gradient_of(draft.model, site.parameter)
+                if pair is None:
+                    self._replace_gradient(site, result, draft)
+                else:
+                    replace_rows(pair, result, draft)
             else:
                 drop_gradient(draft, site.gradient)
                 rate = draft.learning_rate(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kfac_onnx.metadata import Phase, Site
+from kfac_onnx import metadata
+from kfac_onnx.metadata import Phase, RowGradient, Site
 from kfac_onnx.passes.insertion.draft import FLOAT, INT64, Draft
 from kfac_onnx.passes.insertion.table import RowUpdate, from_rows, to_rows
 from kfac_onnx.passes.rewriter import Out
@@ -22,11 +23,17 @@ _APPLY = {"rows": "ApplyRows", "columns": "ApplyColumns", "flat": "ApplyFlat"}
 
 
 def drop_gradient(draft: Draft, name: str | None) -> None:
-    """Take a gradient out of the graph's outputs: the step uses it, nobody else needs it."""
-    value = None if name is None else draft.values.get(name)
-    while value is not None and value.is_graph_output():
-        draft.model.graph.outputs.remove(value)
-        draft.emitter.count(removed=1)
+    """Take a gradient out of the graph's outputs: the step uses it, nobody else needs it.
+
+    Where the exporter gave it as rows and their ids, those go too.
+    """
+    names = [] if name is None else [name]
+    for pair in metadata.read_list(draft.model, "row_gradients", RowGradient):
+        names += [pair.values, pair.indices] if pair.gradient == name else []
+    for value in map(draft.values.get, names):
+        while value is not None and value.is_graph_output():
+            draft.model.graph.outputs.remove(value)
+            draft.emitter.count(removed=1)
 
 
 def as_float32(emit: Emitter, value: ir.Value, name: str) -> ir.Value:

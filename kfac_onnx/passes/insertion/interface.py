@@ -1,0 +1,67 @@
+"""Gives a drop-in graph the outputs of the exporter's own, by name, kind and order.
+
+The canonical graph has one tensor per gradient and the loss in front. Where the exporter gave a gradient
+as rows and their ids, the drop-in graph does too: the pair holds the preconditioned rows with the ids that
+they belong to. Repeated ids add up, as before; the order of the rows may be another one, and preset
+`adagrad` and `adaptive`, which square, give each id once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx import metadata
+from kfac_onnx.metadata import Phase, RowGradient
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from kfac_onnx.passes.insertion.draft import Draft
+    from kfac_onnx.passes.insertion.table import RowUpdate
+
+__all__ = ["replace_rows", "restore_outputs", "row_gradient_of"]
+
+
+def row_gradient_of(model: ir.Model, parameter: str) -> RowGradient | None:
+    """Return the pair that the exporter's graph gives as a parameter's gradient, if it does."""
+    pairs = metadata.read_list(model, "row_gradients", RowGradient)
+    return next((item for item in pairs if item.parameter == parameter), None)
+
+
+def replace_rows(pair: RowGradient, update: RowUpdate, draft: Draft) -> None:
+    """Give the names of a pair to preconditioned rows and their ids, in the pair's own dtypes."""
+    if update.ids is None:
+        raise AssertionError("a gradient of rows alone has no dense part")
+    emit = draft.emitter.derive(phase=Phase.PRECONDITION)
+    for name, value in ((pair.values, update.update), (pair.indices, update.ids)):
+        old = draft.value(name)
+        rank = 2 if old.shape is None else len(old.shape)
+        if rank == 1 and name == pair.values:
+            flat = emit.constant(np.asarray([-1], np.int64), "flat")
+            value = emit.node("Reshape", [value, flat], name="row_values", dtype=value.dtype, shape=[None])
+        dtype = value.dtype if old.dtype is None else old.dtype
+        old.name = emit.unique_name(f"{name}.unconditioned")
+        new = emit.node("Cast", [value], attributes={"to": dtype}, name=name, dtype=dtype, shape=value.shape)
+        new.name = name
+        outputs = draft.model.graph.outputs
+        for index, output in enumerate(outputs):
+            if output is old:
+                outputs[index] = new
+        draft.remember(new, old)
+
+
+def restore_outputs(draft: Draft) -> None:
+    """Put the exporter's outputs in its order, without the tensors of gradients given as rows and ids."""
+    model, outputs = draft.model, draft.model.graph.outputs
+    for pair in metadata.read_list(model, "row_gradients", RowGradient):
+        for value in [value for value in outputs if value.name == pair.gradient]:
+            outputs.remove(value)
+            draft.emitter.count(removed=1)
+    order = {name: place for place, name in enumerate(metadata.read_strings(model, "outputs"))}
+    wanted = sorted(outputs, key=lambda value: order.get(str(value.name), len(order)))
+    if wanted != list(outputs):
+        outputs.clear()
+        outputs.extend(wanted)
+        draft.emitter.count(edited=1)

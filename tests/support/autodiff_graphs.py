@@ -29,8 +29,17 @@ def declared(name: str, array: np.ndarray, *, symbolic: bool) -> onnx.ValueInfoP
     return onnx.helper.make_tensor_value_info(name, kind, shape)
 
 
-def case_model(case: Case, *, symbolic: bool, differentiated: bool = True) -> tuple[ir.Model, dict[str, str]]:
-    """Return the model of a case, with inputs `w_<output>`, and the outputs that are gradients by input."""
+def case_model(
+    case: Case,
+    *,
+    symbolic: bool,
+    differentiated: bool = True,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> tuple[ir.Model, dict[str, str]]:
+    """Return the model of a case, with inputs `w_<output>`, and the outputs that are gradients by input.
+
+    `weights` are these inputs' values, for outputs whose shape the graph does not tell.
+    """
     arrays = case.arrays()
     imports = "".join(f', "{domain}" : 1' for domain in DOMAINS if domain in case.nodes)
     text = f'<ir_version: 10, opset_import: ["" : {case.opset}{imports}]>\ng () => () {{ {case.nodes} }}'
@@ -47,9 +56,10 @@ def case_model(case: Case, *, symbolic: bool, differentiated: bool = True) -> tu
     infer_shapes(model)
     outputs = [values[name] for name in case.outputs]
     for value in outputs:
-        if value.shape is None:  # ONNX infers none outside the standard; such operators keep their input's
-            first = model.graph.inputs[0]
-            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), first.shape
+        if value.shape is None and weights is not None:  # ONNX infers none outside the standard
+            given = weights[str(value.name)].shape
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            value.shape = ir.Shape([None] * len(given) if symbolic else given)
     model.graph.outputs.extend(outputs)
     if not differentiated:
         return model, {}
@@ -98,9 +108,10 @@ def append_gradients(
 
 
 def run_gradients(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Check a model, run it on plain onnxruntime and return its outputs by name."""
+    """Check a model and all that it says of shapes, run it on plain onnxruntime, return its outputs by name."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
+    onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -121,6 +121,40 @@ def gemm(back: Backward) -> Gradients:
     return [da, db, dc]
 
 
+def fused_matmul(back: Backward) -> Gradients:
+    """FusedMatMul(A, B; transA, transB, alpha) = alpha A' B': as MatMul of alpha dY, turned back."""
+    emit, node = back.emit, back.node
+    if int_attribute(node, "transBatchA", 0) or int_attribute(node, "transBatchB", 0):
+        return Miss("transBatchA and transBatchB are not supported")
+    turned = [bool(int_attribute(node, name, 0)) for name in ("transA", "transB")]
+    factors: list[ir.Value] = []
+    ranks: list[int] = []
+    for index in range(2):
+        value = back.x(index)
+        rank = rank_of(value)
+        if rank is None:
+            return Miss("the rank of its inputs is unknown")
+        ranks.append(rank)
+        turned[index] = turned[index] and rank > 1
+        if turned[index]:
+            dims = dimensions(value) or []
+            value = swap_last_two(emit, value, rank)
+            value.shape = ir.Shape([*dims[:-2], dims[-1], dims[-2]])
+            value.type = ir.TensorType(back.dtype(back.x(index)))
+        factors.append(value)
+    dy, alpha = back.dy, _float(node, "alpha")
+    if alpha != 1.0:
+        dy = emit.op("Mul", dy, back.number(alpha))
+        dy.shape, dy.type = back.dy.shape, back.dy.type
+    results = matmul_gradients(back, factors[0], factors[1], dy)
+    if isinstance(results, Miss):
+        return results
+    return [
+        swap_last_two(emit, result, rank) if result is not None and turn else result
+        for result, turn, rank in zip(results, turned, ranks, strict=True)
+    ]
+
+
 def _float(node: ir.Node, name: str) -> float:
     found = node.attributes.get(name)
     return 1.0 if found is None else found.as_float()
@@ -129,4 +163,5 @@ def _float(node: ir.Node, name: str) -> float:
 RULES: Final[dict[str | tuple[str, str], Rule]] = {
     "Gemm": gemm,
     "MatMul": matmul,
+    ("com.microsoft", "FusedMatMul"): fused_matmul,
 }

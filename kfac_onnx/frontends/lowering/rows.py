@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.frontends.lowering.emit import Emit, Lowered
 
-__all__ = ["RULES", "scatter_nd"]
+__all__ = ["RULES", "place_slice", "scatter_nd"]
 
 
 def shape_and_static(
@@ -122,20 +122,30 @@ def slice_grad(emit: Emit, node: ir.Node) -> Lowered:
     dtype = dtype_of(grad)
     if grad is None or shape is None or starts is None or dtype is None:
         return Miss("the type of its first input is unknown")
-    axes = node.inputs[4] if len(node.inputs) > 4 else None
-    steps = node.inputs[5] if len(node.inputs) > 5 else None
     runtime, static = shape_and_static(emit, shape, node.outputs[0])
+    return [place_slice(emit, grad, runtime, static, node.inputs[2:], dtype)]
+
+
+def place_slice(
+    emit: Emit,
+    grad: ir.Value,
+    runtime: ir.Value,
+    static: tuple[int, ...] | None,
+    bounds: Sequence[ir.Value | None],
+    dtype: ir.DataType,
+) -> ir.Value:
+    """Return zeros of a shape with out[slice] = grad; `bounds` are the inputs of Slice after the first."""
+    starts, _, axes, steps = (*bounds, None, None)[:4]
     first = constant(starts)
     chosen = np.arange(0 if first is None else first.size) if axes is None else constant(axes)
     stride = np.ones(1) if steps is None else constant(steps)
     if first is not None and chosen is not None and stride is not None and np.all(stride == 1):
-        return [
-            _pad(emit, grad, runtime, static, first.reshape(-1).tolist(), chosen.reshape(-1).tolist(), dtype)
-        ]
+        starts_at, along = first.reshape(-1).tolist(), chosen.reshape(-1).tolist()
+        return _pad(emit, grad, runtime, static, starts_at, along, dtype)
     size = emit.op("ReduceProd", runtime, emit.ints(0), keepdims=0)
     zero, one = (emit.names.constant(np.array(number, np.int64)) for number in (0, 1))
     numbering = emit.op("Reshape", emit.op("Range", zero, size, one), runtime)
-    inputs = [numbering, *node.inputs[2:]]
+    inputs = [numbering, *bounds]
     picked = emit.many("Slice", inputs, 1)[0]
     flat = emit.ints(-1)
     written = scatter_elements(
@@ -147,7 +157,7 @@ def slice_grad(emit: Emit, node: ir.Node) -> Lowered:
         axis=0,
         dtype=dtype,
     )
-    return [emit.op("Reshape", written, runtime)]
+    return emit.op("Reshape", written, runtime)
 
 
 def _pad(

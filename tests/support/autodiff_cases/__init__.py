@@ -61,8 +61,8 @@ class Case:
     """One case.
 
     `nodes` are lines of ONNX text over the names of `inputs` and `constants`, which leave `outputs`. `torch`
-    is a Python expression over the same names (with `torch`, `F`, `np` known) for the output, or a tuple for
-    several. Every floating-point input is differentiated except `frozen`. `static` inputs keep their shape
+    is a Python expression over the same names (with `torch`, `F`, `np` known, and `reference` beside `make`
+    as `R`) for the output, or a tuple for several. Every floating-point input is differentiated except `frozen`. `static` inputs keep their shape
     in the run with symbolic shapes.
     """
 

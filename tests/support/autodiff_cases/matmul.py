@@ -58,4 +58,18 @@ CASES = [
     *(gemm(name, attributes, a, b, (5,)) for name, (attributes, a, b) in GEMM.items()),
     *(gemm(f"{name}_no_c", attributes, a, b, None) for name, (attributes, a, b) in GEMM.items()),
     *(gemm(f"c_{name}", GEMM["scaled"][0], (4, 3), (5, 4), c) for name, c in BIASES.items()),
+    *(
+        Case(
+            f"fused_matmul_{name}",
+            f"z = com.microsoft.FusedMatMul<{attributes}>(x, y)",
+            torch,
+            {"x": floats(*a), "y": floats(*b)},
+        )
+        for name, attributes, torch, a, b in (
+            ("plain", "alpha: float = 1.0", "x @ y", (3, 4), (4, 5)),
+            ("a", "transA: int = 1, alpha: float = 0.5", "0.5 * x.mT @ y", (2, 4, 3), (2, 4, 5)),
+            ("b", "transB: int = 1, alpha: float = 0.5", "0.5 * x @ y.mT", (2, 3, 4), (5, 4)),
+            ("ab", "transA: int = 1, transB: int = 1", "x.mT @ y.mT", (4, 3), (2, 5, 4)),
+        )
+    ),
 ]

@@ -8,7 +8,6 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.frontend`   | frontends              | which reader understood the file              |
 | `kfac.parameters` | frontends              | list of `Parameter`                           |
 | `kfac.loss`       | frontends              | `Loss`                                        |
-| `kfac.outputs`    | frontends              | the exporter's outputs, in order              |
 | `kfac.row_gradients` | frontends           | list of `RowGradient`                         |
 | `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
 | `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
@@ -41,6 +40,7 @@ __all__ = [
     "Loss",
     "Parameter",
     "Phase",
+    "Projection",
     "Refusal",
     "RootCheck",
     "RowGradient",
@@ -135,6 +135,20 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A dense part of a table's gradient, Σ over positions of left·rightᵀ.
+
+    `left` holds an entry per vocabulary row along `left_axis`, `right` one per embedding column along
+    `right_axis`; all their other axes are positions, in the same order.
+    """
+
+    left: str
+    left_axis: int
+    right: str
+    right_axis: int
+
+
+@dataclass(frozen=True)
 class Site:
     """A trained table and all its uses.
 
@@ -158,6 +172,8 @@ class Site:
     rows: str | None = None
     keep: str | None = None
     dense: str | None = None
+    projections: tuple[Projection, ...] = ()
+    """The dense part of the gradient as products; empty where there is none, or where it is no product."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +266,7 @@ class Step:
 
 
 _NESTED: dict[str, dict[str, type[Any]]] = {
-    "Site": {"uses": Use, "dense_uses": Use},
+    "Site": {"uses": Use, "dense_uses": Use, "projections": Projection},
     "Step": {"learning_rates": LearningRate, "id_checks": IdCheck, "root_checks": RootCheck},
 }
 

@@ -63,7 +63,6 @@ def read_training_graph(
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
     infer_shapes(model)
-    outputs = [str(value.name) for value in model.graph.outputs]
     chosen = scatter_row_gradients(model, chosen_row_gradients(model, gradients or {}))
     if gradients is not None:
         gradients = {**gradients, **{item.parameter: item.gradient for item in chosen}}
@@ -87,7 +86,6 @@ def read_training_graph(
     metadata.write(model, "parameters", pairing.described())
     predictions = {} if loss_value is not None else interface.boundary
     metadata.write(model, "loss", metadata.Loss(name, reduction.kind, predictions))
-    metadata.write(model, "outputs", outputs)
     metadata.write(model, "row_gradients", row_gradients)
     metadata.write(model, "notes", notes)
     metadata.write(model, "refused", [*pairing.refused, *ambiguous])

@@ -15,7 +15,7 @@ from kfac_onnx.metadata import Loss, Phase, Refusal, Site
 from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.draft import FLOAT, Draft
-from kfac_onnx.passes.insertion.interface import replace_rows, restore_outputs, row_gradient_of
+from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
 from kfac_onnx.passes.insertion.table import RowUpdate, TableBlock, from_rows
 from kfac_onnx.passes.insertion.writing import drop_gradient, write_table
 from kfac_onnx.passes.options import opt
@@ -95,7 +95,7 @@ class InsertEmbeddingKfac(Pass):
         for site in sites:
             self._insert(site, preset, draft, scale, log)
         if self.shape == "dense":
-            restore_outputs(draft)
+            drop_tensors(draft)
         draft.settings["preset"] = preset.name
         draft.settings["shape"] = self.shape
         draft.save()

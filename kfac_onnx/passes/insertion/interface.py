@@ -1,9 +1,8 @@
-"""Gives a drop-in graph the outputs of the exporter's own, by name, kind and order.
+"""Gives a drop-in graph the gradients of the exporter's own that are rows and their ids.
 
-The canonical graph has one tensor per gradient and the loss in front. Where the exporter gave a gradient
-as rows and their ids, the drop-in graph does too: the pair holds the preconditioned rows with the ids that
-they belong to. Repeated ids add up, as before; the order of the rows may be another one, and preset
-`adagrad` and `adaptive`, which square, give each id once.
+The canonical graph has one tensor per gradient. Where the exporter gave rows and ids, the drop-in graph does
+too: the pair holds the preconditioned rows with the ids that they belong to. Repeated ids add up, as
+before; presets `adagrad` and `adaptive`, which square, give each id once.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from kfac_onnx.passes.insertion.draft import Draft
     from kfac_onnx.passes.insertion.table import RowUpdate
 
-__all__ = ["replace_rows", "restore_outputs", "row_gradient_of"]
+__all__ = ["drop_tensors", "replace_rows", "row_gradient_of"]
 
 
 def row_gradient_of(model: ir.Model, parameter: str) -> RowGradient | None:
@@ -52,16 +51,10 @@ def replace_rows(pair: RowGradient, update: RowUpdate, draft: Draft) -> None:
         draft.remember(new, old)
 
 
-def restore_outputs(draft: Draft) -> None:
-    """Put the exporter's outputs in its order, without the tensors of gradients given as rows and ids."""
-    model, outputs = draft.model, draft.model.graph.outputs
-    for pair in metadata.read_list(model, "row_gradients", RowGradient):
+def drop_tensors(draft: Draft) -> None:
+    """Take the tensors that row gradients were scattered into out of the outputs: the exporter had none."""
+    outputs = draft.model.graph.outputs
+    for pair in metadata.read_list(draft.model, "row_gradients", RowGradient):
         for value in [value for value in outputs if value.name == pair.gradient]:
             outputs.remove(value)
             draft.emitter.count(removed=1)
-    order = {name: place for place, name in enumerate(metadata.read_strings(model, "outputs"))}
-    wanted = sorted(outputs, key=lambda value: order.get(str(value.name), len(order)))
-    if wanted != list(outputs):
-        outputs.clear()
-        outputs.extend(wanted)
-        draft.emitter.count(edited=1)

@@ -13,7 +13,7 @@ import numpy as np
 from kfac_onnx.frontends.autodiff.backward import no_gradient
 from kfac_onnx.frontends.autodiff.working import Working
 from kfac_onnx.frontends.lowering.emit import Miss
-from kfac_onnx.frontends.values import constant, int_attribute, rank_of, static_shape
+from kfac_onnx.frontends.values import constant, int_attribute, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable

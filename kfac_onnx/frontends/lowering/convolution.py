@@ -17,13 +17,15 @@ from kfac_onnx.frontends.lowering.scatter import END, scatter_elements
 from kfac_onnx.frontends.values import dtype_of, int_attribute, static_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kfac_onnx.frontends.lowering.emit import Emit, Lowered
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "Window", "average_gradient", "input_gradient", "max_pool_grad", "weight_gradient"]
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """How a window of `kernel` entries slides over the spatial axes; `pads` are begins, then ends."""
 
     kernel: tuple[int, ...]
@@ -54,7 +56,7 @@ class _Window:
         return tuple(extra % stride for extra, stride in zip(free, self.strides, strict=True))
 
 
-def _window(node: ir.Node, kernel: tuple[int, ...] | None) -> _Window | Miss:
+def _window(node: ir.Node, kernel: tuple[int, ...] | None) -> Window | Miss:
     given = node.attributes.get("kernel_shape")
     size = kernel if given is None else tuple(given.as_ints())
     if size is None:
@@ -69,7 +71,7 @@ def _window(node: ir.Node, kernel: tuple[int, ...] | None) -> _Window | Miss:
         return (default,) * count if found is None else tuple(found.as_ints())
 
     pads = (0,) * 2 * len(size) if padding == "VALID" else ints("pads", 0, 2 * len(size))
-    return _Window(size, ints("strides", 1, len(size)), ints("dilations", 1, len(size)), pads)
+    return Window(size, ints("strides", 1, len(size)), ints("dilations", 1, len(size)), pads)
 
 
 def conv_grad(emit: Emit, node: ir.Node) -> Lowered:
@@ -92,29 +94,31 @@ def conv_grad(emit: Emit, node: ir.Node) -> Lowered:
     wanted = [bool(output.name) for output in node.outputs]
     results: list[ir.Value | None] = [None] * len(wanted)
     if wanted[0]:
-        results[0] = _input_gradient(emit, dy, data, kernel, window, group)
+        lengths = emit.part(emit.shape(x), 2, END)
+        results[0] = input_gradient(emit, dy, lengths, kernel, window, group)
     if wanted[1:2] == [True]:
-        results[1] = _weight_gradient(emit, dy, data, window, group)
+        results[1] = weight_gradient(emit, dy, data, window, group)
     if wanted[2:] == [True]:
         results[2] = emit.op("ReduceSum", dy, emit.ints(0, *window.axes), keepdims=0)
     return [None if item is None else emit.cast(item, dtype, work) for item in results]
 
 
-def _input_gradient(
-    emit: Emit, dy: ir.Value, x: ir.Value, weight: ir.Value, window: _Window, group: int
+def input_gradient(
+    emit: Emit, dy: ir.Value, lengths: ir.Value, weight: ir.Value, window: Window, group: int
 ) -> ir.Value:
+    """Return dX of a convolution; `lengths` int64[n] are those of X's spatial axes."""
     attributes = {"strides": window.strides, "dilations": window.dilations}
     if all(stride == 1 for stride in window.strides):  # no entry of X is left over
         return emit.op("ConvTranspose", dy, weight, group=group, pads=window.pads, **attributes)
     full = emit.op("ConvTranspose", dy, weight, group=group, **attributes)
     after = [stride - 1 for stride in window.strides]  # entries at the end that no window reaches
     padded = emit.op("Pad", full, emit.ints(*[0] * (4 + len(after)), *after))
-    lengths = emit.part(emit.shape(x), 2, END)
     begins = emit.ints(*window.begins)
     return emit.op("Slice", padded, begins, emit.op("Add", lengths, begins), emit.ints(*window.axes))
 
 
-def _weight_gradient(emit: Emit, dy: ir.Value, x: ir.Value, window: _Window, group: int) -> ir.Value:
+def weight_gradient(emit: Emit, dy: ir.Value, x: ir.Value, window: Window, group: int) -> ir.Value:
+    """Return dW of a convolution."""
     swap = (1, 0, *window.axes)
     by_group = [(x, dy)]
     if group > 1:
@@ -167,35 +171,54 @@ def average_pool_grad(emit: Emit, node: ir.Node) -> Lowered:
     grad, result = node.inputs[0], node.outputs[0]
     dtype = dtype_of(grad)
     window = _window(node, None)
-    lengths = [dim for dim in (result.shape or ())[2:] if isinstance(dim, int)]
     if grad is None or dtype is None:
         return Miss("the type of its first input is unknown")
     if isinstance(window, Miss):
         return window
-    if len(lengths) != len(window.kernel):
+    known = [dim for dim in (result.shape or ())[2:] if isinstance(dim, int)]
+    if len(known) != len(window.kernel):
         return Miss("the lengths of what was pooled are unknown")
-    left = window.left_over(tuple(lengths))
-    if int_attribute(node, "ceil_mode", 0) and any(left):
-        return Miss("ceil_mode=1 is not supported where the last window is cut")
+    lengths = emit.ints(*known)
     work = ir.DataType.FLOAT if dtype in HALF_TYPES else dtype
-    counts = _window_counts(window, lengths, padding=bool(int_attribute(node, "count_include_pad", 0)))
-    share = emit.op("Div", emit.cast(grad, work, dtype), emit.names.constant(counts.astype(work.numpy())))
-    single = emit.op("Reshape", share, emit.ints(-1, 1, *counts.shape))
-    added = emit.op(
-        "ConvTranspose",
-        single,
-        emit.names.constant(np.ones((1, 1, *window.kernel), work.numpy())),
-        strides=window.strides,
-        dilations=window.dilations,
-        pads=window.pads,
-        output_padding=left,
-    )
-    shape = emit.concat(emit.part(emit.op("Shape", grad), 0, 2), emit.ints(*lengths))
-    return [emit.cast(emit.op("Reshape", added, shape), dtype, work)]
+    added = average_gradient(emit, node, emit.cast(grad, work, dtype), lengths, known, window, work)
+    return added if isinstance(added, Miss) else [emit.cast(added, dtype, work)]
 
 
-def _window_counts(window: _Window, lengths: list[int], *, padding: bool) -> np.ndarray:
-    """Return over how many entries each window averages, int64[*L']."""
+def average_gradient(
+    emit: Emit,
+    node: ir.Node,
+    grad: ir.Value,
+    lengths: ir.Value,
+    known: Sequence[int] | None,
+    window: Window,
+    work: ir.DataType,
+) -> ir.Value | Miss:
+    """Return dX of an average pooling (attributes of `node`) in the type `work` that dY has.
+
+    `lengths` int64[n] are those of X's spatial axes, `known` the same where they are known beforehand.
+    """
+    padding = bool(int_attribute(node, "count_include_pad", 0))
+    if int_attribute(node, "ceil_mode", 0) and (known is None or any(window.left_over(tuple(known)))):
+        return Miss("ceil_mode=1 is not supported where the last window is cut")
+    ones = np.ones((1, 1, *window.kernel), work.numpy())
+    kernel = emit.names.constant(ones)
+    if padding or not any(window.pads):
+        counts = emit.scalar(float(ones.size), work)
+    elif known is not None:
+        counts = emit.names.constant(_window_counts(window, list(known)).astype(work.numpy()))
+    else:
+        plane = emit.op("Expand", emit.scalar(1.0, work), emit.concat(emit.ints(1, 1), lengths))
+        sizes = {"strides": window.strides, "dilations": window.dilations, "pads": window.pads}
+        counts = emit.op("Conv", plane, kernel, **sizes)
+    shape = emit.op("Shape", grad)
+    single = emit.concat(emit.ints(-1, 1), emit.part(shape, 2, END))
+    share = emit.op("Reshape", emit.op("Div", grad, counts), single)
+    added = input_gradient(emit, share, lengths, kernel, window, 1)
+    return emit.op("Reshape", added, emit.concat(emit.part(shape, 0, 2), lengths))
+
+
+def _window_counts(window: Window, lengths: list[int]) -> np.ndarray:
+    """Return how many entries of X are in each window, int64[*L']."""
     per_axis: list[list[int]] = []
     for axis, length in enumerate(lengths):
         size, stride, dilation = window.kernel[axis], window.strides[axis], window.dilations[axis]
@@ -203,7 +226,7 @@ def _window_counts(window: _Window, lengths: list[int], *, padding: bool) -> np.
         windows = (length + before + after - dilation * (size - 1) - 1) // stride + 1
         per_axis.append(
             [
-                sum(padding or 0 <= place * stride - before + k * dilation < length for k in range(size))
+                sum(0 <= place * stride - before + k * dilation < length for k in range(size))
                 for place in range(windows)
             ]
         )

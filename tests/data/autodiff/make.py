@@ -13,9 +13,10 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "support"))
+sys.path[:0] = [str(Path(__file__).parent.parent.parent / "support"), str(Path(__file__).parent)]
 
 import numpy as np
+import reference
 import torch
 from autodiff_cases import DATA, Case, tables
 from torch.nn import functional
@@ -36,7 +37,7 @@ def results_of(case: Case) -> dict[str, np.ndarray]:
     ]
     for name in wrt:
         known[name].requires_grad_()
-    scope = {"torch": torch, "F": functional, "np": np, **known}
+    scope = {"torch": torch, "F": functional, "np": np, "R": reference, **known}
     results = eval(case.torch, scope)  # noqa: S307  the expressions stand in this repository
     results = results if isinstance(results, tuple) else (results,)
     if len(results) != len(case.outputs):

@@ -46,6 +46,7 @@ def _print_site(site: SiteReport, lookups: int | None) -> None:
     tied = ", tied: the whole table is updated at each step" if site.tied else ""
     click.echo(f"{site.parameter}: {site.vocab_size} x {site.embedding_dim} {site.dtype}{tied}")
     click.echo(f"  lookups per step  {site.lookups}")
+    click.echo(f"  statistics        {site.statistics}")
     for name, shape in site.factors.items():
         click.echo(f"  factor            {name} {list(shape)}")
     share = site.state_bytes / site.adam_bytes if site.adam_bytes else 0.0

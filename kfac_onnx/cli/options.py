@@ -111,7 +111,7 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
     )(function)
 
 
-BLOCK_OPTIONS: Final = ("damping", "decay_a", "decay_g", "refresh_every")
+BLOCK_OPTIONS: Final = ("damping", "decay_a", "decay_g", "refresh_every", "uses", "tied")
 """Options of the pass `insert-embedding-kfac` that `transform` and `train` offer by the same names."""
 
 _BLOCK: Final = "kfac_onnx.block"
@@ -126,8 +126,8 @@ def block_options(function: Callable[P, R]) -> Callable[P, R]:
     for option in (options[name] for name in reversed(BLOCK_OPTIONS)):
         function = click.option(
             f"--{option.name}",
-            type=int if option.kind == "int" else float,
-            metavar="N" if option.kind == "int" else "X",
+            type={"int": int, "float": float}.get(option.kind, str),
+            metavar="|".join(option.choices) if option.choices else "N" if option.kind == "int" else "X",
             expose_value=False,
             callback=_keep,
             help=f"{option.help[0].upper()}{option.help[1:].replace('if none', 'if not given')}.",
@@ -135,9 +135,9 @@ def block_options(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def _keep(ctx: click.Context, parameter: click.Parameter, value: float | None) -> None:
+def _keep(ctx: click.Context, parameter: click.Parameter, value: float | str | None) -> None:
     if value is not None:
-        settings: dict[str, float] = ctx.meta.setdefault(_BLOCK, {})
+        settings: dict[str, float | str] = ctx.meta.setdefault(_BLOCK, {})
         settings[str(parameter.name)] = value
 
 

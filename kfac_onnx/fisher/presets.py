@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -86,6 +86,8 @@ class Preset:
     """Added to the root of the summed squares (`adagrad`)."""
     window_power: float = 0.8
     """p of the window 1 − t^(−p) (`window`)."""
+    coefficient: float = 1.0
+    """c of the block c·A⊗G (`factor`; a scale of squares does not see it)."""
 
     def __post_init__(self) -> None:
         if self.exponent not in (-1.0, -0.5):
@@ -97,6 +99,17 @@ class Preset:
             raise UserError(f"preset '{self.name}' scales rows by the input factor, which needs a decay")
         if self.refresh_every < 1:
             raise UserError(f"refresh-every must be at least 1, not {self.refresh_every}")
+
+    def for_uses(self, uses: int) -> Preset:
+        """Return the settings of a table with U uses that are taken as independent ("multi-indep").
+
+        The sum over the uses is U times their mean, so the block is c·A⊗G with c = U, and λ/U stands for λ.
+        Relative damping is λ = ρ²·mean(a)·mean(diag G) split by pi, so there ρ/√U stands for ρ.
+        Source: spec section 1, later versions.
+        """
+        share = uses if self.damping.kind == "pi" else math.sqrt(uses)
+        damping = replace(self.damping, value=self.damping.value / share)
+        return self if uses == 1 else replace(self, damping=damping, coefficient=float(uses))
 
     @property
     def uses_root(self) -> bool:

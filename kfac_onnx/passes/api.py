@@ -173,11 +173,11 @@ def pipeline_text(
     target: str = "cpu",
     grad_scale: float | None = None,
     allow_fallback: tuple[str, ...] = (),
-    **options: float | int | None,
+    **options: float | int | str | None,
 ) -> str:
     """Return the textual pipeline that `transform` runs for these settings.
 
-    `options` are those of `insert-embedding-kfac`: damping, decay_a, decay_g, refresh_every.
+    `options` are those of `insert-embedding-kfac`: damping, decay_a, decay_g, refresh_every, uses, tied.
 
     Raises UserError for an unknown preset or optimizer, or a setting out of range.
     """
@@ -246,7 +246,7 @@ def transform(
     grad_scale: float | None = None,
     allow_fallback: tuple[str, ...] = (),
     log: Log | None = None,
-    **options: float | int | None,
+    **options: float | int | str | None,
 ) -> ir.Model:
     """Return a training graph as one model that is a whole preconditioned training step.
 

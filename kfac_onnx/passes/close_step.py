@@ -192,9 +192,8 @@ class CloseStep(Pass):
         taken.update(item.name for item in metadata.read_list(model, "parameters", Parameter))
         others = [str(value.name) for value in model.graph.inputs if value.name not in taken]
         held = model.graph.initializers
-        settings: dict[str, Any] = {
-            key: draft.settings[key] for key in ("preset", "optimizer") if key in draft.settings
-        }
+        shown = ("preset", "uses", "tied", "optimizer")
+        settings: dict[str, Any] = {key: draft.settings[key] for key in shown if key in draft.settings}
         return Step(
             loss=loss.value,
             predictions=loss.predictions if loss.value is None else {},

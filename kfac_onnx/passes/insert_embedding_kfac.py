@@ -62,6 +62,12 @@ class InsertEmbeddingKfac(Pass):
         None, "r1.7: examples that a mean loss divides by; found in the graph if none", lo=1e-30
     )
     shape: Literal["rows", "dense"] = opt("rows", "update tables in place, or replace their gradients")
+    uses: Literal["stack", "multi-indep"] = opt(
+        "stack", "several uses of a table: rows of one batch, or U independent blocks (damping λ/U, c = U)"
+    )
+    tied: Literal["lookup", "both", "refuse"] = opt(
+        "lookup", "tables that are a projection too: statistics of the lookups, of both sides, or refuse them"
+    )
     allow_fallback: tuple[str, ...] = opt((), "refused tables that the ordinary optimizer may train")
 
     def settings(self) -> Preset:
@@ -81,8 +87,7 @@ class InsertEmbeddingKfac(Pass):
         Raises UserError for a table that was refused and is not in `allow-fallback`, when there is no
         table at all, for r1.7 where the divisor of the loss is unknown, and for a divisor that is not used.
         """
-        sites = metadata.read_list(model, "sites", Site)
-        self._check(model, sites)
+        sites, refused = self._trained_sites(model)
         preset = self.settings()
         if self.grad_scale is not None and not preset.scale_gradients:
             raise UserError(
@@ -90,6 +95,9 @@ class InsertEmbeddingKfac(Pass):
                 help="leave it out, or take preset r1.7",
             )
         emitter = Emitter(model, self.name)
+        if len(sites) < len(metadata.read_list(model, "sites", Site)):
+            emitter.metadata("sites", sites)
+            emitter.metadata("refused", refused)
         draft = Draft(model, emitter, values_by_name(model))
         scale = self._gradient_scale(model, emitter, draft) if preset.scale_gradients else None
         for site in sites:
@@ -98,11 +106,14 @@ class InsertEmbeddingKfac(Pass):
             drop_tensors(draft)
         draft.settings["preset"] = preset.name
         draft.settings["shape"] = self.shape
+        draft.settings |= {"uses": self.uses, "tied": self.tied}
         draft.save()
         return emitter.changes
 
     def _insert(self, site: Site, preset: Preset, draft: Draft, scale: ir.Value | None, log: Log) -> None:
-        result = TableBlock(site, preset, draft, scale).update()
+        both = site.projections if self.tied == "both" else ()
+        uses = len(site.uses) + len(both) if self.uses == "multi-indep" else 1
+        result = TableBlock(site, preset.for_uses(uses), draft, scale, both).update()
         with draft.at(draft.emitter.derive(site=site.parameter)):
             if self.shape == "dense":
                 pair = row_gradient_of(draft.model, site.parameter)
@@ -144,8 +155,31 @@ class InsertEmbeddingKfac(Pass):
                 outputs[index] = new
         draft.remember(new, old)
 
-    def _check(self, model: ir.Model, sites: list[Site]) -> None:
+    def _trained_sites(self, model: ir.Model) -> tuple[list[Site], list[Refusal]]:
+        """Return the tables that get a block and those that do not, which the user allowed."""
+        sites = metadata.read_list(model, "sites", Site)
         refused = metadata.read_list(model, "refused", Refusal)
+        for site in [site for site in sites if site.dense is not None]:
+            use = site.dense_uses[0]
+            if self.tied == "refuse":
+                name = site.parameter
+                reason = (
+                    f"it is tied: {use.op} '{use.output}' uses the whole table too, and tied=refuse is set"
+                )
+                remedy = f"set tied=lookup or tied=both, or leave it to --rest: allow-fallback={name}"
+                refused.append(Refusal(name, f"{name} -> {use.output}", reason, remedy))
+                sites.remove(site)
+            elif self.tied == "both" and not site.projections:
+                raise UserError(
+                    f"tied=both needs the statistics of {use.op} '{use.output}', which also uses "
+                    f"'{site.parameter}', and its part of the gradient is no product of two tensors",
+                    context=self.name,
+                    help="set tied=lookup; `why` says what was tried",
+                )
+        self._check(model, sites, refused)
+        return sites, refused
+
+    def _check(self, model: ir.Model, sites: list[Site], refused: list[Refusal]) -> None:
         present = set(values_by_name(model))
         for name in self.allow_fallback:
             known = [item.parameter for item in refused]

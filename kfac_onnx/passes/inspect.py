@@ -80,6 +80,7 @@ class NodeReport:
 class SiteReport:
     """One table: sizes, state and cost.
 
+    `uses` counts the operators that look rows up, `statistics` says what the factors take in.
     `lookups` is the number of lookups per step as an expression in the graph's dimensions,
     `factors` maps each factor to its shape, `state_bytes` is everything kept for the table besides the
     table, `adam_bytes` what Adam would keep (two tables). `step_cost` is paid at each step,
@@ -92,6 +93,8 @@ class SiteReport:
     dtype: str
     layout: str
     tied: bool
+    uses: int
+    statistics: str
     lookups: str
     factors: Mapping[str, tuple[int, ...]]
     states: Mapping[str, tuple[int, ...]]
@@ -158,7 +161,9 @@ def inspect(model: ir.Model) -> Inspection:
         pipeline=model.metadata_props.get("kfac.pipeline"),
         shape=None if step is None else step.shape,
         settings={} if step is None else step.settings,
-        sites=tuple(_site(site, model, nodes, states) for site in sites),
+        sites=tuple(
+            _site(site, model, nodes, states, {} if step is None else step.settings) for site in sites
+        ),
         others=tuple(
             _other(parameter, nodes, states)
             for parameter in read_list(model, "parameters", Parameter)
@@ -184,7 +189,23 @@ def _name(node: ir.Node) -> str:
     return node.name or next((str(value.name) for value in node.outputs if value.name), node.op_type)
 
 
-def _site(site: Site, model: ir.Model, nodes: Iterable[ir.Node], states: Iterable[State]) -> SiteReport:
+def _statistics(site: Site, settings: Mapping[str, Any]) -> str:
+    """Return in words what the factors of a table take in, and how its uses are put together."""
+    both = settings.get("tied") == "both" and bool(site.projections)
+    count = len(site.uses) + (len(site.projections) if both else 0)
+    of = "lookups and projection" if both else "lookups"
+    if settings.get("uses") != "multi-indep" or count == 1:
+        return of if count == 1 else f"{of}, {count} uses stacked"
+    return f"{of}, {count} independent uses: damping λ/{count}, coefficient {count}"
+
+
+def _site(
+    site: Site,
+    model: ir.Model,
+    nodes: Iterable[ir.Node],
+    states: Iterable[State],
+    settings: Mapping[str, Any],
+) -> SiteReport:
     mine = [state for state in states if state.parameter == site.parameter and state.role != "parameter"]
     groups = _groups([node for node in nodes if node.metadata_props.get("kfac.site") == site.parameter], site)
     return SiteReport(
@@ -194,6 +215,8 @@ def _site(site: Site, model: ir.Model, nodes: Iterable[ir.Node], states: Iterabl
         dtype=site.dtype,
         layout=site.layout,
         tied=bool(site.dense_uses),
+        uses=len(site.uses),
+        statistics=_statistics(site, settings) if "preset" in settings else "none",
         lookups=_lookups(site, model),
         factors={state.input: state.shape for state in mine if state.role == "factor"},
         states={state.input: state.shape for state in mine},

@@ -7,6 +7,10 @@
     W ← W − lr·update
 
 `rows` are dL/d(looked-up row), one per lookup, all uses of the table stacked.
+
+U independent uses ("multi-indep"): λ/U for λ (so ρ/√U for ρ), and the update times U^exponent.
+A tied table with statistics of both sides: for each projection z = h·Wᵀ with δ = dL/dz over P positions
+and m = mean ‖δ_p‖², δ_p²/m are further counts and √m·h_p further rows, P in number (none if δ = 0).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 from kfac_onnx.reference.operators import FLOOR, power, scatter_add
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from kfac_onnx.reference.operators import Array
 
@@ -73,8 +77,18 @@ class TableReference:
     that were not kept, `lookups` (M) those of the last step.
     """
 
-    def __init__(self, preset: str, vocab_size: int, embedding_dim: int, lr: float, **options: Any) -> None:
+    def __init__(
+        self,
+        preset: str,
+        vocab_size: int,
+        embedding_dim: int,
+        lr: float,
+        *,
+        num_uses: int = 1,
+        **options: Any,
+    ) -> None:
         self.settings = replace(SETTINGS[preset], **options)
+        self.num_uses = num_uses
         self.V, self.D, self.lr = vocab_size, embedding_dim, lr
         self.t = 0
         self.skipped = 0
@@ -96,6 +110,7 @@ class TableReference:
         keep: Array | None = None,
         scale: float = 1.0,
         dense: Array | None = None,
+        projections: Sequence[tuple[Array, Array]] = (),
         *,
         lr: float | None = None,
         finite: bool = True,
@@ -104,7 +119,8 @@ class TableReference:
 
         table float64[V, D]; ids int64[M]; rows float[M, D]; keep[M], 0 where the graph drops the row;
         scale c, the divisor of a mean loss (r1.7 only); dense float[V, D], the rest of a tied table's
-        gradient; `finite=False` says that something elsewhere in the step is not finite.
+        gradient; projections pairs of (δ[P, V], h[P, D]) whose statistics count too; `finite=False` says that
+        something elsewhere in the step is not finite.
         """
         table = np.asarray(table, np.float64)
         ids = np.asarray(ids).reshape(-1)
@@ -117,9 +133,10 @@ class TableReference:
             self.skipped += 1
             return table
         self.t += 1
-        self.lookups = len(ids)
+        pairs = [(np.asarray(d, np.float64), np.asarray(h, np.float64)) for d, h in projections if np.any(d)]
+        self.lookups = len(ids) + sum(len(delta) for delta, _ in pairs)
         if self.lookups > 0:
-            self._average(ids, rows, scale)
+            self._average(ids, rows, scale, pairs)
         if self._refreshes():
             self._refresh()
         if self.lookups == 0:
@@ -141,19 +158,25 @@ class TableReference:
         """Return what is added now to the eigenvalues of A and of G."""
         mean_a, mean_g = float(self.a_hat().mean()), float(np.trace(self.g_hat()) / self.D)
         if self.settings.damping_kind == "relative":
-            return self.settings.damping * max(mean_a, FLOOR), self.settings.damping * max(mean_g, FLOOR)
-        pi = np.sqrt(mean_a / mean_g)
-        return float(np.sqrt(self.settings.damping) * pi), float(np.sqrt(self.settings.damping) / pi)
+            rho = self.settings.damping / np.sqrt(self.num_uses)
+            return rho * max(mean_a, FLOOR), rho * max(mean_g, FLOOR)
+        pi, damping = np.sqrt(mean_a / mean_g), self.settings.damping / self.num_uses
+        return float(np.sqrt(damping) * pi), float(np.sqrt(damping) / pi)
 
     def _correction(self, decay: float, count: int) -> float:
         return 1.0 / (1.0 - decay**count) if self.settings.debias and count > 0 else 1.0
 
-    def _average(self, ids: Array, rows: Array, scale: float) -> None:
-        counts = scatter_add(np.zeros(self.V), ids, np.ones(self.lookups))
+    def _average(self, ids: Array, rows: Array, scale: float, pairs: Sequence[tuple[Array, Array]]) -> None:
+        counts = scatter_add(np.zeros(self.V), ids, np.ones(len(ids)))
+        moment = rows.T @ rows
+        for delta, h in pairs:
+            m = (delta**2).sum(axis=1).mean()
+            counts = counts + (delta**2).sum(axis=0) / m
+            moment = moment + m * h.T @ h
         if self.settings.normalize_counts:
             counts = counts / self.lookups
         c = scale if self.settings.scale_gradients else 1.0
-        moment = c**2 * rows.T @ rows / self.lookups
+        moment = c**2 * moment / self.lookups
         self.input_factor = (
             self.settings.input_decay * self.input_factor + (1 - self.settings.input_decay) * counts
         )
@@ -181,7 +204,8 @@ class TableReference:
         match self.settings.row_scale:
             case "factor":
                 damping_a, _ = self.damping()
-                return ((self.a_hat() + damping_a) ** self.settings.exponent)[:, None] * turned
+                weight = (self.num_uses * (self.a_hat() + damping_a)) ** self.settings.exponent
+                return weight[:, None] * turned
             case "adagrad":
                 self.history = self.history + squares
                 return turned / (np.sqrt(self.history) + self.settings.epsilon)[:, None]

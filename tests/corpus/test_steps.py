@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from corpus_cases import StepReference, marked
-from corpus_table import names
+from corpus_table import ROWS, names
 
 from kfac_onnx import metadata
 from kfac_onnx.metadata import State, Step
@@ -26,13 +26,13 @@ TOLERANCE = {np.float32: 4e-6, np.float16: 1.5e-3, ml_dtypes.bfloat16: 1.2e-2}
 
 
 def compare(
-    name: str, preset: str, threads: int, steps: int, rest: str = "adam", scaled: float = 1.0
+    name: str, preset: str, threads: int, steps: int, rest: str = "adam", scaled: float = 1.0, **options: str
 ) -> None:
     case, graph = marked(name)
     weights = graph.initial(case)
-    reference = StepReference(graph, weights, preset, 0.01, rest, 1e-3)
+    reference = StepReference(graph, weights, preset, 0.01, rest, 1e-3, **options)
     scale = 1.0 if preset == "r1.7" and graph.loss is None else None  # the host's loss is a sum
-    model = transform(case.path, preset=preset, lr=0.01, rest=rest, rest_lr=1e-3, grad_scale=scale)
+    model = transform(case.path, preset=preset, lr=0.01, rest=rest, rest_lr=1e-3, grad_scale=scale, **options)
     trained = {item.name for item in graph.parameters}
     batches = [
         {key: value for key, value in case.feed(which).items() if key not in trained} | graph.fed_back(case)
@@ -89,6 +89,47 @@ def test_adagrad_on_one_thread(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_adaptive_on_four_threads(name: str) -> None:
     compare(name, "adaptive", threads=4, steps=12, rest=rest_of(name))
+
+
+@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if max(t.uses for t in ROWS[name].tables.values()) > 1]
+)
+def test_several_uses_as_independent(name: str, preset: str) -> None:
+    compare(name, preset, threads=2, steps=12, rest="sgd", uses="multi-indep")
+
+
+TIED = [name for name in NAMES if any(t.tied for t in ROWS[name].tables.values())]
+
+
+@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("name", TIED)
+def test_tied_tables_with_statistics_of_both_sides(name: str, preset: str) -> None:
+    compare(name, preset, threads=2, steps=12, rest="sgd", tied="both")
+
+
+@pytest.mark.parametrize("name", TIED[:2])
+def test_tied_tables_with_both_sides_as_independent_uses(name: str) -> None:
+    compare(name, "half", threads=2, steps=12, rest="sgd", tied="both", uses="multi-indep")
+    compare(name, "r1.7", threads=2, steps=12, rest="sgd", tied="both", uses="multi-indep")
+
+
+@pytest.mark.parametrize("options", [{"uses": "multi-indep"}, {"tied": "both"}])
+def test_the_choices_make_a_difference(options: dict[str, str]) -> None:
+    """The reference without the option fails at the first step of the graph with it."""
+    name = "ortart_legcore__siamese" if "uses" in options else "ortart_legloss__gpt_tied"
+    case, graph = marked(name)
+    weights = graph.initial(case)
+    reference = StepReference(graph, weights, "half", 0.01, "sgd", 1e-3)
+    out = graph.run(reference.feed(case.feed()))
+    reference.step(out)
+    with TrainingSession(transform(case.path, rest="sgd", **options), parameters=weights) as session:
+        session.step({item.name: case.feed()[item.name] for item in session.batch_inputs})
+        for site in graph.sites:
+            if len(site.uses) > 1 or site.dense:
+                got, start = session.parameters[site.parameter], weights[site.parameter]
+                moved = np.abs(reference.weights[site.parameter] - start).max()
+                assert np.abs(got - reference.weights[site.parameter]).max() > 0.05 * moved
 
 
 def rest_of(name: str) -> str:

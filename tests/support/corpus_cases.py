@@ -87,6 +87,8 @@ class MarkedGraph:
         self.sites = metadata.read_list(self.model, "sites", Site)
         values = values_by_name(self.model)
         wanted = [name for site in self.sites for name in (site.ids, site.rows, site.keep) if name]
+        products = [product for site in self.sites for product in site.projections]
+        wanted += [name for product in products for name in (product.left, product.right)]
         loss = metadata.read(self.model, "loss", Loss) or Loss(None)
         self.loss, self.predictions = loss.value, loss.predictions
         wanted += [item.gradient for item in self.parameters if item.gradient]
@@ -180,16 +182,39 @@ class StepReference:
         lr: float,
         rest: str,
         rest_lr: float,
+        *,
+        uses: str = "stack",
+        tied: str = "lookup",
     ) -> None:
         self.graph = graph
+        self.tied = tied
         self.dtypes = {name: value.dtype for name, value in weights.items()}
         self.weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
         self.tables = {
-            site.parameter: TableReference(preset, site.vocab_size, site.embedding_dim, lr)
+            site.parameter: TableReference(
+                preset,
+                site.vocab_size,
+                site.embedding_dim,
+                lr,
+                num_uses=self.uses_of(site) if uses == "multi-indep" else 1,
+            )
             for site in graph.sites
         }
         names = [item.name for item in graph.parameters if item.name not in self.tables]
         self.rest = {name: OPTIMIZERS[rest](lr=rest_lr) for name in names}
+
+    def uses_of(self, site: Site) -> int:
+        """Return how many uses of a table have statistics."""
+        return len(site.uses) + (len(site.projections) if self.tied == "both" else 0)
+
+    def projections(self, site: Site, out: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (δ[P, V], h[P, D]) of every projection that has statistics."""
+        pairs = []
+        for product in site.projections if self.tied == "both" else ():
+            left = np.moveaxis(np.asarray(out[product.left], np.float64), product.left_axis, -1)
+            right = np.moveaxis(np.asarray(out[product.right], np.float64), product.right_axis, -1)
+            pairs.append((left.reshape(-1, site.vocab_size), right.reshape(-1, site.embedding_dim)))
+        return pairs
 
     def feed(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return a feed at this reference's weights, rounded to the graph's dtypes."""
@@ -210,7 +235,11 @@ class StepReference:
             dense = None
             if site.dense is not None:
                 dense = to_table(stored, site) - scattered
-            new = self.tables[site.parameter].step(table, ids, rows, keep, scale, dense)
+            pairs = self.projections(site, out)
+            if pairs:  # what is counted is what the exporter's gradient is made of
+                error = np.abs(sum(left.T @ right for left, right in pairs) - dense).max()
+                assert error <= 1e-5 * np.abs(dense).max()
+            new = self.tables[site.parameter].step(table, ids, rows, keep, scale, dense, pairs)
             self.weights[site.parameter] = from_table(new, site, self.weights[site.parameter].shape)
         for name, optimizer in self.rest.items():
             self.weights[name] = optimizer.step(

@@ -3,6 +3,8 @@
 With ids u and rows g of the M lookups of a step:
 
     A ← average of counts,   G ← average of gᵀg/M,   root = (G + damping_g·I)^e, as of the last refresh
+
+With `tied=both` the positions of the table's projections are lookups too: see `projections`.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ import numpy as np
 
 from kfac_onnx.metadata import Phase, RootCheck, Site
 from kfac_onnx.passes.insertion.draft import BOOL, DOUBLE, FLOAT, INT64, Draft
+from kfac_onnx.passes.insertion.projections import emit_positions
 from kfac_onnx.passes.rewriter import Emitter, Out
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx_ir as ir
 
     from kfac_onnx.fisher.presets import Preset
+    from kfac_onnx.metadata import Projection
 
 __all__ = ["TableFactors"]
 
@@ -38,7 +44,14 @@ def renormalization_states(settings: dict[str, object]) -> list[dict[str, str]]:
 class TableFactors:
     """Emits the factors of one site and their root."""
 
-    def __init__(self, site: Site, preset: Preset, draft: Draft, scale: ir.Value | None) -> None:
+    def __init__(
+        self,
+        site: Site,
+        preset: Preset,
+        draft: Draft,
+        scale: ir.Value | None,
+        projections: Sequence[Projection] = (),
+    ) -> None:
         self.site = site
         self.preset = preset
         self.draft = draft
@@ -52,11 +65,22 @@ class TableFactors:
         self.V, self.D = site.vocab_size, site.embedding_dim
         self.counts = self.ids  # set by the input factor
         self.decay_a = preset.input_decay if preset.input_decay is not None else 0.0
+        with draft.at(self.emit):
+            self.positions = [emit_positions(item, site, draft, self.emit) for item in projections]
 
     def _name(self, what: str) -> str:
         return f"kfac/{self.site.parameter}/{what}"
 
     def _lookups(self) -> ir.Value:
+        """Return M, the number of lookups that count."""
+        counted = self._looked_up()
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
+        if not self.positions:
+            return counted
+        numbers = [counted, *(item.number for item in self.positions)]
+        return emit.node("Sum", numbers, name="lookups", dtype=FLOAT, shape=[])
+
+    def _looked_up(self) -> ir.Value:
         emit = self.emit.derive(phase=Phase.GRADIENTS)
         if self.mask is not None:
             return emit.node(
@@ -75,7 +99,7 @@ class TableFactors:
             self._name("A"), FLOAT, [self.V], initial, "factor", parameter=self.site.parameter
         )
         self.counts = factor
-        if self.decay_a < PLAIN_DECAY:
+        if self.decay_a < PLAIN_DECAY or self.positions:
             return self._plain_input_factor(factor, lookups)
         scale = self._counter("A.scale", DOUBLE, 1.0)
         total = self._counter("A.total", DOUBLE, preset.start_input * self.V)
@@ -123,9 +147,10 @@ class TableFactors:
             if preset.normalize_counts
             else emit.node("Min", [lookups, one], name="any", dtype=FLOAT, shape=[])
         )
+        ids, weights = self._with_positions(self.ids, self._per_lookup(one))
         (averaged,) = draft.op(
             "InputFactorAverage",
-            [factor, self.ids, self._per_lookup(one), divisor],
+            [factor, ids, weights, divisor],
             [Out("A", FLOAT, [self.V])],
             Phase.GRADIENTS,
             decay=self.decay_a,
@@ -143,16 +168,36 @@ class TableFactors:
             )
             new_count = emit.node("Add", [count, step], name="A.count", dtype=INT64, shape=[])
             draft.keep(count, new_count, Phase.GRADIENTS)
-            n = emit.node("Cast", [new_count], attributes={"to": FLOAT}, name="n", dtype=FLOAT, shape=[])
-            n = emit.node("Max", [n, one], name="n", dtype=FLOAT, shape=[])
-            rho = emit.constant(np.float32(self.decay_a), "decay_a")
-            power = emit.node("Pow", [rho, n], name="bias", dtype=FLOAT, shape=[])
-            seen = emit.node("Sub", [one, power], name="bias", dtype=FLOAT, shape=[])
-            gain = emit.node("Reciprocal", [seen], name="gain", dtype=FLOAT, shape=[])
+            # As the operator rounds the decay to float32, so does the correction; the rest is exact enough.
+            one64 = emit.constant(np.float64(1.0), "one64")
+            n = emit.node("Cast", [new_count], attributes={"to": DOUBLE}, name="n", dtype=DOUBLE, shape=[])
+            n = emit.node("Max", [n, one64], name="n", dtype=DOUBLE, shape=[])
+            rho = emit.constant(np.float64(np.float32(self.decay_a)), "decay_a")
+            power = emit.node("Pow", [rho, n], name="bias", dtype=DOUBLE, shape=[])
+            seen = emit.node("Sub", [one64, power], name="bias", dtype=DOUBLE, shape=[])
+            seen = emit.node("Reciprocal", [seen], name="gain", dtype=DOUBLE, shape=[])
+            gain = emit.node("Cast", [seen], attributes={"to": FLOAT}, name="gain", dtype=FLOAT, shape=[])
         total = emit.node(
             "ReduceSum", [averaged], attributes={"keepdims": 0}, name="total_a", dtype=FLOAT, shape=[]
         )
         return gain, emit.node("Mul", [total, gain], name="total_a", dtype=FLOAT, shape=[])
+
+    def _with_positions(self, ids: ir.Value, weights: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Add the soft counts of every projection: all V rows with a weight each."""
+        if not self.positions:
+            return ids, weights
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
+        bounds = [emit.constant(np.asarray(value, np.int64), "bound") for value in (0, self.V, 1)]
+        every = emit.node("Range", bounds, name="every_row", dtype=INT64, shape=[self.V])
+        soft = [item.counts for item in self.positions]
+        along = {"axis": 0}
+        ids = emit.node(
+            "Concat", [ids, *[every] * len(soft)], attributes=along, name="ids", dtype=INT64, shape=[None]
+        )
+        weights = emit.node(
+            "Concat", [weights, *soft], attributes=along, name="increments", dtype=FLOAT, shape=[None]
+        )
+        return ids, weights
 
     def _per_lookup(self, scalar: ir.Value) -> ir.Value:
         emit = self.emit.derive(phase=Phase.GRADIENTS)
@@ -196,9 +241,16 @@ class TableFactors:
         count = self._counter("G.count", INT64, 0.0)
         scale = self.scale if self.scale is not None else self.emit.constant(np.float32(1.0), "one")
         square = [self.D, self.D]
+        rows = self.rows
+        if self.positions:
+            emit = self.emit.derive(phase=Phase.GRADIENTS)
+            parts = [rows, *(item.rows for item in self.positions)]
+            rows = emit.node(
+                "Concat", parts, attributes={"axis": 0}, name="rows", dtype=FLOAT, shape=[None, self.D]
+            )
         new, new_count, ghat = draft.op(
             "OutputFactorUpdate",
-            [old, count, self.rows, lookups, scale],
+            [old, count, rows, lookups, scale],
             [Out("G", FLOAT, square), Out("G.count", INT64, []), Out("G.debiased", FLOAT, square)],
             Phase.GRADIENTS,
             decay=preset.output_decay,

@@ -2,7 +2,7 @@
 
 With ids u and rows g of the lookups of a step, and the table's gradient Grad:
 
-    update = (A + damping_a)^e · Grad · (G + damping_g·I)^e
+    update = (A + damping_a)^e · Grad · (G + damping_g·I)^e · c^e        c = 1, or U for U independent uses
 
 The map from Grad to update is linear, so for the row scale `factor` it is applied to each lookup's row and
 repeated rows add up when the table is written. `adagrad` and `window` square, so rows are merged first.
@@ -78,6 +78,10 @@ class TableBlock(TableFactors):
         for entry in draft.settings.get("undo", []):
             if entry["state"] == self._name("A"):
                 entry["after"] = counts.name
+        if self.preset.coefficient != 1.0:  # (c·(a + damping_a))^e = c^e·(a + damping_a)^e
+            c = emit.constant(np.float32(self.preset.coefficient), "coefficient")
+            gain = emit.node("Mul", [gain, c], name="gain", dtype=FLOAT, shape=[])
+            damping_a = emit.node("Mul", [damping_a, c], name="damping_a", dtype=FLOAT, shape=[])
         if self.site.dense is not None:
             (update,) = draft.op(
                 "PreconditionDense",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx.frontends.values import static_shape
-from kfac_onnx.metadata import Refusal, Site, Use
+from kfac_onnx.metadata import Projection, Refusal, Site, Use
 from kfac_onnx.passes.sites.facts import Facts, ancestors
 from kfac_onnx.passes.sites.lookups import (
     RESHAPES,
@@ -20,6 +20,7 @@ from kfac_onnx.passes.sites.lookups import (
     ids_chain,
     keeps_every_id,
 )
+from kfac_onnx.passes.sites.products import projections
 from kfac_onnx.passes.sites.pulling import Miss, Pulled, RowStep, pull, pull_whole
 from kfac_onnx.passes.sites.scatters import DenseTerm, DropMask, RowTerm, gradient_terms
 
@@ -71,6 +72,7 @@ class SiteMatch:
     uses: tuple[MatchedUse, ...]
     dense_uses: tuple[DenseUse, ...]
     dense_terms: tuple[DenseTerm, ...]
+    projections: tuple[Projection, ...] = ()
 
     @property
     def pulled(self) -> Pulled:
@@ -93,6 +95,7 @@ class SiteMatch:
                 Use(use.node.op_type, None, str(use.output.name), None) for use in self.dense_uses
             ),
             gradient=str(self.gradient.name),
+            projections=self.projections,
         )
 
 
@@ -210,7 +213,11 @@ def _pair(
         return verdict.refuse(
             "its uses disagree about which axis holds the rows", [_label(uses[1].lookup.node)]
         )
-    verdict.site = SiteMatch(verdict.weight, gradient, tuple(uses), tuple(dense_uses), dense_left)
+    products = projections(verdict.weight, uses[0].pulled.layout, dense_uses, dense_left, facts)
+    if isinstance(products, Miss):
+        verdict.trail.append(f"tied=both cannot be had: {products.reason}")
+        products = ()
+    verdict.site = SiteMatch(verdict.weight, gradient, tuple(uses), tuple(dense_uses), dense_left, products)
     verdict.trail.append("accepted")
     return verdict
 
@@ -341,11 +348,7 @@ def _with_shared(
         return use
     own = _in_order(claimed.indices, facts)
     for term in list(terms):
-        if (
-            not isinstance(term, RowTerm)
-            or term.fixed is not None
-            or (term.mask is None) != (claimed.mask is None)
-        ):
+        if not isinstance(term, RowTerm) or term.fixed is not None or term.before != claimed.before:
             continue
         pulled = pull(term, shape)
         same = bool(own & _in_order(term.indices, facts)) and _same_mask(term, claimed, facts)

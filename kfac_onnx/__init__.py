@@ -22,6 +22,7 @@ from kfac_onnx.errors import UserError, VerifyError
 
 if TYPE_CHECKING:
     from kfac_onnx.passes.api import save, scan, transform, why
+    from kfac_onnx.passes.checks import check
     from kfac_onnx.passes.diff import diff
     from kfac_onnx.passes.inspect import inspect
     from kfac_onnx.passes.pipeline import parse_pipeline
@@ -31,6 +32,7 @@ __all__ = [
     "TrainingSession",
     "UserError",
     "VerifyError",
+    "check",
     "diff",
     "inspect",
     "parse_pipeline",
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "TrainingSession": "kfac_onnx.runtime",
+    "check": "kfac_onnx.passes.checks",
     "diff": "kfac_onnx.passes.diff",
     "inspect": "kfac_onnx.passes.inspect",
     "parse_pipeline": "kfac_onnx.passes.pipeline",

@@ -31,6 +31,7 @@ VERBS: Final[dict[str, str]] = {
     "verify": "Check a model's gradients against its loss, or the block against golden files.",
     "diff": "Show what a pipeline changed between two models.",
     "opt": "Run a textual pipeline of passes over a model.",
+    "check": "Find what is wrong with a training graph, or probably not meant.",
     "why": "Explain why a parameter was taken as an embedding table, or was not.",
     "demo": "Train a small language model with Adam, Adagrad and K-FAC, and compare.",
 }

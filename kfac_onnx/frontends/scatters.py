@@ -22,7 +22,7 @@ from kfac_onnx.frontends.values import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["make_scatters_race_free"]
+__all__ = ["make_scatters_race_free", "provably_unique"]
 
 
 def make_scatters_race_free(model: ir.Model) -> int:
@@ -40,7 +40,7 @@ def make_scatters_race_free(model: ir.Model) -> int:
         for node in list(graph):
             if node.domain not in ONNX_DOMAINS or _reduction(node) == "none":
                 continue
-            if node.op_type == "ScatterND" and not _provably_unique(node):
+            if node.op_type == "ScatterND" and not provably_unique(node):
                 _replace(names, node, _as_elements(Emit(names, node, "scatter"), node))
             elif node.op_type == "ScatterElements" and dtype_of(node.inputs[2]) in HALF_TYPES:
                 _replace(names, node, _in_float(Emit(names, node, "scatter"), node))
@@ -94,7 +94,7 @@ def _in_float(emit: Emit, node: ir.Node) -> tuple[Emit, ir.Value] | Miss:
     return emit, result
 
 
-def _provably_unique(node: ir.Node) -> bool:
+def provably_unique(node: ir.Node) -> bool:
     """Say whether the indices are constants that never name one place twice."""
     indices, shape = constant(node.inputs[1]), static_shape(node.inputs[0])
     if indices is None or shape is None or indices.ndim == 0:

@@ -1,0 +1,80 @@
+"""`kfac-onnx check MODEL`: what is wrong with a training graph, or probably not meant.
+
+`--json` prints `{"errors": n, "warnings": n, "notes": n, "findings": [{"id", "severity", "what", "where",
+"why", "remedy"}], "checks": [...]}`: `where` lists nodes or values, `checks` everything that was tried.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from kfac_onnx.cli.options import (
+    common,
+    gradient_pairs,
+    model_argument,
+    parameters_option,
+    reading_options,
+)
+from kfac_onnx.cli.output import print_json
+
+if TYPE_CHECKING:
+    from kfac_onnx.passes.checks import CheckReport
+
+__all__ = ["command"]
+
+CHECK_FAILED: Final = 2
+PLACES: Final = 6
+
+
+@click.command("check", short_help="Find what is wrong with a training graph.")
+@model_argument
+@parameters_option
+@reading_options
+@common
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    parameters: str | None,
+    loss: str | None,
+    gradients: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Find what is wrong with the training graph MODEL, or probably not meant.
+
+    Looks for sums lost in races, operators that onnxruntime lacks, parameters that an exporter lost, and
+    more. Exits 2 if there is an error, 0 with warnings and notes.
+    """
+    from kfac_onnx.passes.checks import check
+    from kfac_onnx.runtime.weights import read_weights
+
+    report = check(
+        model,
+        loss=loss,
+        gradients=gradient_pairs(gradients),
+        parameters=None if parameters is None else read_weights(parameters),
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print(report)
+    if report.count("error"):
+        ctx.exit(CHECK_FAILED)
+
+
+def _print(report: CheckReport) -> None:
+    for item in report.findings:
+        click.echo(f"{item.severity}: {item.what} [{item.id}]")
+        if item.where:
+            more = f" and {len(item.where) - PLACES} more" if len(item.where) > PLACES else ""
+            click.echo(f"  where: {', '.join(item.where[:PLACES])}{more}")
+        click.echo(f"  why:   {item.why}")
+        click.echo(f"  help:  {item.remedy}")
+    counts = {
+        "error": report.count("error"),
+        "warning": report.count("warning"),
+        "note": report.count("note"),
+    }
+    click.echo(", ".join(f"{number} {word}{'' if number == 1 else 's'}" for word, number in counts.items()))

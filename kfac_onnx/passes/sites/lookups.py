@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from kfac_onnx.frontends.values import int_attribute, static_shape
+from kfac_onnx.passes.sites.one_hot import reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.passes.sites.facts import Facts
 
-__all__ = ["VIEWS", "DenseUse", "Lookup", "forward_uses", "ids_chain", "keeps_every_id", "one_hot_ids"]
+__all__ = ["VIEWS", "DenseUse", "Lookup", "forward_uses", "ids_chain", "keeps_every_id"]
 
 VIEWS: Final = frozenset(
     {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat"}
@@ -134,20 +133,12 @@ def _gather_elements(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
 
 
 def _one_hot_product(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
-    data = static_shape(node.inputs[index])
-    if index != 1 or data is None or len(data) != 2:
+    found = reading(node, index, facts)
+    if found is None:
         return None
-    if node.op_type == "Gemm" and any(
-        (
-            int_attribute(node, "transA", 0),
-            int_attribute(node, "transB", 0),
-            len(node.inputs) > 2 and node.inputs[2] is not None,
-            "alpha" in node.attributes and node.attributes["alpha"].as_float() != 1.0,
-        )
-    ):
-        return None
-    ids = one_hot_ids(node.inputs[0], facts)
-    return None if ids is None else Lookup(node, "MatMul", ids, node.outputs[0], data[0], None)
+    encoded, vocab_size = found
+    op = "Einsum" if node.op_type == "Einsum" else "MatMul"
+    return Lookup(node, op, encoded.ids, node.outputs[0], vocab_size, None)
 
 
 def _slice(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
@@ -167,6 +158,8 @@ READERS: Final[dict[str, Callable[[ir.Node, int, Facts], Lookup | None]]] = {
     "GatherElements": _gather_elements,
     "MatMul": _one_hot_product,
     "Gemm": _one_hot_product,
+    "FusedMatMul": _one_hot_product,
+    "Einsum": _one_hot_product,
     "Slice": _slice,
 }
 
@@ -212,45 +205,6 @@ def _real_consumers(rows: ir.Value) -> set[str]:
             elif node.op_type not in ("Shape", "Size"):
                 found.add(node.op_type)
     return found
-
-
-def one_hot_ids(value: ir.Value | None, facts: Facts) -> ir.Value | None:
-    """Return the ids of which a value is the one-hot encoding along its last axis, otherwise None."""
-    while value is not None:
-        node = value.producer()
-        if node is None:
-            return None
-        if node.op_type in ("Cast", "Identity"):
-            value = node.inputs[0]
-        elif node.op_type in ("Reshape", "Flatten"):
-            source = node.inputs[0]
-            if (
-                source is None
-                or source.shape is None
-                or value.shape is None
-                or source.shape[-1] != value.shape[-1]
-            ):
-                return None
-            value = source
-        elif node.op_type == "OneHot":
-            values = facts.constant(node.inputs[2])
-            last = value.shape is not None and int_attribute(node, "axis", -1) in (-1, len(value.shape) - 1)
-            return node.inputs[0] if last and values is not None and values.tolist() == [0, 1] else None
-        elif node.op_type == "Equal":
-            return _equal_to_arange(node, facts)
-        else:
-            return None
-    return None
-
-
-def _equal_to_arange(node: ir.Node, facts: Facts) -> ir.Value | None:
-    for one, other in ((0, 1), (1, 0)):
-        line, ids = facts.constant(node.inputs[one]), node.inputs[other]
-        if line is None or ids is None or ids.shape is None or ids.shape[-1] != 1 or line.ndim == 0:
-            continue
-        if line.shape[-1] == line.size and np.array_equal(line.reshape(-1), np.arange(line.size)):
-            return ids
-    return None
 
 
 def unexpanded(indices: ir.Value, column_axis: int) -> ir.Value | None:

@@ -30,8 +30,13 @@ def id_checks(site: SiteMatch) -> list[IdCheck]:
     return [
         IdCheck(str(site.weight.name), str(use.lookup.ids.name), use.lookup.vocab_size, use.negatives)
         for use in site.uses
-        if use.lookup.ids is not None and use.lookup.constant_ids is None
+        if use.lookup.ids is not None and use.lookup.constant_ids is None and not _masks_ids(use.term)
     ]
+
+
+def _masks_ids(term: RowTerm | DenseTerm) -> bool:
+    """Say whether ids that are no row have a meaning: a one-hot row of them is zero."""
+    return isinstance(term, RowTerm) and bool(term.before)
 
 
 def mark(site: SiteMatch, emitter: Emitter) -> Site:
@@ -98,7 +103,7 @@ class _Rows:
             self._also_keep(self._mask(term))
         if self.use.negatives == "wrap":
             ids = self._wrapped(ids, self._scattered_rows(term))
-        for step in self.use.pulled.steps:
+        for step in (*term.before, *self.use.pulled.steps):
             ids, rows = self._apply(step, ids, rows)
         return ids, rows, self.keep
 
@@ -127,6 +132,11 @@ class _Rows:
                 attributes={"perm": [1, 0]},
                 name="rows_first",
                 dtype=updates.dtype,
+            )
+        if term.order is not None:
+            order = {"perm": term.order}
+            updates = self.emitter.node(
+                "Transpose", [updates], attributes=order, name="rows_first", dtype=updates.dtype
             )
         return self._flat_rows(updates, width)
 
@@ -170,6 +180,14 @@ class _Rows:
         size = emit.constant(np.asarray(vocab_size, np.int64), "vocab_size")
         return emit.node("Mod", [ids, size], name="ids_wrapped", dtype=INT64, shape=[None])
 
+    def _wrapped_once(self, ids: ir.Value, vocab_size: int) -> ir.Value:
+        emit = self.emitter
+        zero = emit.constant(np.asarray(0, np.int64), "zero_id")
+        size = emit.constant(np.asarray(vocab_size, np.int64), "vocab_size")
+        negative = emit.node("Less", [ids, zero], name="negative", dtype=BOOL, shape=[None])
+        above = emit.node("Add", [ids, size], name="ids_from_end", dtype=INT64, shape=[None])
+        return emit.node("Where", [negative, above, ids], name="ids_wrapped", dtype=INT64, shape=[None])
+
     def _apply(self, step: RowStep, ids: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
         emit = self.emitter
         match step.kind:
@@ -177,6 +195,8 @@ class _Rows:
                 return ids, emit.node("Neg", [rows], name="rows", dtype=FLOAT, shape=rows.shape)
             case "scale" | "scale-rows":
                 return ids, self._scaled(step, ids, rows)
+            case "wrap":
+                return self._wrapped_once(ids, step.stop), rows
             case "shift":
                 start = emit.constant(np.asarray(step.start, np.int64), "first_row")
                 return emit.node("Add", [ids, start], name="ids", dtype=INT64, shape=[None]), rows

@@ -36,10 +36,10 @@ class RowStep:
 
     `negate`; `scale` by a scalar or per-column operand (`divide` for Div); `scale-rows` by a per-row operand
     read at the ids; `window` keeps ids in [start, stop) and subtracts start; `columns` keeps columns
-    [start, stop); `shift` adds start to the ids.
+    [start, stop); `shift` adds start to the ids; `wrap` adds stop to negative ids.
     """
 
-    kind: Literal["negate", "scale", "scale-rows", "window", "columns", "shift"]
+    kind: Literal["negate", "scale", "scale-rows", "window", "columns", "shift", "wrap"]
     operand: ir.Value | None = None
     divide: bool = False
     start: int = 0

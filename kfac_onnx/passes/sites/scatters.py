@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kfac_onnx.frontends.values import int_attribute, static_shape
-from kfac_onnx.passes.sites.lookups import RESHAPES, one_hot_ids, slice_window, unexpanded
+from kfac_onnx.passes.sites.lookups import RESHAPES, slice_window, unexpanded
+from kfac_onnx.passes.sites.one_hot import scattering
+from kfac_onnx.passes.sites.pulling import RowStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +57,8 @@ class RowTerm:
     `indices` and `updates` are the operator's inputs; `axis` is the table axis that it scatters along,
     `columns` says that the indices are repeated over the columns (ScatterElements), `shape` is the
     shape of what it scatters into. For constant ids without a scatter `indices` is None and `fixed`
-    holds them.
+    holds them. `order` transposes the updates to one axis for each of the ids' and then the columns;
+    `before` are operations on ids and rows that the scattering operator implies.
     """
 
     steps: tuple[ViewStep, ...]
@@ -67,6 +70,8 @@ class RowTerm:
     shape: tuple[int, ...]
     mask: DropMask | None = None
     fixed: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+    before: tuple[RowStep, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -274,24 +279,24 @@ def _scatter_elements(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) 
 
 
 def _one_hot_product(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) -> RowTerm | None:
-    """Match one_hotᵀ · rows, as MatMul(Transpose(one_hot), rows) or Gemm(one_hot, rows, transA=1)."""
-    shape, left, updates = static_shape(node.outputs[0]), node.inputs[0], node.inputs[1]
-    if shape is None or len(shape) != 2 or left is None or updates is None:
+    """Match one_hotᵀ · rows, as any product of the two."""
+    found, shape = scattering(node, facts), static_shape(node.outputs[0])
+    if found is None or shape is None or len(shape) != 2:
         return None
-    if node.op_type == "Gemm":
-        plain = int_attribute(node, "transA", 0) == 1 and int_attribute(node, "transB", 0) == 0
-        alpha = node.attributes.get("alpha")
-        if not plain or (alpha is not None and alpha.as_float() != 1.0) or len(node.inputs) > 2:
-            return None
-    else:
-        turn = left.producer()
-        if turn is None or turn.op_type != "Transpose" or left.shape is None or len(left.shape) != 2:
-            return None
-        left = turn.inputs[0]
-    ids = one_hot_ids(left, facts)
-    if ids is None:
-        return None
-    return RowTerm(steps, node.op_type, ids, updates, axis=0, columns=False, shape=shape)
+    size = shape[found.axis]
+    wrap = (RowStep("wrap", stop=size),) if found.encoded.wraps else ()
+    plain = found.order == tuple(range(len(found.order)))
+    return RowTerm(
+        steps,
+        node.op_type,
+        found.encoded.ids,
+        found.updates,
+        axis=found.axis,
+        columns=False,
+        shape=shape,
+        order=None if plain else found.order,
+        before=(*wrap, RowStep("window", start=0, stop=size)),
+    )
 
 
 SCATTERS: Final[dict[str, Callable[[ir.Node, tuple[ViewStep, ...], Facts], RowTerm | None]]] = {
@@ -299,6 +304,9 @@ SCATTERS: Final[dict[str, Callable[[ir.Node, tuple[ViewStep, ...], Facts], RowTe
     "ScatterElements": _scatter_elements,
     "MatMul": _one_hot_product,
     "Gemm": _one_hot_product,
+    "FusedMatMul": _one_hot_product,
+    "Einsum": _one_hot_product,
+    "ReduceSum": _one_hot_product,
 }
 
 MASK_STEPS: Final = frozenset({"Not", "Unsqueeze", "Reshape", "Squeeze", "Identity", "Expand", "Cast"})

@@ -14,6 +14,7 @@ from kfac_onnx.frontends.copies import undo_stale_copies
 from kfac_onnx.frontends.dropped_rows import mask_dropped_rows
 from kfac_onnx.frontends.interface import READERS, Interface, is_float
 from kfac_onnx.frontends.load import Exported, load
+from kfac_onnx.frontends.loops import open_loops
 from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidates
 from kfac_onnx.frontends.lowering import lower_training_operators
 from kfac_onnx.frontends.pairing import Pairing, find_value, pair, parameter_of
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-__all__ = ["read_forward_graph", "read_training_graph"]
+__all__ = ["make_canonical", "read_forward_graph", "read_training_graph"]
 
 
 def read_training_graph(
@@ -104,10 +105,7 @@ def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Mo
     """
     exported = load(source)
     model, place = exported.model, exported.place
-    flatten(model, place)
-    notes = [note for note in (upgrade(model, place),) if note is not None]
-    infer_shapes(model)
-    notes += _to_standard_operators(model, place)
+    notes = make_canonical(model, place)
     found = loss_candidates(model, ())
     loss = found[0] if len(found) == 1 else None
     parameters = [
@@ -125,6 +123,21 @@ def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Mo
     return model
 
 
+def make_canonical(model: ir.Model, place: str | None) -> list[str]:
+    """Bring a graph, in place, to opset 18 or newer and standard operators, sorted and without functions.
+
+    Returns what was done, in sentences.
+
+    Raises:
+        UserError: if the graph is malformed, or uses operators that cannot be lowered.
+
+    """
+    flatten(model, place)
+    notes = [note for note in (upgrade(model, place),) if note is not None]
+    infer_shapes(model)
+    return notes + _to_standard_operators(model, place)
+
+
 def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     """Lower, widen and make scatters safe; shapes are inferred between, since the rules look at them."""
     split = split_without_sequences(model)
@@ -135,6 +148,7 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
         notes.append(f"scatters of every entry made scatters of rows: {windows}")
     if dropped := mask_dropped_rows(model):
         notes.append(f"rows dropped before a scatter are masked: {dropped}")
+    notes += open_loops(model)
     notes += widen(model)
     if sums := raise_segment_sums(model):
         notes.append(f"lowered segment sums made scatters: {sums}")

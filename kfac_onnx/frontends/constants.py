@@ -26,6 +26,62 @@ NO_LARGER = frozenset(
 )
 """Operators evaluated also where the shape of their result is unknown: no larger than their inputs say."""
 
+ELEMENTWISE = frozenset(
+    {
+        "Abs",
+        "Add",
+        "And",
+        "Clip",
+        "Div",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Sub",
+        "Where",
+    }
+)
+"""As large as their inputs broadcast to."""
+
+BOUNDED = frozenset(
+    {
+        "Add",
+        "And",
+        "Concat",
+        "Div",
+        "Equal",
+        "Gather",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "Sub",
+        "Where",
+        "Xor",
+    }
+)
+"""Operators evaluated also where the shape of their result is unknown: their result has at most as many
+entries as the product of those of their inputs (Concat: as their sum)."""
+
 
 class Constants:
     """Arrays that values always have; `varying` are values that are never constant (parameters, inputs)."""
@@ -67,12 +123,17 @@ class Constants:
         if len(node.outputs) > 1:
             return None
         shape = static_shape(value)
-        if node.op_type not in NO_LARGER if shape is None else int(np.prod(shape)) > SMALL:
+        small = node.op_type in NO_LARGER | BOUNDED if shape is None else int(np.prod(shape)) <= SMALL
+        if not small:
             return None
         inputs = [self.constant(item) for item in node.inputs if item is not None]
         if any(item is None for item in inputs) or any(_has_graph(attr) for attr in node.attributes.values()):
             return None
+        if shape is None and node.op_type in BOUNDED and _product(inputs) > SMALL:
+            return None
         if node.op_type == "Range" and _range_size(inputs) > SMALL:
+            return None
+        if node.op_type in ELEMENTWISE and _broadcast_size(inputs) > SMALL:
             return None
         return _run_node(node, [item for item in inputs if item is not None], self.opset)
 
@@ -121,9 +182,20 @@ def _shape_node(node: ir.Node) -> np.ndarray | None:
     return np.asarray(dims, np.int64)
 
 
+def _product(inputs: list[np.ndarray | None]) -> int:
+    return int(np.prod([max(item.size, 2) for item in inputs if item is not None], dtype=object))
+
+
 def _range_size(inputs: list[np.ndarray | None]) -> float:
     start, limit, step = (float(item.reshape(())) for item in inputs if item is not None)
     return (limit - start) / step if step else np.inf
+
+
+def _broadcast_size(inputs: list[np.ndarray | None]) -> float:
+    try:
+        return float(np.prod(np.broadcast_shapes(*(item.shape for item in inputs if item is not None))))
+    except ValueError:  # shapes that do not fit: the graph cannot run, and there is nothing to evaluate
+        return np.inf
 
 
 def _run_node(node: ir.Node, inputs: list[np.ndarray], opset: int) -> np.ndarray | None:

@@ -1,36 +1,90 @@
-"""`kfac-onnx scan MODEL`: which tables a training graph has, and what was refused."""
+"""`kfac-onnx scan MODEL|FOLDER`: which tables training graphs have, and what was refused."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from kfac_onnx.cli.options import common, gradient_pairs, model_argument, reading_options
+from kfac_onnx.cli.options import common, gradient_pairs, reading_options
 from kfac_onnx.cli.output import print_json, print_refusals, print_table
+from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
     from kfac_onnx.passes.api import Report
+    from kfac_onnx.passes.coverage import Row
 
 __all__ = ["command"]
 
+BUG: Final = 3
+
 
 @click.command("scan", short_help="List the embedding tables of a training graph.")
-@model_argument
+@click.argument("model", metavar="MODEL|FOLDER")
 @reading_options
 @common
-def command(model: str, loss: str | None, gradients: tuple[str, ...], as_json: bool) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, model: str, loss: str | None, gradients: tuple[str, ...], as_json: bool
+) -> None:
     """List the embedding tables of a training graph, and what was refused and why.
 
-    Exits 0 whenever the graph could be read: a refusal is a result.
+    Of a FOLDER: one row for every .onnx file in it and the folders in it. Exits 0 whenever the graph could be
+    read, or the folder has a graph: a refusal is a result.
     """
     from kfac_onnx.passes.api import scan
 
+    if Path(model).is_dir():
+        if loss is not None or gradients:
+            raise UserError("--loss and --gradients are for one model, and this is a folder", place=model)
+        _folder(ctx, model, as_json)
+        return
     report = scan(model, loss=loss, gradients=gradient_pairs(gradients))
     if as_json:
         print_json(report.to_json())
     else:
         _print(report)
+
+
+def _folder(ctx: click.Context, folder: str, as_json: bool) -> None:
+    from kfac_onnx.passes.coverage import scan_folder
+
+    rows = scan_folder(folder)
+    if as_json:
+        print_json([row.to_json() for row in rows])
+    else:
+        read = [row.report for row in rows if row.report is not None]
+        print_table(
+            f"{len(rows)} graphs, {len(read)} read, {sum(len(report.sites) for report in read)} tables",
+            ["graph", "read as", "tables (V x D, lookups)", "refused", "loss", "trainable"],
+            [_cells(row) for row in rows],
+        )
+        for row in rows:
+            for item in row.report.refused if row.report is not None else ():
+                click.echo(f"refused: {item.parameter} of {row.graph}: {item.reason}")
+    if any(row.bug for row in rows):
+        ctx.exit(BUG)
+
+
+def _cells(row: Row) -> tuple[str | None, ...]:
+    report = row.report
+    if report is None:
+        return (row.graph, None, f"error: {row.error}", None, None, None)
+    tables = [
+        f"{site.parameter} {site.vocab_size} x {site.embedding_dim}, {len(site.uses)}"
+        + (" (tied)" if site.dense_uses else "")
+        for site in report.sites
+    ]
+    refused = [item.parameter for item in report.refused]
+    return (
+        row.graph,
+        report.frontend,
+        "\n".join(tables) or None,
+        "\n".join(refused) or None,
+        report.loss and f"{report.loss} ({report.reduction})",
+        "yes" if report.trainable else "no",
+    )
 
 
 def _print(report: Report) -> None:

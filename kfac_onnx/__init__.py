@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kfac_onnx.passes.api import save, scan, transform, why
     from kfac_onnx.passes.checks import check
     from kfac_onnx.passes.diff import diff
+    from kfac_onnx.passes.differentiate import differentiate
     from kfac_onnx.passes.inspect import inspect
     from kfac_onnx.passes.pipeline import parse_pipeline
     from kfac_onnx.runtime import TrainingSession
@@ -34,6 +35,7 @@ __all__ = [
     "VerifyError",
     "check",
     "diff",
+    "differentiate",
     "inspect",
     "parse_pipeline",
     "save",
@@ -48,6 +50,7 @@ _LAZY = {
     "TrainingSession": "kfac_onnx.runtime",
     "check": "kfac_onnx.passes.checks",
     "diff": "kfac_onnx.passes.diff",
+    "differentiate": "kfac_onnx.passes.differentiate",
     "inspect": "kfac_onnx.passes.inspect",
     "parse_pipeline": "kfac_onnx.passes.pipeline",
     "save": "kfac_onnx.passes.api",

@@ -25,6 +25,7 @@ INTERRUPTED: Final = 130
 
 VERBS: Final[dict[str, str]] = {
     "scan": "List the embedding tables of a training graph, and what was refused and why.",
+    "differentiate": "Write a training graph: a forward-only model with loss and gradients.",
     "transform": "Write a model that trains its embedding tables with K-FAC.",
     "inspect": "Show what was inserted into a model: state, cost and phase of each part.",
     "train": "Train a training graph on a file of arrays.",

@@ -13,6 +13,7 @@ __all__ = ["BUILT_IN", "pass_class", "pass_names", "register"]
 P = TypeVar("P", bound=type[Pass])
 
 BUILT_IN: Final[dict[str, str]] = {
+    "differentiate": "kfac_onnx.passes.differentiate",
     "find-embeddings": "kfac_onnx.passes.find_embeddings",
     "insert-embedding-kfac": "kfac_onnx.passes.insert_embedding_kfac",
     "insert-optimizer": "kfac_onnx.passes.insert_optimizer",

@@ -5,6 +5,6 @@ Source: Griewank & Walther, Evaluating Derivatives, 2nd ed., ch. 3 (reverse mode
 
 from __future__ import annotations
 
-from kfac_onnx.frontends.autodiff.engine import differentiate, propagate
+from kfac_onnx.frontends.autodiff.engine import append_gradients, differentiate, propagate
 
-__all__ = ["differentiate", "propagate"]
+__all__ = ["append_gradients", "differentiate", "propagate"]

@@ -16,7 +16,7 @@ from kfac_onnx.frontends.values import REMEMBERED, dtype_of, static_shape
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["differentiate", "propagate"]
+__all__ = ["append_gradients", "differentiate", "propagate"]
 
 MANY: Final = 3
 """From so many terms on, one Sum adds them; below, Add."""
@@ -37,6 +37,27 @@ def differentiate(
             does not cover; the model is then unchanged.
 
     """
+    found = append_gradients(model, loss, wrt, place=place)
+    names = Names(model)
+    for value in wrt:
+        if value not in found:
+            emit = GradientEmit(names, _anchor(value))
+            zeros = emit.zeros(emit.shape(value), dtype_of(value) or ir.DataType.FLOAT)
+            _describe(zeros, value)
+            model.graph.extend(emit.nodes)
+            found[value] = zeros
+    return {value: found[value] for value in wrt}
+
+
+def append_gradients(
+    model: ir.Model, loss: ir.Value, wrt: Sequence[ir.Value], *, place: str | None = None
+) -> dict[ir.Value, ir.Value]:
+    """Append the backward nodes as `differentiate`; values that the loss does not depend on are left out.
+
+    Raises:
+        UserError: as `differentiate`.
+
+    """
     before = set(model.graph.initializers)
     names = Names(model)
     first = GradientEmit(names, _anchor(loss))
@@ -44,30 +65,21 @@ def differentiate(
     missing: list[str] = []
     found, nodes = propagate(names, list(model.graph), {loss: seed}, wrt, missing)
     nodes[:0] = first.nodes
-    if missing:
-        for node in nodes:
-            for index in range(len(node.inputs)):
-                node.replace_input_with(index, None)
-        for name in set(model.graph.initializers) - before:
-            del model.graph.initializers[name]
-        what = "1 node has" if len(missing) == 1 else f"{len(missing)} nodes have"
-        raise UserError(
-            f"{what} no gradient rule between the parameters and the loss",
-            place=place,
-            tried=missing,
-            help="export the model without these operators, or export its gradients with it",
-        )
-    results: dict[ir.Value, ir.Value] = {}
-    for value in wrt:
-        gradient = found.get(value)
-        if gradient is None:
-            emit = GradientEmit(names, _anchor(value))
-            gradient = emit.zeros(emit.shape(value), dtype_of(value) or ir.DataType.FLOAT)
-            _describe(gradient, value)
-            nodes.extend(emit.nodes)
-        results[value] = gradient
-    model.graph.extend(nodes)
-    return results
+    if not missing:
+        model.graph.extend(nodes)
+        return found
+    for node in nodes:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+    for name in set(model.graph.initializers) - before:
+        del model.graph.initializers[name]
+    what = "1 node has" if len(missing) == 1 else f"{len(missing)} nodes have"
+    raise UserError(
+        f"{what} no gradient rule between the parameters and the loss",
+        place=place,
+        tried=missing,
+        help="export the model without these operators, or export its gradients with it",
+    )
 
 
 def propagate(

@@ -1,0 +1,361 @@
+"""The pass that makes a training graph of a forward-only model, and its Python form `differentiate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import onnx_ir as ir
+
+from kfac_onnx import metadata
+from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.passes.base import Changes, Pass
+from kfac_onnx.passes.options import opt
+from kfac_onnx.passes.registry import register
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    import onnx
+
+    from kfac_onnx.passes.log import Log
+
+    Source = str | Path | ir.Model | onnx.ModelProto
+
+__all__ = ["Differentiate", "differentiate"]
+
+INFERENCE = {
+    "BatchNormalization": "normalizes with its running mean and variance, which stay as they are",
+    "Dropout": "drops nothing",
+}
+"""What operators do in a model that was exported for inference, where training would do otherwise."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Differentiate(Pass):
+    """Append labels, loss and the gradients of all weights to a forward-only model.
+
+    Reads   a model in any form that the frontends read.
+    Adds    input labels, output loss (scalar), output <weight>_grad for every trained weight, whose value
+            stays an initializer; the other outputs stay.
+    Writes  `kfac.parameters`, `kfac.loss`, `kfac.notes`.
+    Source  Griewank & Walther, Evaluating Derivatives, 2nd ed., ch. 3 (reverse mode).
+    """
+
+    name: ClassVar[str] = "differentiate"
+    loss: Literal["cross-entropy", "mse", "bce"] = opt(
+        "cross-entropy", "loss of the logits: mean or sum over examples, or over elements for mse and bce"
+    )
+    logits: str | None = opt(None, "value that the loss is of; the only floating-point output if none")
+    loss_output: str | None = opt(None, "differentiate this value, which is the loss already")
+    reduction: Literal["mean", "sum"] = opt("mean", "how the loss reduces")
+    labels: str = opt("labels", "name of the input for the labels")
+    class_axis: int | None = opt(None, "axis of the classes in the logits; the last one if none")
+    ignore_index: int | None = opt(None, "label of examples that do not count")
+    train: tuple[str, ...] = opt((), "names or patterns of the weights to train; all if empty")
+    freeze: tuple[str, ...] = opt((), "names or patterns of weights that are not trained")
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place; every node, input, output and metadata entry is one change."""
+        from kfac_onnx.frontends.canonical import make_canonical
+
+        before = _Census(model)
+        place = None
+        notes = make_canonical(model, place)
+        _refuse_gradients(model)
+        loss = self._loss(model, place)
+        weights, constants, copied = _weights(model, self.train, self.freeze, place)
+        notes += copied
+        gradients = _append(model, loss, weights, place)
+        notes += make_canonical(model, place)
+        notes += _inference_notes(model)
+        _describe(model, loss, gradients, notes)
+        for name, reason in constants.items():
+            log.info(f"not trained: {name} ({reason})")
+        for value in weights:
+            if value not in gradients:
+                log.info(f"not trained: {value.name} (the loss does not depend on it)")
+        log.info(f"trained: {', '.join(str(value.name) for value in gradients)}")
+        for note in notes:
+            log.info(note)
+        log.count("trained weights", len(gradients))
+        return before.changes(model)
+
+    def _loss(self, model: ir.Model, place: str | None) -> ir.Value:
+        from kfac_onnx.frontends.autodiff.losses import append_loss
+
+        if self.loss_output is not None:
+            if self.logits is not None:
+                raise UserError(
+                    "the loss is given twice: as logits and as an output that is the loss", place=place
+                )
+            loss = _find(model, self.loss_output, "the loss", place)
+            _require_scalar(loss, place)
+            if not loss.is_graph_output():
+                model.graph.outputs.append(loss)
+            return loss
+        return append_loss(
+            model,
+            _logits(model, self.logits, place),
+            self.loss,
+            reduction=self.reduction,
+            labels=self.labels,
+            class_axis=self.class_axis,
+            ignore_index=self.ignore_index,
+            place=place,
+        )
+
+
+def differentiate(
+    source: Source,
+    *,
+    loss: str = "cross-entropy",
+    logits: str | None = None,
+    loss_output: str | None = None,
+    reduction: str = "mean",
+    labels: str = "labels",
+    class_axis: int | None = None,
+    ignore_index: int | None = None,
+    train: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    log: Log | None = None,
+) -> ir.Model:
+    """Return a forward-only model with labels, loss and the gradients of its weights: a training graph.
+
+    Args:
+        source: a file, or a model already read (which is not changed).
+        loss: `cross-entropy`, `mse` or `bce` (of logits).
+        logits: the value that the loss is of; the only floating-point output if None.
+        loss_output: a value that is the loss already; then nothing is said of logits and labels.
+        reduction: `mean` or `sum`, over examples (labels) or, for mse and bce, elements.
+        labels: name of the new input. int64 without the class axis for cross-entropy, else as the logits.
+        class_axis: axis of the classes in the logits; the last one if None.
+        ignore_index: label of examples that do not count.
+        train: names or patterns of what is trained; all that look like weights if empty.
+        freeze: names or patterns of weights that are not trained.
+        log: receives what is said: which weights are trained, which constants are not, and why.
+
+    Raises:
+        UserError: the file is not a model, a name is unknown, the logits do not fit the loss, or nodes
+            have no gradient rule (all of them are listed).
+
+    """
+    from kfac_onnx.frontends.load import load
+    from kfac_onnx.passes.pipeline import Pipeline
+
+    exported = load(source)
+    step = Differentiate(
+        loss=loss,  # pyright: ignore[reportArgumentType]  checked by the option
+        logits=logits,
+        loss_output=loss_output,
+        reduction=reduction,  # pyright: ignore[reportArgumentType]  checked by the option
+        labels=labels,
+        class_axis=class_axis,
+        ignore_index=ignore_index,
+        train=tuple(train),
+        freeze=tuple(freeze),
+    )
+    try:
+        Pipeline((step,)).run(exported.model, verify=False, log=log)
+    except UserError as e:
+        e.place, e.context = e.place or exported.place, None
+        raise
+    Pipeline(()).run(exported.model)  # checks what the pass made
+    return exported.model
+
+
+class _Census:
+    """What a model held, to count what changed: nodes, values at its border, metadata."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.nodes = {node for graph in model.graphs() for node in graph}
+        self.border = _border(model)
+        self.props = dict(model.metadata_props)
+
+    def changes(self, model: ir.Model) -> Changes:
+        """Return the changes since."""
+        nodes = {node for graph in model.graphs() for node in graph}
+        border, props = _border(model), model.metadata_props
+        return Changes(
+            added=len(nodes - self.nodes) + len(border - self.border) + len(set(props) - set(self.props)),
+            removed=len(self.nodes - nodes) + len(self.border - border),
+            edited=sum(self.props[key] != props.get(key) for key in self.props),
+        )
+
+
+def _border(model: ir.Model) -> set[tuple[str, str]]:
+    graph = model.graph
+    found = {("input", str(value.name)) for value in graph.inputs}
+    found.update(("output", str(value.name)) for value in graph.outputs)
+    found.update(("initializer", name) for name in graph.initializers)
+    return found
+
+
+def _refuse_gradients(model: ir.Model) -> None:
+    """Raise UserError for a graph that is a training graph already."""
+    known = {*model.graph.initializers, *(value.name for value in model.graph.inputs)}
+    for value in model.graph.outputs:
+        if str(value.name).endswith("_grad") and str(value.name).removesuffix("_grad") in known:
+            raise UserError(
+                f"the graph already has gradients: its output '{value.name}'",
+                help="it is a training graph: give it to `kfac-onnx transform` or `train`",
+            )
+
+
+def _find(model: ir.Model, name: str, what: str, place: str | None) -> ir.Value:
+    """Return the floating-point value with this name: an output, or any value inside.
+
+    Raises UserError when there is none.
+    """
+    for value in model.graph.outputs:
+        if value.name == name:
+            return value
+    inner = [value for node in model.graph for value in node.outputs if value.name]
+    for value in inner:
+        if value.name == name:
+            return value
+    outputs = [str(value.name) for value in model.graph.outputs]
+    near = did_you_mean(name, outputs) or did_you_mean(name, [str(value.name) for value in inner])
+    raise UserError(
+        f"the graph has no value '{name}', given as {what}{near}",
+        place=place,
+        help=f"its outputs are {', '.join(outputs)}",
+    )
+
+
+def _logits(model: ir.Model, name: str | None, place: str | None) -> ir.Value:
+    from kfac_onnx.frontends.interface import is_float
+
+    if name is not None:
+        return _find(model, name, "the logits", place)
+    found = [value for value in model.graph.outputs if is_float(value)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(str(value.name) for value in found)
+    raise UserError(
+        f"{len(found)} outputs could be the logits: {names}" if found else "no output could be the logits",
+        place=place,
+        help="name them with --logits NAME",
+    )
+
+
+def _require_scalar(loss: ir.Value, place: str | None) -> None:
+    from kfac_onnx.frontends.interface import is_float
+    from kfac_onnx.frontends.values import static_shape
+
+    shape = static_shape(loss)
+    if not is_float(loss) or shape is None or any(dim != 1 for dim in shape):
+        dims = "of unknown shape" if loss.shape is None else f"of shape [{', '.join(map(str, loss.shape))}]"
+        raise UserError(
+            f"'{loss.name}' cannot be the loss: it is {dims}, not one floating-point number",
+            place=place,
+            help="let --logits name what the loss is of, and --loss say which",
+        )
+
+
+def _weights(
+    model: ir.Model, train: tuple[str, ...], freeze: tuple[str, ...], place: str | None
+) -> tuple[list[ir.Value], dict[str, str], list[str]]:
+    """Return what may be trained, what is not and why, and notes on transposed copies that were undone."""
+    from kfac_onnx.frontends.autodiff.trainable import find_candidates
+    from kfac_onnx.frontends.copies import undo_stale_copies
+
+    found = find_candidates(model, train, freeze, place)
+    weights = _without_transposed_copies(found.trained)
+    notes, ambiguous = undo_stale_copies(model, {str(value.name): value for value in weights})
+    if ambiguous:
+        raise UserError(
+            f"the weight '{ambiguous[0].parameter}' cannot be trained: {ambiguous[0].reason}",
+            place=place,
+            help=ambiguous[0].remedy,
+        )
+    return weights, found.constants, notes
+
+
+def _without_transposed_copies(values: tuple[ir.Value, ...]) -> list[ir.Value]:
+    """Leave out matrices that an exporter folded from the transpose of another one (tied weights).
+
+    Of such a pair the matrix that rows are looked up in stays, else the first.
+    """
+    import numpy as np
+
+    kept: list[ir.Value] = []
+    by_shape: dict[tuple[int, ...], list[ir.Value]] = {}
+    looked_up = sorted(values, key=lambda value: all(node.op_type != "Gather" for node, _ in value.uses()))
+    for value in looked_up:
+        tensor = value.const_value
+        if tensor is None or len(tensor.shape) != 2:
+            kept.append(value)
+            continue
+        array = np.asarray(tensor.numpy())
+        others = by_shape.get(array.shape[::-1], [])
+        copied = array.size > 1 and not np.all(array == array.reshape(-1)[0])
+        if copied and any(
+            other.const_value is not None and np.array_equal(other.const_value.numpy().T, array)
+            for other in others
+        ):
+            continue
+        by_shape.setdefault(array.shape, []).append(value)
+        kept.append(value)
+    return [value for value in values if any(value is other for other in kept)]
+
+
+def _append(
+    model: ir.Model, loss: ir.Value, weights: list[ir.Value], place: str | None
+) -> dict[ir.Value, ir.Value]:
+    """Append the gradients and make each an output `<weight>_grad`."""
+    from kfac_onnx.frontends.autodiff import append_gradients
+    from kfac_onnx.frontends.lowering.emit import Names
+
+    taken = {f"{value.name}_grad" for value in weights}
+    names = Names(model)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in taken and not value.is_graph_output():
+                value.name = names.fresh(f"{value.name}_inner")
+    found = append_gradients(model, loss, weights, place=place)
+    if not found:
+        raise UserError(
+            f"no weight is trained: the loss '{loss.name}' depends on none of the initializers",
+            place=place,
+            help="name what to train with --train NAME; weights may be inputs",
+        )
+    used: set[ir.Value] = set()
+    for value in weights:
+        gradient = found.get(value)
+        if gradient is None:
+            continue
+        wanted = f"{value.name}_grad"
+        if gradient.producer() is None or gradient in used or gradient.is_graph_output():
+            node = ir.node("Identity", [gradient])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            model.graph.append(node)
+            found[value] = gradient = node.outputs[0]
+        used.add(gradient)
+        gradient.name = wanted
+        gradient.type, gradient.shape = ir.TensorType(value.dtype or ir.DataType.FLOAT), value.shape
+        model.graph.outputs.append(gradient)
+    return {value: found[value] for value in weights if value in found}
+
+
+def _inference_notes(model: ir.Model) -> list[str]:
+    present = {node.op_type for graph in model.graphs() for node in graph}
+    return [
+        f"{op_type} was exported for inference: it {what}"
+        for op_type, what in INFERENCE.items()
+        if op_type in present
+    ]
+
+
+def _describe(model: ir.Model, loss: ir.Value, gradients: dict[ir.Value, ir.Value], notes: list[str]) -> None:
+    from kfac_onnx.frontends.loss import find_reduction
+    from kfac_onnx.frontends.pairing import parameter_of
+
+    parameters = [parameter_of(value, gradient.name) for value, gradient in gradients.items()]
+    metadata.write(model, "frontend", "differentiated")
+    metadata.write(model, "parameters", parameters)
+    metadata.write(model, "loss", metadata.Loss(loss.name, find_reduction(loss).kind))
+    metadata.write(model, "notes", notes)
+    metadata.write(model, "refused", [])

@@ -188,3 +188,83 @@ def test_settings_are_those_of_the_presets(name: str) -> None:
     for field in ("refresh_every", "epsilon", "window_power"):
         assert getattr(settings, field) == getattr(preset, field), field
     assert settings.start_output == (1.0 if preset.start_output == "identity" else 0.0)
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_independent_uses_are_the_originals_multi_use_block(uses: int) -> None:
+    """r1.7 over U uses of B rows each: counts, dampings λ/U and the coefficient 1/U of the original's block."""
+    settings = BlockSettings()
+    block = BlockReference(V, D, settings, num_uses=uses)
+    table = TableReference("r1.7", V, D, LR, num_uses=uses)
+    W = start()
+    for seed in range(3):
+        ids, rows = zip(*(batch(10 * seed + use) for use in range(uses)), strict=True)
+        block.covariance_update([list(ids)], [[list(rows)]], 0.95)
+        if seed < 2:  # steps 1 and 2 refresh, step 3 does not
+            block.inverse_update(1e-3)
+        grad = merged(np.concatenate(ids), np.concatenate(rows))
+        want = W - LR * block.multiply_matpower(grad, None, 1e-3, -1.0)
+        W = table.step(W, np.concatenate(ids), np.concatenate(rows))
+        np.testing.assert_allclose(W, want, atol=1e-10)
+
+
+@pytest.mark.parametrize("preset", ["half", "r1.7"])
+def test_independent_uses_at_an_equal_damping_only_scale_the_update(preset: str) -> None:
+    """c = U alone: with λ·U (ρ·√U) given, U uses move the table U^exponent as far."""
+    ids, rows = batch(3)
+    plain = TableReference(preset, V, D, LR)
+    damping = plain.settings.damping * (4.0 if preset == "r1.7" else 2.0)
+    four = TableReference(preset, V, D, LR, num_uses=4, damping=damping)
+    one = plain.step(start(), ids, rows) - start()
+    other = four.step(start(), ids, rows) - start()
+    np.testing.assert_allclose(other, 4.0**plain.settings.exponent * one, atol=ATOL)
+
+
+@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+def test_a_projection_of_one_hot_rows_is_a_lookup(preset: str) -> None:
+    """x·W with one-hot x has the left vectors of a lookup, so its statistics and its update are the same."""
+    lookup, product = TableReference(preset, V, D, LR), TableReference(preset, V, D, LR)
+    W = start()
+    for seed in range(3):
+        ids, rows = batch(seed)
+        want = lookup.step(W, ids, rows, scale=3.0)
+        x = np.eye(V)[ids[2:]]
+        W = product.step(W, ids[:2], rows[:2], scale=3.0, dense=x.T @ rows[2:], projections=[(x, rows[2:])])
+        np.testing.assert_allclose(W, want, atol=ATOL)
+
+
+@pytest.mark.parametrize("preset", ["half", "r1.7"])
+def test_a_factor_of_the_loss_changes_both_sides_as_it_changes_one(preset: str) -> None:
+    """Half does not see it; r1.7 with gradients 10 times as large is r1.7 with c = 10, times 10."""
+    ids, rows = batch(0)
+    rng = np.random.default_rng(5)
+    delta, h = rng.normal(size=(4, V)), rng.normal(size=(4, D))
+
+    def moved(factor: float, scale: float) -> Any:
+        table = TableReference(preset, V, D, LR)
+        pair = (factor * delta, h)
+        new = table.step(
+            start(), ids, factor * rows, scale=scale, dense=factor * delta.T @ h, projections=[pair]
+        )
+        return new - start()
+
+    if preset == "half":
+        np.testing.assert_allclose(moved(10.0, 1.0), moved(1.0, 1.0), atol=1e-11)
+    else:
+        np.testing.assert_allclose(moved(10.0, 1.0), 10.0 * moved(1.0, 10.0), atol=1e-11)
+
+
+def test_statistics_of_both_sides_by_hand() -> None:
+    ids, rows = batch(1)
+    rng = np.random.default_rng(6)
+    delta, h = rng.normal(size=(4, V)), rng.normal(size=(4, D))
+    table = TableReference("half", V, D, LR)
+    grad = merged(ids, rows) + delta.T @ h
+    found = table.step(start(), ids, rows, dense=delta.T @ h, projections=[(delta, h), (0 * delta, h)])
+    m = np.mean([row @ row for row in delta])
+    A = np.bincount(ids, minlength=V) + sum(row**2 / m for row in delta)
+    G = (sum(np.outer(g, g) for g in rows) + m * sum(np.outer(x, x) for x in h)) / 10
+    P = root_of(G + 0.01 * np.trace(G) / D * np.eye(D), -0.5)
+    expected = start() - LR * ((A + 0.01 * A.mean()) ** -0.5)[:, None] * (grad @ P)
+    np.testing.assert_allclose(found, expected, atol=ATOL)
+    assert table.lookups == 10

@@ -21,26 +21,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "Step", "by_direction", "refusal", "scan"]
 
-DEFAULT_ACTIVATIONS = {
-    "LSTM": ["sigmoid", "tanh", "tanh"],
-    "GRU": ["sigmoid", "tanh"],
+ACTIVATIONS = {
+    "LSTM": [["sigmoid", "tanh", "tanh"]],
+    "GRU": [["sigmoid", "tanh"]],
+    "RNN": [["tanh"], ["relu"]],
 }
+"""What each direction of a layer may apply."""
 
 
 def refusal(node: ir.Node, optional: dict[int, str]) -> Miss | None:
     """Return why a node is outside what the formulas cover; `optional` names inputs that must be absent."""
-    kind = "LSTM" if node.op_type.startswith("LSTM") else "GRU"
+    kind = next(kind for kind in ACTIVATIONS if node.op_type.startswith(kind))
     chosen = node.attributes.get("activations")
-    if chosen is not None and [name.lower() for name in chosen.as_strings()] != DEFAULT_ACTIVATIONS[kind]:
-        return Miss("activations other than sigmoid and tanh are not supported")
+    names = [] if chosen is None else [name.lower() for name in chosen.as_strings()]
+    width = len(ACTIVATIONS[kind][0])
+    if any(names[start : start + width] not in ACTIVATIONS[kind] for start in range(0, len(names), width)):
+        usual = " or ".join(", ".join(each) for each in ACTIVATIONS[kind])
+        return Miss(f"activations other than {usual} are not supported")
     if "clip" in node.attributes:
         return Miss("clip is not supported")
     if int_attribute(node, "layout", 0) != 0:
         return Miss("layout=1 is not supported")
     if int_attribute(node, "input_forget", 0) != 0:
         return Miss("input_forget=1 is not supported")
-    if kind == "GRU" and int_attribute(node, "linear_before_reset", 0) != 1:
-        return Miss("linear_before_reset=0 is not supported")
     for index, name in optional.items():
         if index < len(node.inputs) and node.inputs[index] is not None:
             return Miss(f"{name} are not supported")
@@ -71,13 +74,14 @@ def scan(
     """Run `step` over the first axis (backwards if asked); return final states and stacked outputs."""
     dtype = dtype_of(node.inputs[0]) or ir.DataType.FLOAT
     inner = Emit(emit.names, node)
+    label = next((value.name for value in node.outputs if value.name), node.op_type)
 
-    def parameter(what: str, rank: int) -> ir.Value:
-        name = emit.names.fresh(f"kfac/lower/{node.outputs[0].name}/{what}")
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([None] * rank))
+    def parameter(what: str) -> ir.Value:
+        name = emit.names.fresh(f"kfac/lower/{label}/{what}")
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([None, None]))
 
-    carried = tuple(parameter("state", 2) for _ in states)
-    slices = tuple(parameter("slice", 2) for _ in scanned)
+    carried = tuple(parameter("state") for _ in states)
+    slices = tuple(parameter("slice") for _ in scanned)
     new_states, stacked = step(Step(inner, carried, slices))
     results = [inner.op("Identity", value) for value in (*new_states, *stacked)]
     for value in results:
@@ -87,7 +91,7 @@ def scan(
         [*carried, *slices],
         results,
         nodes=inner.nodes,
-        name=emit.names.fresh(f"kfac/lower/{node.outputs[0].name}/step"),
+        name=emit.names.fresh(f"kfac/lower/{label}/step"),
     )
     direction = [int(backward)]
     return emit.many(

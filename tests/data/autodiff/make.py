@@ -13,7 +13,8 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent.parent / "support"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "support"))
 
 import numpy as np
 import reference

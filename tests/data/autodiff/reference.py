@@ -52,3 +52,70 @@ def product(x, axes, keep):
     for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
         x = torch.prod(x, axis, keepdim=keep)
     return x
+
+
+def by_direction(step, x, weights, lengths, states, direction):
+    """Run `step(x_t, states, weights)` over time as ONNX says; return Y and the last states."""
+    directions = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[direction]
+    count, batch = x.shape[:2]
+    ends = torch.full((batch,), count) if lengths is None else lengths
+    every, last = [], []
+    for place, reverse in enumerate(directions):
+        own = [None if item is None else item[place] for item in weights]
+        now = [item[place] for item in states]
+        rows = [None] * count
+        for t in reversed(range(count)) if reverse else range(count):
+            on = (t < ends)[:, None]
+            new = step(x[t], now, own)
+            now = [torch.where(on, fresh, old) for fresh, old in zip(new, now, strict=True)]
+            rows[t] = torch.where(on, new[0], torch.zeros_like(new[0]))
+        every.append(torch.stack(rows))
+        last.append(now)
+    return (torch.stack(every, 1), *(torch.stack(items) for items in zip(*last, strict=True)))
+
+
+def biases(bias, width):
+    return (0, 0) if bias is None else bias.split(width)
+
+
+def zeros(x, recurrent):
+    return torch.zeros(recurrent.shape[0], x.shape[1], recurrent.shape[2], dtype=x.dtype)
+
+
+def lstm(x, w, r, b=None, lengths=None, h0=None, c0=None, direction="forward"):
+    def step(x, states, weights):
+        (h, c), (w, r, b) = states, weights
+        bw, br = biases(b, len(w))
+        i, o, f, g = (x @ w.T + h @ r.T + bw + br).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    states = [zeros(x, r) if item is None else item for item in (h0, c0)]
+    return by_direction(step, x, (w, r, b), lengths, states, direction)
+
+
+def gru(x, w, r, b=None, lengths=None, h0=None, direction="forward", reset_last=False):
+    def step(x, states, weights):
+        (h,), (w, r, b) = states, weights
+        bw, br = (item if b is None else item.chunk(3) for item in biases(b, len(w)))
+        bw, br = ((0, 0, 0) if b is None else item for item in (bw, br))
+        (wz, wr, wh), (rz, rr, rh) = w.chunk(3), r.chunk(3)
+        z = torch.sigmoid(x @ wz.T + h @ rz.T + bw[0] + br[0])
+        reset = torch.sigmoid(x @ wr.T + h @ rr.T + bw[1] + br[1])
+        inner = reset * (h @ rh.T + br[2]) if reset_last else (reset * h) @ rh.T + br[2]
+        n = torch.tanh(x @ wh.T + bw[2] + inner)
+        return ((1 - z) * n + z * h,)
+
+    state = zeros(x, r) if h0 is None else h0
+    return by_direction(step, x, (w, r, b), lengths, [state], direction)
+
+
+def rnn(x, w, r, b=None, lengths=None, h0=None, direction="forward", functions=("tanh", "tanh")):
+    def step(x, states, weights):
+        (h,), (w, r, b) = states, weights
+        bw, br = biases(b, len(w))
+        total = x @ w.T + h @ r.T + bw + br
+        return (torch.relu(total) if functions[-1] == "relu" else torch.tanh(total),)
+
+    state = zeros(x, r) if h0 is None else h0
+    return by_direction(step, x, (w, r, b), lengths, [state], direction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from autodiff_cases import Case, Draw, floats
 
 X = {"x": floats(3, 5, scale=2.0)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+
 from autodiff_cases import Case, Draw, floats, integers
 
 X = {"x": floats(2, 3, 4)}
 WEIGHT = {"w": np.array([0.5, 2.0, 0.0, 1.25, 3.0], np.float32)}
 
 
-def loss(  # noqa: PLR0913
+def loss(
     name: str,
     attributes: str,
     torch: str,

@@ -9,7 +9,8 @@ Adding zeros changes nothing, so the same is
 
     result = ScatterND(base, Where(valid, ids, 0), Where(valid, rows, 0), add)
 
-in which every row of dL/d(lookup) is still there, with a condition that says whether it is dropped.
+in which every row of dL/d(lookup) is still there, with a condition that says whether it is dropped. Where
+the ids are the same at every step and all valid, nothing is dropped and no condition needed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kfac_onnx.frontends.constants import Constants
 from kfac_onnx.frontends.lowering.emit import Emit, Names
 from kfac_onnx.frontends.numbering import Numbering
 from kfac_onnx.frontends.values import (
@@ -41,12 +43,13 @@ POSITION_VIEWS: Final = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Sq
 def mask_dropped_rows(model: ir.Model) -> int:
     """Rewrite scatters of selected rows to scatters of masked rows; return how many there were."""
     names, numbering = Names(model), Numbering()
+    facts = Constants(model.graph.inputs, model.opset_imports.get("", 18))
     changed = 0
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
             if node.domain not in ONNX_DOMAINS or not _adds_rows(node):
                 continue
-            changed += _mask(names, numbering, node)
+            changed += _mask(names, numbering, facts, node)
     return changed
 
 
@@ -58,11 +61,16 @@ def _adds_rows(node: ir.Node) -> bool:
     return adds and (node.op_type == "ScatterND" or int_attribute(node, "axis", 0) == 0)
 
 
-def _mask(names: Names, numbering: Numbering, node: ir.Node) -> bool:
+def _mask(names: Names, numbering: Numbering, facts: Constants, node: ir.Node) -> bool:
     picked_ids, picked_rows = _selection(node.inputs[1]), _selection(node.inputs[2])
     if picked_ids is None or picked_rows is None or not numbering.same(picked_ids[1], picked_rows[1]):
         return False
     (ids, kept), (rows, _) = picked_ids, picked_rows
+    always = facts.constant(kept)
+    if always is not None and np.all(always):
+        node.replace_input_with(1, ids)
+        node.replace_input_with(2, rows)
+        return True
     kind, number = dtype_of(rows), dtype_of(ids)
     ranks = (rank_of(ids), rank_of(rows))
     if kind is None or number is None or any(rank is None or rank == 0 for rank in ranks):

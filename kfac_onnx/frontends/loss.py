@@ -22,6 +22,8 @@ __all__ = ["Reduction", "choose_loss", "emit_divisor", "find_reduction", "loss_c
 VIEWS = frozenset({"Squeeze", "Unsqueeze", "Reshape", "Identity", "Cast", "Neg", "Flatten", "Expand"})
 """Operators that a one-entry loss may pass through after its reduction."""
 CROSS_ENTROPIES = frozenset({"SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"})
+SUMS = frozenset({"ReduceSum", "ReduceSumSquare", "ReduceL1"})
+"""Sums over examples, also of squares or absolute values of errors."""
 SINGLE = (1,)
 
 
@@ -79,7 +81,7 @@ def find_reduction(loss: ir.Value | None) -> Reduction:
             value = node.inputs[0]
         elif node.op_type == "Div" and divider is None and _single(node.inputs[1]):
             value, divider = node.inputs[0], node
-        elif node.op_type == "ReduceSum":
+        elif node.op_type in SUMS:
             return Reduction("sum") if divider is None else Reduction("mean", "divisor", divider)
         elif node.op_type in CROSS_ENTROPIES or node.op_type == "ReduceMean":
             return Reduction("unknown") if divider is not None else _of_node(node)

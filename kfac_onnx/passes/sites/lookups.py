@@ -165,20 +165,25 @@ READERS: Final[dict[str, Callable[[ir.Node, int, Facts], Lookup | None]]] = {
 
 
 def slice_window(node: ir.Node, facts: Facts) -> tuple[int, int, int, int] | None:
-    """Return (axis, start, stop, step) of a Slice over one axis with constant bounds, otherwise None."""
+    """Return (axis, start, stop, step) of a Slice with constant bounds that cuts one axis, otherwise None."""
     bounds = [facts.constant(item) for item in node.inputs[1:]]
     shape = static_shape(node.inputs[0])
-    if shape is None or any(item is None or item.size != 1 for item in bounds) or len(bounds) < 2:
+    if shape is None or len(bounds) < 2 or any(item is None for item in bounds):
         return None
-    numbers = [int(item.reshape(-1)[0]) for item in bounds if item is not None]
-    start, stop = numbers[0], numbers[1]
-    axis = numbers[2] if len(numbers) > 2 else 0
-    step = numbers[3] if len(numbers) > 3 else 1
-    axis %= len(shape)
-    if step != 1:
-        return None
-    start, stop, _ = slice(start, stop, step).indices(shape[axis])
-    return axis, start, stop, 1
+    starts, stops, *others = [item.reshape(-1).tolist() for item in bounds if item is not None]
+    axes = others[0] if others else range(len(starts))
+    steps = others[1] if len(others) > 1 else [1] * len(starts)
+    found: list[tuple[int, int, int, int]] = []
+    for axis, start, stop, step in zip(axes, starts, stops, steps, strict=True):
+        size = shape[axis]
+        first, last, _ = slice(start, stop, step).indices(size)
+        if step != 1:
+            return None
+        if (first, last) != (0, size) or len(starts) == 1:
+            found.append((axis % len(shape), first, last, 1))
+    if not found:
+        return int(axes[0]) % len(shape), 0, shape[axes[0]], 1
+    return found[0] if len(found) == 1 else None
 
 
 def _fixed_ids(facts: Facts, ids: ir.Value | None) -> tuple[int, ...] | None:
@@ -243,15 +248,38 @@ def ids_chain(ids: ir.Value | None, facts: Facts) -> list[ir.Value]:
         node = value.producer()
         if node is None:
             break
-        if node.op_type in ID_STEPS or (node.op_type == "Concat" and len(node.inputs) == 1):
+        single = node.op_type == "Concat" and len(node.inputs) == 1
+        if node.op_type in ID_STEPS or single or _reads_all(node, facts):
             value = node.inputs[0]
         elif node.op_type in ("Max", "Min") and len(node.inputs) == 2:
-            value = next((item for item in node.inputs if facts.constant(item) is None), None)
+            value = next((item for item in node.inputs if not _is_bound(item, facts)), None)
         elif node.op_type == "Where" and (carried := _wrapped(node) or _replaced(node, facts)) is not None:
             value = carried
         else:
             break
     return chain
+
+
+def _reads_all(node: ir.Node, facts: Facts) -> bool:
+    """Say whether a Gather reads the one entry that an axis has."""
+    source = node.inputs[0]
+    if node.op_type != "Gather" or source is None or source.shape is None:
+        return False
+    index = facts.constant(node.inputs[1])
+    only = source.shape[int_attribute(node, "axis", 0)] == 1
+    return only and index is not None and index.size == 1 and int(index.reshape(-1)[0]) in (0, -1)
+
+
+def _is_bound(value: ir.Value | None, facts: Facts) -> bool:
+    """Say whether a value is a constant, perhaps broadcast to a shape that is known at run time alone."""
+    while value is not None and facts.constant(value) is None:
+        node = value.producer()
+        if node is None or node.op_type not in ("ConstantOfShape", "Expand"):
+            return False
+        if node.op_type == "ConstantOfShape":
+            return True
+        value = node.inputs[0]
+    return value is not None
 
 
 def keeps_every_id(chain: list[ir.Value]) -> bool:

@@ -162,10 +162,12 @@ class _Rows:
         rank = len(where.shape) if where.shape is not None else 2
         # One flag a row: the condition is constant along the row, so its first entry speaks for it.
         condition = emit.node("Expand", [condition, shape], name="kept_everywhere", dtype=BOOL)
+        flat = emit.constant(np.asarray([-1], np.int64), "flat")
+        if len(term.shape) == 1:  # rows of one entry without an axis of their own: one flag each already
+            return emit.node("Reshape", [condition, flat], name="kept_lookups", dtype=BOOL, shape=[None])
         first = [np.asarray([value], np.int64) for value in (0, 1, rank - 1)]
         bounds = [emit.constant(item, "bound") for item in first]
         condition = emit.node("Slice", [condition, *bounds], name="kept_rows", dtype=BOOL)
-        flat = emit.constant(np.asarray([-1], np.int64), "flat")
         return emit.node("Reshape", [condition, flat], name="kept_lookups", dtype=BOOL, shape=[None])
 
     def _also_keep(self, kept: ir.Value) -> None:

@@ -119,3 +119,51 @@ def rnn(x, w, r, b=None, lengths=None, h0=None, direction="forward", functions=(
 
     state = zeros(x, r) if h0 is None else h0
     return by_direction(step, x, (w, r, b), lengths, [state], direction)
+
+
+def rotary(x, cos, sin, interleaved=False):
+    """Rotate pairs of X [B, heads, T, D] by angles with these cosines and sines [B, T, D/2]."""
+    cos, sin = cos[:, None], sin[:, None]
+    if interleaved:
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def scan(step, state, inputs, axis=0, out_axis=0, *, reverse=False, out_reverse=False):
+    """Run `step(state, slice) -> (state, result)` over an axis; return the last state and the results."""
+    results = []
+    slices = list(inputs.unbind(axis))
+    for part in slices[::-1] if reverse else slices:
+        state, result = step(state, part)
+        results.append(result)
+    return state, torch.stack(results[::-1] if out_reverse else results, out_axis)
+
+
+def scan_two(step, first, second, forward, backward):
+    """As `scan`, for two states and two inputs, the second of which is read backwards."""
+    results = []
+    for one, other in zip(forward.unbind(0), backward.unbind(0)[::-1], strict=True):
+        first, second, result = step(first, second, one, other)
+        results.append(result)
+    return first, second, torch.stack(results)
+
+
+def doubled(state, factor, limit):
+    """Multiply until the largest entry reaches the limit; return the last state and the squares before."""
+    results = []
+    while True:
+        results.append(state * state)
+        state = state * factor
+        if state.max() >= limit:
+            return state, torch.stack(results)
+
+
+def nested(state, rows, factor):
+    """Run a scan over each row, the state going on from row to row."""
+    results = []
+    for row in rows.unbind(0):
+        state, parts = scan(lambda a, b: (a * factor - a * b, a * b * b), state, row)
+        results.append(parts)
+    return state, torch.stack(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,9 @@ from kfac_onnx.frontends.scatters import make_scatters_race_free
 from kfac_onnx.frontends.segment_sums import raise_segment_sums
 from kfac_onnx.frontends.sequences import split_without_sequences
 from kfac_onnx.frontends.shapes import infer_shapes
+from kfac_onnx.frontends.training_gradients import expand_gradients
+from kfac_onnx.frontends.training_info import with_algorithm
+from kfac_onnx.frontends.updates import optimizer_inside
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
 from kfac_onnx.frontends.widen import widen
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx
+
+    from kfac_onnx.frontends.training_info import Training
 
 __all__ = ["make_canonical", "read_forward_graph", "read_training_graph"]
 
@@ -59,14 +65,18 @@ def read_training_graph(
         UserError: if the file cannot be read, holds no gradients, or uses operators that cannot be lowered.
 
     """
-    exported = load(source)
+    exported, training = with_algorithm(load(source))
     model, place = exported.model, exported.place
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
     infer_shapes(model)
+    if training is not None:
+        exported, made = _with_derivatives(exported, training)
+        notes += made
     chosen = scatter_row_gradients(model, chosen_row_gradients(model, gradients or {}))
     if gradients is not None:
         gradients = {**gradients, **{item.parameter: item.gradient for item in chosen}}
+    exported = replace(exported, loss=loss or exported.loss, chosen=gradients or {})
     interface = _read_interface(exported, gradients)
     notes += interface.notes
     row_gradients = [*chosen, *interface.rows]
@@ -138,6 +148,26 @@ def make_canonical(model: ir.Model, place: str | None) -> list[str]:
     return notes + _to_standard_operators(model, place)
 
 
+def _with_derivatives(exported: Exported, training: Training) -> tuple[Exported, list[str]]:
+    """Replace the Gradient nodes of `training_info` by what they stand for; say what the file trains with."""
+    model, place = exported.model, exported.place
+    exported = replace(exported, updates=training.updates)
+    notes = [f"the file's own optimizer: {text}" for text in dict.fromkeys(training.optimizers)]
+    if training.initialized:
+        notes.append(
+            f"the file's initialization of {len(training.initialized)} tensors is not run: "
+            "training starts from the values that are stored"
+        )
+    if training.steps == 0:
+        return exported, notes
+    if training.steps > 1:
+        notes.append(
+            f"{training.steps} consecutive training steps are one: every gradient is taken at the same values"
+        )
+    loss, made = expand_gradients(model, lambda: _to_standard_operators(model, place), place)
+    return replace(exported, loss=loss), [*notes, *made]
+
+
 def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     """Lower, widen and make scatters safe; shapes are inferred between, since the rules look at them."""
     split = split_without_sequences(model)
@@ -161,7 +191,7 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
 
 def _read_interface(exported: Exported, gradients: Mapping[str, str] | None) -> Interface:
     misses: list[str] = []
-    for reader in READERS:
+    for reader in (optimizer_inside, *READERS):
         found = reader(exported)
         if isinstance(found, Interface):
             return found
@@ -180,6 +210,7 @@ def _loss_and_pairs(
     exported: Exported, interface: Interface, loss: str | None, gradients: Mapping[str, str] | None
 ) -> tuple[ir.Value | None, Pairing]:
     model, place = exported.model, exported.place
+    loss = loss or interface.loss
     named = None if loss is None else find_value(model, loss, "the loss", place)
     names = {*interface.gradients.values(), *interface.orphans.values(), *(gradients or {}).values()}
     taken = {value for value in model.graph.outputs if value.name in names}

@@ -45,6 +45,8 @@ class Interface:
     rows: tuple[RowGradient, ...] = ()
     """Gradients that the graph gave as rows and ids; `gradients` names their scatter."""
     notes: tuple[str, ...] = ()
+    loss: str | None = None
+    """The loss, where the file says which value it is."""
 
 
 Reader: TypeAlias = Callable[[Exported], Interface | Miss]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx
@@ -12,6 +12,7 @@ from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.files import load_proto
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 __all__ = ["Exported", "load"]
@@ -21,12 +22,16 @@ __all__ = ["Exported", "load"]
 class Exported:
     """A model to be read: the IR, the proto (None when there was none) and the file's name.
 
-    `onnx_ir` drops `ModelProto.training_info`; a reader that needs it looks at `proto`.
+    `onnx_ir` drops `ModelProto.training_info`; a reader that needs it looks at `proto`. `loss` and `chosen`
+    (parameter -> gradient) are what the user named, `updates` (initializer -> new value) what the file binds.
     """
 
     model: ir.Model
     proto: onnx.ModelProto | None
     place: str | None
+    loss: str | None = None
+    chosen: Mapping[str, str] = field(default_factory=dict[str, str])
+    updates: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:

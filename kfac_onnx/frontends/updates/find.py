@@ -1,0 +1,177 @@
+"""The updates of a graph that contains its optimizer: parameter, new value, gradient, kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kfac_onnx.frontends.lowering.emit import Miss
+from kfac_onnx.frontends.updates.direction import Found, find_gradient
+from kfac_onnx.frontends.updates.flow import operands
+from kfac_onnx.frontends.updates.polarity import polarity_of
+from kfac_onnx.frontends.updates.spine import Spine, Term, spine_of
+from kfac_onnx.frontends.values import static_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    import onnx_ir as ir
+
+    from kfac_onnx.frontends.updates.flow import Flow
+
+__all__ = ["Part", "Update", "find_updates"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a gradient: a tensor, or rows that `scatter` adds. `negative`: the graph has its negative."""
+
+    value: ir.Value
+    scatter: ir.Node | None
+    negative: bool
+
+
+@dataclass(frozen=True)
+class Update:
+    """How one parameter is updated; its gradient is the sum of `parts`."""
+
+    parameter: ir.Value
+    new: ir.Value
+    parts: tuple[Part, ...]
+    kind: str
+    rate: float | None
+    decayed: bool
+    clipped: bool
+    states: tuple[ir.Value, ...]
+
+
+@dataclass
+class _Draft:
+    parameter: ir.Value
+    new: ir.Value
+    spine: Spine
+    found: list[tuple[Term, Found]] = field(default_factory=list["tuple[Term, Found]"])
+
+
+def find_updates(
+    pairs: Mapping[ir.Value, ir.Value], flow: Flow, known: Collection[ir.Value]
+) -> tuple[list[Update], dict[ir.Value, Miss]]:
+    """Return the updates, and for each parameter whose gradient could not be told, why.
+
+    `known` are values that are gradients for sure.
+    """
+    drafts: list[_Draft] = []
+    misses: dict[ir.Value, Miss] = {}
+    for parameter, new in pairs.items():
+        spine = spine_of(new, parameter, flow)
+        found = spine if isinstance(spine, Miss) else _of_terms(spine, parameter, flow, known)
+        if isinstance(spine, Miss) or isinstance(found, Miss):
+            misses[parameter] = spine if isinstance(spine, Miss) else found  # pyright: ignore[reportArgumentType]  one of them
+            continue
+        drafts.append(_Draft(parameter, new, spine, found))
+    plain = [item for draft in drafts for _, item in draft.found if not item.held and not item.rated]
+    peel = bool(plain) and all(item.inner is not None for item in plain)
+    mixed = any(item.inner is not None for item in plain) and not peel
+    updates: list[Update] = []
+    for draft in drafts:
+        unclear = [item for _, item in draft.found if not item.held and not item.rated]
+        if mixed and unclear and any(item.inner is not None for item in unclear):
+            number = next(item.constant for item in unclear if item.inner is not None)
+            misses[draft.parameter] = Miss(
+                f"{number:.6g} may be its learning rate or a part of its gradient: other parameters have none"
+            )
+            continue
+        updates.append(_update(draft, flow, peel))
+    return updates, misses
+
+
+def _of_terms(
+    spine: Spine, parameter: ir.Value, flow: Flow, known: Collection[ir.Value]
+) -> list[tuple[Term, Found]] | Miss:
+    dense = [term for term in spine.terms if term.scatter is None]
+    rows = [term for term in spine.terms if term.scatter is not None]
+    if not spine.terms:
+        return Miss("nothing that depends on the batch is added to it")
+    results: list[tuple[Term, Found]] = []
+    if dense:
+        shape = static_shape(parameter)
+        joint = find_gradient([term.value for term in dense], shape, flow, known)
+        if isinstance(joint, Found):
+            results.append((dense[0], joint))
+        else:
+            for term in dense:
+                found = find_gradient([term.value], shape, flow, known)
+                if isinstance(found, Miss) or len(dense) == 1:
+                    return found if isinstance(found, Miss) else joint
+                if found.held:
+                    return joint
+                results.append((term, found))
+    for term in rows:
+        found = find_gradient([term.value], static_shape(term.value), flow, known)
+        if isinstance(found, Miss):
+            return found
+        results.append((term, found))
+    for _, found in results:
+        if found.value in flow.forward or found.value not in flow.batch:
+            return Miss(f"'{found.value.name}', which is added to it, is no gradient")
+    return results
+
+
+def _update(draft: _Draft, flow: Flow, peel: bool) -> Update:
+    parts: list[Part] = []
+    rate: float | None = None
+    for term, found in draft.found:
+        value, constant = found.value, None
+        if peel and not found.held and not found.rated and found.inner is not None:
+            value, constant = found.inner, found.constant
+        rate = rate or found.rate or (None if constant is None else abs(constant))
+        along = polarity_of(draft.new, value, flow) == "along"
+        if along and (inner := _negated(value)) is not None:
+            value, along = inner, False
+        parts.append(Part(value, term.scatter, along))
+    states, roots = _inside(draft.new, [part.value for part in parts], flow)
+    held = any(found.held for _, found in draft.found)
+    return Update(
+        parameter=draft.parameter,
+        new=draft.new,
+        parts=tuple(parts),
+        kind=_kind(states, roots, held),
+        rate=rate,
+        decayed=draft.spine.decayed,
+        clipped=any(found.clipped for _, found in draft.found),
+        states=states,
+    )
+
+
+def _negated(value: ir.Value) -> ir.Value | None:
+    node = value.producer()
+    return node.inputs[0] if node is not None and node.op_type == "Neg" and not node.domain else None
+
+
+def _inside(new: ir.Value, gradients: list[ir.Value], flow: Flow) -> tuple[tuple[ir.Value, ...], bool]:
+    """Return the tensors of state that an update reads, and whether it takes roots."""
+    states: dict[ir.Value, None] = {}
+    roots = False
+    stack, seen = [new], set(gradients)
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        node = value.producer()
+        if value in flow.states and not flow.is_number(value):
+            states[value] = None
+        if node is None or value in flow.forward or (value in flow.batch and flow.is_number(value)):
+            continue
+        roots = roots or (node.op_type in ("Sqrt", "Pow") and not flow.is_number(value))
+        stack.extend(operands(node))
+    return tuple(states), roots
+
+
+def _kind(states: tuple[ir.Value, ...], roots: bool, held: bool) -> str:
+    """Return what an update is called, by the states that it keeps and whether it takes roots."""
+    if not states or not held:
+        return "sgd" if not roots else "an optimizer that keeps no state"
+    if not roots:
+        return "momentum" if len(states) == 1 else "an optimizer with several states"
+    return "adagrad or rmsprop" if len(states) == 1 else "adam"

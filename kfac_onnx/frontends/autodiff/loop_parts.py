@@ -103,6 +103,11 @@ class BodyCopy:
         found, nodes = propagate(self.names, list(self.graph), seeds, wrt, missing)
         if not missing:
             self.graph.extend(nodes)
+        inside = set(self._copies.values())
+        for value, gradient in found.items():  # the name is for the whole gradient, outside of the body
+            if value not in inside and gradient.name == f"{value.name}_grad":
+                gradient.name = self.names.fresh(f"kfac/gradient/{value.name}/part")
+                self.names.release(f"{value.name}_grad")
         return found
 
     def close(self, starts: Sequence[ir.Value], ends: Sequence[ir.Value]) -> ir.Graph:

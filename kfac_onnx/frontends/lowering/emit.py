@@ -51,6 +51,10 @@ class Names:
         self._used.add(name)
         return name
 
+    def release(self, name: str) -> None:
+        """Let a name be given again that no value has any more."""
+        self._used.discard(name)
+
     def constant(self, array: np.ndarray) -> ir.Value:
         """Return an initializer of the main graph with these contents; equal contents are shared."""
         array = np.ascontiguousarray(array) if array.ndim else np.asarray(array)

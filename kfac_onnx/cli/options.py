@@ -111,19 +111,30 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
     )(function)
 
 
-BLOCK_OPTIONS: Final = ("damping", "decay_a", "decay_g", "refresh_every", "uses", "tied")
+_PASS_OPTIONS: Final = ("damping", "decay_a", "decay_g", "refresh_every", "uses", "tied")
 """Options of the pass `insert-embedding-kfac` that `transform` and `train` offer by the same names."""
+
+BLOCK_OPTIONS: Final = (*_PASS_OPTIONS, "padding_idx")
+"""What `block_options` adds."""
 
 _BLOCK: Final = "kfac_onnx.block"
 
 
 def block_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Add `BLOCK_OPTIONS`, with the types and help of the pass; `block_settings` reads them."""
+    """Add `BLOCK_OPTIONS`, most with the types and help of the pass; `block_settings` reads them."""
     from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
     from kfac_onnx.passes.options import options_of
 
+    function = click.option(
+        "--padding-idx",
+        metavar="PARAM=ROW",
+        multiple=True,
+        expose_value=False,
+        callback=_keep_padding,
+        help="A row that is padding, where the exporter lost it; may be given several times.",
+    )(function)
     options = {option.field: option for option in options_of(InsertEmbeddingKfac)}
-    for option in (options[name] for name in reversed(BLOCK_OPTIONS)):
+    for option in (options[name] for name in reversed(_PASS_OPTIONS)):
         function = click.option(
             f"--{option.name}",
             type={"int": int, "float": float}.get(option.kind, str),
@@ -139,6 +150,14 @@ def _keep(ctx: click.Context, parameter: click.Parameter, value: float | str | N
     if value is not None:
         settings: dict[str, float | str] = ctx.meta.setdefault(_BLOCK, {})
         settings[str(parameter.name)] = value
+
+
+def _keep_padding(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> None:
+    from kfac_onnx.passes.sites.padding import padding_rows
+
+    if words:
+        settings: dict[str, object] = ctx.meta.setdefault(_BLOCK, {})
+        settings[str(parameter.name)] = padding_rows(words)
 
 
 def block_settings(ctx: click.Context) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
+from kfac_onnx.passes.why import Verdicts, why
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,16 +66,6 @@ def _site_json(site: Site) -> dict[str, Any]:
     data["uses"] = [asdict(use) for use in site.uses]
     data["dense_uses"] = [{"op": use.op, "output": use.output} for use in site.dense_uses]
     return data
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What `why` found of one parameter: `verdict` in one sentence, and what was tried, in order."""
-
-    parameter: str
-    verdict: Literal["embedding", "refused", "not an embedding"]
-    trail: tuple[str, ...]
-    refusal: Refusal | None = None
 
 
 def _canonical(source: Source, loss: str | None, gradients: Mapping[str, str] | None) -> ir.Model:
@@ -135,34 +126,6 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
     )
 
 
-def why(
-    source: Source,
-    parameter: str,
-    *,
-    loss: str | None = None,
-    gradients: Mapping[str, str] | None = None,
-) -> Verdicts:
-    """Return why a parameter is an embedding table or not, with everything that was tried.
-
-    Raises UserError when the graph has no such trained parameter.
-    """
-    from kfac_onnx.passes.find_embeddings import find_tables
-
-    model = _canonical(source, loss, gradients)
-    for refusal in metadata.read_list(model, "refused", Refusal):
-        if refusal.parameter == parameter:
-            return Verdicts(parameter, "refused", (refusal.path, refusal.reason), refusal)
-    for item in find_tables(model):
-        if item.weight.name == parameter:
-            verdict = "embedding" if item.site else "refused" if item.refusal else "not an embedding"
-            return Verdicts(parameter, verdict, tuple(item.trail), item.refusal)
-    known = [item.name for item in metadata.read_list(model, "parameters", Parameter)]
-    raise UserError(
-        f"the graph has no trained parameter '{parameter}'{did_you_mean(parameter, known)}",
-        help="`scan MODEL` lists the trained parameters",
-    )
-
-
 def pipeline_text(
     *,
     preset: str = "half",
@@ -173,6 +136,7 @@ def pipeline_text(
     target: str = "cpu",
     grad_scale: float | None = None,
     allow_fallback: tuple[str, ...] = (),
+    padding_idx: Mapping[str, int] | None = None,
     **options: float | int | str | None,
 ) -> str:
     """Return the textual pipeline that `transform` runs for these settings.
@@ -198,7 +162,8 @@ def pipeline_text(
             f"unknown optimizer '{rest}'{did_you_mean(rest, methods)}",
             help="the optimizers are: " + ", ".join(methods),
         )
-    steps = [str(FindEmbeddings())]
+    padding = tuple(f"{name}={row}" for name, row in (padding_idx or {}).items())
+    steps = [str(FindEmbeddings(padding=padding))]
     others: dict[str, Any] = {} if rest_lr is None else {"lr": rest_lr}
     if preset in PLAIN:
         for name in (name for name, value in options.items() if value is not None):
@@ -245,6 +210,7 @@ def transform(
     gradients: Mapping[str, str] | None = None,
     grad_scale: float | None = None,
     allow_fallback: tuple[str, ...] = (),
+    padding_idx: Mapping[str, int] | None = None,
     log: Log | None = None,
     **options: float | int | str | None,
 ) -> ir.Model:
@@ -265,6 +231,7 @@ def transform(
         gradients: as for `scan`.
         grad_scale: r1.7: the number of examples that a mean loss divides by.
         allow_fallback: refused tables that the ordinary optimizer may train.
+        padding_idx: table to the row that is padding, where the exporter lost it: not counted, not updated.
         log: receives what the passes say.
         **options: further options of the pass `insert-embedding-kfac`.
 
@@ -283,6 +250,7 @@ def transform(
         target=target,
         grad_scale=grad_scale,
         allow_fallback=allow_fallback,
+        padding_idx=padding_idx,
         **options,
     )
     passes = parse_pipeline(text)

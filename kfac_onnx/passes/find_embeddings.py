@@ -8,35 +8,45 @@ from typing import TYPE_CHECKING, ClassVar
 from kfac_onnx import metadata
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
 from kfac_onnx.passes.base import Changes, Pass
+from kfac_onnx.passes.options import opt
 from kfac_onnx.passes.registry import register
 from kfac_onnx.passes.rewriter import Emitter
 from kfac_onnx.passes.sites.facts import Facts, ancestors
 from kfac_onnx.passes.sites.marking import id_checks, mark
 from kfac_onnx.passes.sites.matching import Verdict, match_table
+from kfac_onnx.passes.sites.padding import check_padding, padding_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
     from kfac_onnx.passes.log import Log
 
-__all__ = ["FindEmbeddings", "find_sites", "find_tables"]
+__all__ = ["FindEmbeddings", "facts_of", "find_sites", "find_tables", "values_by_name"]
 
 
 def find_tables(model: ir.Model) -> list[Verdict]:
     """Return a verdict for every trained parameter of a canonical training graph; edits nothing."""
     values = values_by_name(model)
+    facts = facts_of(model, values)
+    return [
+        match_table(values[item.name], values.get(item.gradient) if item.gradient else None, facts)
+        for item in metadata.read_list(model, "parameters", Parameter)
+        if item.name in values
+    ]
+
+
+def facts_of(model: ir.Model, values: Mapping[str, ir.Value]) -> Facts:
+    """Return what the rules may know of a canonical graph; `values` are its values by name."""
     parameters = metadata.read_list(model, "parameters", Parameter)
     loss = metadata.read(model, "loss", Loss)
-    weights = {item.name: values[item.name] for item in parameters if item.name in values}
+    weights = [values[item.name] for item in parameters if item.name in values]
     top = values.get(loss.value) if loss is not None and loss.value is not None else None
-    facts = Facts(model, weights.values(), top)
+    facts = Facts(model, weights, top)
     if loss is not None and top is None:
         facts.forward = ancestors(values[name] for name in loss.predictions if name in values)
-    return [
-        match_table(weights[item.name], values.get(item.gradient) if item.gradient else None, facts)
-        for item in parameters
-        if item.name in weights
-    ]
+    return facts
 
 
 def find_sites(model: ir.Model) -> tuple[list[Site], list[metadata.IdCheck]]:
@@ -66,17 +76,23 @@ class FindEmbeddings(Pass):
     """
 
     name: ClassVar[str] = "find-embeddings"
+    padding: tuple[str, ...] = opt((), "PARAM=ROW: rows that are padding, where the graph does not say so")
 
     def run(self, model: ir.Model, log: Log) -> Changes:
-        """Edit `model` in place."""
+        """Edit `model` in place.
+
+        Raises UserError for a padding row that no table has.
+        """
         verdicts = find_tables(model)
+        found = [verdict.site for verdict in verdicts if verdict.site is not None]
+        padding = check_padding(padding_rows(self.padding), found)
         emitter = Emitter(model, self.name)
         sites: list[Site] = []
         checks: list[metadata.IdCheck] = []
         refused = metadata.read_list(model, "refused", Refusal)
         for verdict in verdicts:
             if verdict.site is not None:
-                sites.append(mark(verdict.site, emitter))
+                sites.append(mark(verdict.site, emitter, padding.get(str(verdict.weight.name))))
                 checks.extend(id_checks(verdict.site))
                 log.count("tables")
                 log.count("lookups", len(verdict.site.uses))

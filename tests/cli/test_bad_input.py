@@ -135,7 +135,7 @@ def test_a_graph_without_gradients(run: Callable[..., Outcome], tmp_path: Path, 
         "  tried: ort-module: it has no YieldOp\n"
         "  tried: named-gradients: none of its outputs is named <parameter>_grad after one of its parameters\n"
         "  tried: positional: it has fewer than two floating-point outputs, a loss and a gradient\n"
-        "  help: export loss and gradients as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
+        "  help: append loss and gradients with `kfac-onnx differentiate`, export them as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
     )
     refused(run("transform", path, "-o", tmp_path / "out.onnx"), message, tmp_path, before)
     refused(run("train", path, "--data", tmp_path / "data.npz", "--quiet"), message, tmp_path, before)
@@ -328,7 +328,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "transform train.onnx -o out.onnx --pipeline find-embeddings{axis=1}",
-            "unknown option 'axis' of pass 'find-embeddings'\n  help: the options of 'find-embeddings' are: none",
+            "unknown option 'axis' of pass 'find-embeddings'\n  help: the options of 'find-embeddings' are: padding",
         ),
         (
             "transform train.onnx -o out.onnx --gradients emb",

@@ -208,3 +208,23 @@ def test_settings_of_the_block_change_training(
                    "--parameters", folder / "weights.npz", "--json", *given).data["loss"]  # fmt: skip
 
     assert abs(loss(*words) - loss()) > 1e-6  # both runs are bit-equal otherwise
+
+
+def test_choices_of_uses_tied_tables_and_padding(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    graph = DATA / "ortart_legloss__gpt_tied.onnx"
+    out = tmp_path / "step.onnx"
+    words = ("--tied", "both", "--uses", "multi-indep", "--padding-idx", "m.tok.weight=0")
+    made = json.loads(run("transform", graph, "-o", out, *words, "--json").out)
+    assert made["pipeline"].startswith(
+        'find-embeddings{padding=["m.tok.weight=0"]},insert-embedding-kfac{uses=multi-indep,tied=both}'
+    )
+    shown = run("inspect", out).out
+    assert "lookups and projection, 2 independent uses: damping λ/2, coefficient 2" in shown
+    outcome = run("transform", graph, "-o", out, "--padding-idx", "m.tok.weight")
+    assert outcome.code == 1
+    assert outcome.err == "error: padding wants PARAM=ROW, not 'm.tok.weight'\n"
+    outcome = run("transform", graph, "-o", out, "--tied", "left")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (
+        1,
+        "error: option 'tied' of pass 'insert-embedding-kfac' cannot be 'left': it is one of lookup, both, refuse",
+    )

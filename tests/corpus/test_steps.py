@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from corpus_cases import StepReference, marked
+from corpus_cases import StepReference, initial_state, marked
 from corpus_table import ROWS, names
 
 from kfac_onnx import metadata
@@ -174,7 +174,7 @@ def test_unaided_host_trains_alike(shape_name: str, preset: str) -> None:
     host = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    held = {state.input: initial(state, weights) for state in states}
+    held = {state.input: initial_state(state, weights) for state in states}
     with TrainingSession(model, parameters=weights, threads=2) as session:
         for t in range(12):
             feed = case.feed("in" if t % 2 == 0 else "in2")
@@ -189,21 +189,6 @@ def test_unaided_host_trains_alike(shape_name: str, preset: str) -> None:
             np.testing.assert_allclose(held[key], value, rtol=0, atol=2e-6 * np.abs(value).max())
 
 
-def initial(state: State, weights: dict[str, np.ndarray]) -> np.ndarray:
-    """Return a state's first value, as its declaration says."""
-    match state.initial:
-        case "parameter":
-            return weights[str(state.parameter)]
-        case "zeros":
-            return np.zeros(state.shape, state.dtype)
-        case "ones":
-            return np.ones(state.shape, state.dtype)
-        case "identity":
-            return np.eye(state.shape[0], dtype=state.dtype)
-        case number:
-            return np.full(state.shape, float(number), state.dtype)
-
-
 def test_skipped_step_in_an_unaided_host_keeps_every_state() -> None:
     case, graph = marked("torchjoint_in__nplm")
     weights = graph.initial(case)
@@ -212,7 +197,7 @@ def test_skipped_step_in_an_unaided_host_keeps_every_state() -> None:
     step = metadata.read(model, "step", Step)
     assert step is not None
     host = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    held = {state.input: initial(state, weights) for state in states}
+    held = {state.input: initial_state(state, weights) for state in states}
     names = [step.ok, *(state.output for state in states)]
     batch = {key: case.feed()[key] for key in step.batch}
     _, *news = host.run(names, {**batch, **held})
@@ -257,7 +242,7 @@ def test_dense_shape_keeps_the_interface(name: str) -> None:
     assert names == [item.name for item in host.get_outputs()][: len(names)]
     states = metadata.read_list(model, "state", State)
     feed = {item.name: case.feed()[item.name] for item in before.get_inputs()}
-    held = {state.input: initial(state, weights) for state in states}
+    held = {state.input: initial_state(state, weights) for state in states}
     results = dict(zip(names, host.run(names, {**feed, **held}), strict=True))
     plain = dict(zip(names, before.run(names, feed), strict=True))
     tables = {site.parameter for site in graph.sites}

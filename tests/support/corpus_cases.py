@@ -20,8 +20,8 @@ import onnxruntime as ort
 
 from kfac_onnx import metadata
 from kfac_onnx.frontends import read_training_graph
-from kfac_onnx.metadata import Loss, Parameter, Site
-from kfac_onnx.passes.find_embeddings import values_by_name
+from kfac_onnx.metadata import Loss, Parameter, Site, State
+from kfac_onnx.passes.find_embeddings import FindEmbeddings, values_by_name
 from kfac_onnx.passes.pipeline import parse_pipeline
 from kfac_onnx.reference import (
     AdagradReference,
@@ -80,10 +80,11 @@ def case_names(*prefixes: str) -> list[str]:
 class MarkedGraph:
     """The canonical graph with the values of every site as outputs, run by plain ONNX Runtime."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, padding: dict[str, int] | None = None) -> None:
         self.model = read_training_graph(case.path)
         self.parameters = metadata.read_list(self.model, "parameters", Parameter)
-        parse_pipeline("find-embeddings").run(self.model)
+        words = tuple(f"{name}={row}" for name, row in (padding or {}).items())
+        parse_pipeline(str(FindEmbeddings(padding=words))).run(self.model)
         self.sites = metadata.read_list(self.model, "sites", Site)
         values = values_by_name(self.model)
         wanted = [name for site in self.sites for name in (site.ids, site.rows, site.keep) if name]
@@ -257,3 +258,18 @@ def to_table(stored: np.ndarray, site: Site) -> np.ndarray:
 def from_table(table: np.ndarray, site: Site, shape: tuple[int, ...]) -> np.ndarray:
     """Return [V, D] in the layout of the parameter."""
     return table.T if site.layout == "columns" else table.reshape(shape)
+
+
+def initial_state(state: State, weights: dict[str, np.ndarray]) -> np.ndarray:
+    """Return a state's first value, as its declaration says."""
+    match state.initial:
+        case "parameter":
+            return weights[str(state.parameter)]
+        case "zeros":
+            return np.zeros(state.shape, state.dtype)
+        case "ones":
+            return np.ones(state.shape, state.dtype)
+        case "identity":
+            return np.eye(state.shape[0], dtype=state.dtype)
+        case number:
+            return np.full(state.shape, float(number), state.dtype)

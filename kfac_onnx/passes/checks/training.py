@@ -135,8 +135,7 @@ def padding(subject: Subject) -> Iterator[Finding]:
             (str(verdict.weight.name), str(site.gradient.name)),
             "some exporters drop padding_idx from the gradient (ONNX Runtime's artifacts do): the row does "
             "not stay zero",
-            f"if row {row} is padding, mask the looked-up rows in the model: "
-            f"h = h * (ids != {row}).unsqueeze(-1)",
+            f"if row {row} is padding, say so: --padding-idx {verdict.weight.name}={row}",
         )
 
 

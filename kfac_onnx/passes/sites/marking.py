@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from kfac_onnx.metadata import IdCheck, Phase, Site
 from kfac_onnx.passes.sites.matching import MatchedUse, SiteMatch, whole_ids
+from kfac_onnx.passes.sites.padding import drop_padding
 from kfac_onnx.passes.sites.scatters import DenseTerm, RowTerm
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ def _masks_ids(term: RowTerm | DenseTerm) -> bool:
     return isinstance(term, RowTerm) and bool(term.before)
 
 
-def mark(site: SiteMatch, emitter: Emitter) -> Site:
-    """Emit the site's ids, rows and keep, and return its metadata with their names."""
+def mark(site: SiteMatch, emitter: Emitter, padding: int | None = None) -> Site:
+    """Emit the site's ids, rows and keep, and return its metadata with their names.
+
+    `padding` is a row that the user says is padding, where the graph does not.
+    """
     emit = emitter.derive(site=site.weight.name, phase=Phase.GRADIENTS)
     parts = [_Rows(use, emit).emit() for use in site.uses]
     dim = site.pulled.embedding_dim
@@ -51,13 +55,17 @@ def mark(site: SiteMatch, emitter: Emitter) -> Site:
         masks = [part[2] if part[2] is not None else _ones(emit, part[0]) for part in parts]
         keep = _joined(emit, masks, "keep", FLOAT, [None])
     described = site.describe()
-    return replace(
+    marked = replace(
         described,
         ids=ids.name,
         rows=rows.name,
         keep=None if keep is None else keep.name,
         dense=described.gradient if site.dense_terms else None,
     )
+    if padding is None or padding == described.padding_idx:
+        return marked
+    values = {str(value.name): value for value in (ids, rows, keep) if value is not None}
+    return drop_padding(site, marked, padding, values, emit)
 
 
 def _joined(

@@ -18,7 +18,11 @@ __all__ = ["command"]
 @reading_options
 @common
 def command(model: str, parameter: str, loss: str | None, gradients: tuple[str, ...], as_json: bool) -> None:
-    """Explain why the parameter PARAM of MODEL was taken as an embedding table, or was not."""
+    """Explain why the parameter PARAM of MODEL was taken as an embedding table, or was not.
+
+    Lists what was tried at each node from the parameter to its uses, and from its gradient back to what is
+    scattered into it.
+    """
     from kfac_onnx.passes.api import why
 
     found = why(model, parameter, loss=loss, gradients=gradient_pairs(gradients))
@@ -26,10 +30,12 @@ def command(model: str, parameter: str, loss: str | None, gradients: tuple[str, 
         print_json(asdict(found))
         return
     verdict = {"embedding": "is an embedding table", "refused": "was refused"}
-    click.echo(f"'{parameter}' {verdict.get(found.verdict, 'is not an embedding table')}")
+    gradients_missing = "" if found.trainable else ", but the graph has no gradients"
+    click.echo(f"'{parameter}' {verdict.get(found.verdict, 'is not an embedding table')}{gradients_missing}")
     for line in found.trail:
-        click.echo(f"  tried: {line}")
+        click.echo(f"  {line}")
     if found.refusal is not None:
         click.echo(f"  path:  {found.refusal.path}")
         click.echo(f"  why:   {found.refusal.reason}")
-        click.echo(f"  help:  {found.refusal.remedy}")
+    if found.remedy is not None:
+        click.echo(f"  help:  {found.remedy}")

@@ -48,7 +48,7 @@ def test_usage_errors_are_the_users(run: Callable[..., Outcome]) -> None:
     )
     outcome = run("scan")
     assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err == "error: Missing argument 'MODEL'.\n  help: run `kfac-onnx scan --help`\n"
+    assert outcome.err == "error: Missing argument 'MODEL|FOLDER'.\n  help: run `kfac-onnx scan --help`\n"
     assert run("scan", "x", "--nonsense").code == 1
 
 

@@ -17,7 +17,7 @@ from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.upgrade import flatten
 from kfac_onnx.frontends.values import all_graphs, static_shape
 from kfac_onnx.metadata import Loss, Parameter, Refusal
-from kfac_onnx.passes.find_embeddings import find_tables, values_by_name
+from kfac_onnx.passes.find_embeddings import facts_of, find_tables, values_by_name
 from kfac_onnx.passes.sites.facts import Facts, ancestors
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ class Subject:
         """What is known of the canonical graph's values."""
         if self.graph is None:
             return None
-        trained = [self.values[item.name] for item in self.parameters if item.name in self.values]
-        top = self.values.get(self.loss.value) if self.loss is not None and self.loss.value else None
-        facts = Facts(self.graph, trained, top)
+        facts = facts_of(self.graph, self.values)
         if not facts.forward:
             facts.forward = ancestors(self.graph.graph.outputs)
         return facts

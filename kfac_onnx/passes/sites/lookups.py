@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
     from kfac_onnx.passes.sites.facts import Facts
 
-__all__ = ["VIEWS", "DenseUse", "Lookup", "forward_uses", "ids_chain", "keeps_every_id"]
+__all__ = [
+    "READERS",
+    "VIEWS",
+    "DenseUse",
+    "Lookup",
+    "adds_to_activations",
+    "forward_uses",
+    "ids_chain",
+    "is_view",
+    "is_weight_of_product",
+    "keeps_every_id",
+]
 
 VIEWS: Final = frozenset(
     {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat"}
@@ -80,14 +91,15 @@ def forward_uses(weight: ir.Value, facts: Facts) -> tuple[list[Lookup], list[Den
             lookup = rule(node, index, facts) if rule is not None else None
             if lookup is not None:
                 lookups.append(lookup)
-            elif _is_view(node, index, value) and node.graph is weight.graph:
+            elif is_view(node, index, value) and node.graph is weight.graph:
                 stack.append(node.outputs[0])
             else:
                 dense.append(DenseUse(node, node.outputs[0]))
     return lookups, dense
 
 
-def _is_view(node: ir.Node, index: int, value: ir.Value) -> bool:
+def is_view(node: ir.Node, index: int, value: ir.Value) -> bool:
+    """Say whether what an operator makes of a table (its input `index`) is the table, seen differently."""
     if node.op_type in VIEWS:
         return node.op_type == "Concat" or index == 0
     if node.op_type == "Slice":
@@ -107,7 +119,7 @@ def _gather(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
     axis %= len(data)
     ids = node.inputs[1]
     fixed = _fixed_ids(facts, ids)
-    if fixed is not None and (axis != 0 or len(data) != 2 or _is_weight_of_product(node.outputs[0])):
+    if fixed is not None and (axis != 0 or len(data) != 2 or is_weight_of_product(node.outputs[0])):
         return None
     return Lookup(node, "Gather", ids, node.outputs[0], data[axis], fixed)
 
@@ -143,7 +155,7 @@ def _one_hot_product(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
 
 def _slice(node: ir.Node, index: int, facts: Facts) -> Lookup | None:
     data = static_shape(node.inputs[0])
-    if index != 0 or data is None or len(data) != 2 or not _adds_to_activations(node.outputs[0]):
+    if index != 0 or data is None or len(data) != 2 or not adds_to_activations(node.outputs[0]):
         return None
     window = slice_window(node, facts)
     if window is None or window[0] != 0:
@@ -191,11 +203,13 @@ def _fixed_ids(facts: Facts, ids: ir.Value | None) -> tuple[int, ...] | None:
     return None if array is None else tuple(int(item) for item in array.reshape(-1))
 
 
-def _is_weight_of_product(rows: ir.Value) -> bool:
+def is_weight_of_product(rows: ir.Value) -> bool:
+    """Say whether looked-up rows are then a weight matrix."""
     return any(op in WEIGHT_OPS for op in _real_consumers(rows))
 
 
-def _adds_to_activations(rows: ir.Value) -> bool:
+def adds_to_activations(rows: ir.Value) -> bool:
+    """Say whether looked-up rows are added to something, as those of a position table are."""
     consumers = _real_consumers(rows)
     return bool(consumers) and all(op in ("Add", "Sum") for op in consumers)
 

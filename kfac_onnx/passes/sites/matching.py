@@ -111,7 +111,7 @@ def describe_lookup(lookup: Lookup, gradient: ir.Value | None) -> Use:
 
 @dataclass
 class Verdict:
-    """What was found of one parameter; `trail` says what was tried, in order, for `why`."""
+    """What was found of one parameter; `trail` says which pairs were tried, in order, for `why`."""
 
     weight: ir.Value
     site: SiteMatch | None = None
@@ -133,13 +133,6 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
     """
     verdict = Verdict(weight)
     lookups, dense_uses = forward_uses(weight, facts)
-    verdict.trail.extend(
-        f"forward: {use.op} '{use.output.name}' looks up rows of a table of {use.vocab_size}"
-        for use in lookups
-    )
-    verdict.trail.extend(
-        f"forward: {use.node.op_type} '{use.output.name}' uses the whole table" for use in dense_uses
-    )
     if not lookups:
         verdict.trail.append("no operator looks up rows of this parameter: it is not an embedding table")
         return verdict
@@ -157,8 +150,6 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
             f"name its gradient: --gradients {weight.name}=OUTPUT",
         )
     terms = gradient_terms(gradient, facts)
-    for term in terms:
-        verdict.trail.append(f"backward: {_describe_term(term)}")
     return _pair(verdict, gradient, lookups, dense_uses, terms, facts)
 
 
@@ -432,16 +423,6 @@ def output_gradient(
             break
         value = source
     return found
-
-
-def _describe_term(term: RowTerm | DenseTerm) -> str:
-    views = "".join(f" -> {step.node.op_type}" for step in reversed(term.steps))
-    if isinstance(term, RowTerm):
-        return f"{term.op} scatters the rows '{term.updates.name}'{views}"
-    node = term.value.producer()
-    return (
-        f"'{term.value.name}' ({node.op_type if node is not None else 'input'}) is dense in the table{views}"
-    )
 
 
 def _label(node: ir.Node) -> str:

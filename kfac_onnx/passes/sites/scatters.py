@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
     from kfac_onnx.passes.sites.facts import Facts
 
-__all__ = ["DenseTerm", "DropMask", "RowTerm", "ViewStep", "gradient_terms"]
+__all__ = [
+    "SCATTERS",
+    "DenseTerm",
+    "DropMask",
+    "RowTerm",
+    "ViewStep",
+    "adds_into_zeros",
+    "gradient_terms",
+    "other_operand",
+    "placed_rows",
+    "view_step",
+]
 
 
 @dataclass(frozen=True)
@@ -97,18 +108,18 @@ def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm
             if all(static_shape(item) == shape for item in node.inputs):
                 stack.extend((item, steps) for item in node.inputs if item is not None)
                 continue
-        placed = _placed_rows(node, facts)
+        placed = placed_rows(node, facts)
         rule = SCATTERS.get(node.op_type) if placed is None else None
         term = rule(node, steps, facts) if rule is not None else None
         if term is not None:
             terms.append(term)
             continue
-        view = placed if placed is not None else _view_step(node, value, facts)
+        view = placed if placed is not None else view_step(node, value, facts)
         if view is not None:
             if placed is not None:
                 source = node.inputs[2]
             else:
-                source = node.inputs[0] if view.operand is None else _other(node, view.operand)
+                source = node.inputs[0] if view.operand is None else other_operand(node, view.operand)
             if source is not None:
                 stack.append((source, (*steps, view)))
                 continue
@@ -116,13 +127,14 @@ def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm
     return terms[::-1]
 
 
-def _other(node: ir.Node, operand: ir.Value) -> ir.Value | None:
+def other_operand(node: ir.Node, operand: ir.Value) -> ir.Value | None:
+    """Return the input of a scaling that is not its factor."""
     return next((item for item in node.inputs if item is not operand), None)
 
 
-def _placed_rows(node: ir.Node, facts: Facts) -> ViewStep | None:
+def placed_rows(node: ir.Node, facts: Facts) -> ViewStep | None:
     """Match a scatter that puts its rows at constant consecutive places: that is a Pad of the rows."""
-    if node.op_type not in ("ScatterND", "ScatterElements") or not _adds_into_zeros(node, facts):
+    if node.op_type not in ("ScatterND", "ScatterElements") or not adds_into_zeros(node, facts):
         return None
     shape, fixed = static_shape(node.outputs[0]), facts.constant(node.inputs[1])
     if shape is None or len(shape) != 2 or fixed is None or fixed.size == 0:
@@ -143,7 +155,8 @@ def _placed_rows(node: ir.Node, facts: Facts) -> ViewStep | None:
     return ViewStep(node, "Pad", window=(axis, first, shape[axis] - first - places.size))
 
 
-def _view_step(node: ir.Node, value: ir.Value, facts: Facts) -> ViewStep | None:
+def view_step(node: ir.Node, value: ir.Value, facts: Facts) -> ViewStep | None:
+    """Return the operator that makes `value` as a view of a gradient, otherwise None."""
     match node.op_type:
         case "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Transpose" | "Neg":
             return ViewStep(node, node.op_type)
@@ -223,7 +236,8 @@ def _reduction(node: ir.Node) -> str:
     return "none" if found is None else found.as_string()
 
 
-def _adds_into_zeros(node: ir.Node, facts: Facts) -> bool:
+def adds_into_zeros(node: ir.Node, facts: Facts) -> bool:
+    """Say whether a scatter adds into zeros, or writes into them and names no place twice."""
     if not facts.is_zeros(node.inputs[0]):
         return False
     if _reduction(node) == "add":
@@ -236,7 +250,7 @@ def _scatter_nd(node: ir.Node, steps: tuple[ViewStep, ...], facts: Facts) -> Row
     indices, updates, shape = node.inputs[1], node.inputs[2], static_shape(node.outputs[0])
     if indices is None or updates is None or shape is None or not 1 <= len(shape) <= 2:
         return None
-    if indices.shape is None or indices.shape[-1] != 1 or not _adds_into_zeros(node, facts):
+    if indices.shape is None or indices.shape[-1] != 1 or not adds_into_zeros(node, facts):
         return None
     fixed = facts.constant(indices)
     return RowTerm(

@@ -28,6 +28,7 @@ from kfac_onnx.frontends.training_gradients import expand_gradients
 from kfac_onnx.frontends.training_info import with_algorithm
 from kfac_onnx.frontends.updates import optimizer_inside
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
+from kfac_onnx.frontends.validity import require_consistent
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
 from kfac_onnx.frontends.widen import widen
 from kfac_onnx.frontends.window_scatters import raise_window_scatters
@@ -70,6 +71,7 @@ def read_training_graph(
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
     infer_shapes(model)
+    require_consistent(model, place)
     if training is not None:
         exported, made = _with_derivatives(exported, training)
         notes += made
@@ -84,7 +86,7 @@ def read_training_graph(
         notes.append(f"gradients given as rows and ids made tensors: {len(row_gradients)}")
     notes += _to_standard_operators(model, place)
 
-    loss_value, pairing = _loss_and_pairs(exported, interface, loss, gradients)
+    loss_value, pairing = _loss_and_pairs(exported, interface, loss or _own_loss(model), gradients)
     notes += pairing.notes
     notes += _close_boundary(model, loss_value, interface)
     copied, ambiguous = undo_stale_copies(model, pairing.parameters)
@@ -189,6 +191,14 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     return notes
 
 
+def _own_loss(model: ir.Model) -> str | None:
+    """Return the output that the pass `differentiate` made the loss, if it wrote this file."""
+    told = metadata.read(model, "loss", metadata.Loss)
+    if told is None or model.metadata_props.get("kfac.frontend") != "differentiated":
+        return None
+    return told.value if any(value.name == told.value for value in model.graph.outputs) else None
+
+
 def _read_interface(exported: Exported, gradients: Mapping[str, str] | None) -> Interface:
     misses: list[str] = []
     for reader in (optimizer_inside, *READERS):
@@ -202,7 +212,8 @@ def _read_interface(exported: Exported, gradients: Mapping[str, str] | None) -> 
         "the graph has no gradients of its parameters",
         place=exported.place,
         tried=misses,
-        help="export loss and gradients as outputs, or name the pairs with --gradients PARAMETER=OUTPUT",
+        help="append loss and gradients with `kfac-onnx differentiate`, export them as outputs, "
+        "or name the pairs with --gradients PARAMETER=OUTPUT",
     )
 
 

@@ -41,7 +41,7 @@ def infer_shapes(model: ir.Model) -> None:
         inferred = onnx.shape_inference.infer_shapes(
             _without_large_tensors(model), check_type=False, strict_mode=False, data_prop=True
         )
-    except (RuntimeError, ValueError) as error:  # what ONNX raises for a graph that it gives up on
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:  # ONNX gives it up
         LOG.debug("shapes are not inferred: %s", first_line(error))
     else:
         _merge(model.graph, inferred.graph)

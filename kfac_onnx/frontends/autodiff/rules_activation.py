@@ -122,19 +122,9 @@ def mish(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     return emit.op("Mul", dy, emit.op("Add", t, emit.op("Mul", x, bend)))
 
 
-def swish(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
-    """Swish(X; alpha=1) = X s, s = sigmoid(alpha X): dY s (1 + alpha X (1 − s))."""
-    return _sigmoid_gate(emit, dy, x, float_attribute(node, "alpha", 1.0))
-
-
 def quick_gelu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
-    """com.microsoft QuickGelu(X; alpha=1.702): as Swish."""
-    return _sigmoid_gate(emit, dy, x, float_attribute(node, "alpha", 1.702))
-
-
-def _sigmoid_gate(emit: Emit, dy: ir.Value, x: ir.Value, alpha: float) -> ir.Value:
-    gate = ir.Node("com.microsoft", "QuickGeluGrad", [], attributes=[ir.AttrFloat32("alpha", alpha)])
-    return activations.quick_gelu_grad(emit, gate, dy, x)
+    """com.microsoft QuickGelu(X; alpha=1.702) = X s, s = sigmoid(alpha X): dY s (1 + alpha X (1 − s))."""
+    return activations.quick_gelu_grad(emit, node, dy, x)
 
 
 def gelu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
@@ -280,7 +270,6 @@ RULES: Final[dict[str | tuple[str, str], Rule]] = {
     "Sinh": of_input(sinh),
     "Softplus": of_input(softplus),
     "Softsign": of_input(softsign),
-    "Swish": of_input(swish),
     "Tanh": of_output(activations.tanh_grad),
     "ThresholdedRelu": of_input(thresholded_relu),
     ("com.microsoft", "BiasGelu"): biased(activations.gelu_grad),

@@ -19,6 +19,7 @@ from kfac_onnx.frontends.autodiff import (
     rules_shape,
     rules_softmax,
 )
+from kfac_onnx.frontends.autodiff.decompose import has_body, through_body
 from kfac_onnx.frontends.values import ONNX_DOMAINS
 
 if TYPE_CHECKING:
@@ -48,4 +49,7 @@ RULES: Final[dict[str | tuple[str, str], Rule]] = {
 
 def rule_of(node: ir.Node) -> Rule | None:
     """Return the rule of a node's operator, or None."""
-    return RULES.get(node.op_type if node.domain in ONNX_DOMAINS else (node.domain, node.op_type))
+    if node.domain not in ONNX_DOMAINS:
+        return RULES.get((node.domain, node.op_type))
+    found = RULES.get(node.op_type)
+    return through_body if found is None and has_body(node.op_type) else found

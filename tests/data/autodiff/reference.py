@@ -167,3 +167,29 @@ def nested(state, rows, factor):
         state, parts = scan(lambda a, b: (a * factor - a * b, a * b * b), state, row)
         results.append(parts)
     return state, torch.stack(results)
+
+
+def attention(q, k, v, mask=None, scale=None, causal=False, cap=0.0, heads=None):
+    """Attention of ONNX; a row that attends to nothing gives 0."""
+    if heads is not None:
+        sides = (heads[0], heads[1], heads[1])
+        q, k, v = (
+            x.reshape(*x.shape[:2], n, -1).transpose(1, 2) for x, n in zip((q, k, v), sides, strict=True)
+        )
+    each = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(each, 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    allowed = torch.ones(scores.shape, dtype=bool)
+    if causal:
+        allowed = allowed & torch.ones(scores.shape[2:], dtype=bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        scores = scores + mask
+    top = scores.masked_fill(~allowed, -1e300).amax(-1, keepdim=True).detach()
+    weight = torch.exp(torch.where(allowed, scores - top, 0)) * allowed
+    total = weight.sum(-1, keepdim=True)
+    y = weight / torch.where(total > 0, total, 1) @ v
+    return y if heads is None else y.transpose(1, 2).flatten(2)

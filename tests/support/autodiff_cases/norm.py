@@ -149,6 +149,12 @@ CASES = [
         outputs=("z", "t"),
     ),
     Case(
+        "simplified_layer_norm",
+        "z = SimplifiedLayerNormalization<axis = -1, epsilon = 0.01>(x, s)",
+        "R.rms_norm(x, s, -1, 0.01)",
+        {"x": floats(2, 3, 4), "s": floats(4)},
+    ),
+    Case(
         "skip_simplified",
         "z, , , t = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = 0.00001>(x, y, s, c)",
         "(R.rms_norm(x + y + c, s), x + y + c)",

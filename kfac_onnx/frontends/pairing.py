@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
+from kfac_onnx.frontends.by_flow import FlowPairs, pair_by_flow
 from kfac_onnx.frontends.interface import Interface, is_float
 from kfac_onnx.frontends.values import dtype_of, static_shape
 from kfac_onnx.metadata import Parameter, Refusal
@@ -108,9 +109,15 @@ def pair(
                 place=place,
             )
         gradients[name] = find_value(model, output, f"the gradient of '{name}'", place, values)
+    orphans = dict(interface.orphans)
     if not gradients and interface.by_position:
-        gradients = _by_position(model, losses, place)
-        notes.append(f"paired {len(gradients)} gradients with parameters by position and shape")
+        found, how = _by_position(model, losses), "position and shape"
+        if found is None:
+            pairs, how = _by_flow(model, losses, place), "the flow of data"
+            orphans |= {_owner_of(output): output for output in pairs.gone}
+            found = pairs.found
+        gradients = found
+        notes.append(f"paired {len(gradients)} gradients with parameters by {how}")
     taken = {value.name for value in gradients.values()}
     refused = tuple(
         Refusal(
@@ -120,7 +127,7 @@ def pair(
             remedy="export without constant folding (torch.onnx.export(..., optimize=False)) "
             "or with the parameters as inputs",
         )
-        for name, output in interface.orphans.items()
+        for name, output in orphans.items()
         if output not in taken
     )
     ordered = {name: gradients[name] for name in known if name in gradients}
@@ -141,16 +148,38 @@ def _check_shapes(parameter: ir.Value, gradient: ir.Value, place: str | None) ->
         )
 
 
-def _by_position(model: ir.Model, losses: Sequence[ir.Value], place: str | None) -> dict[str, ir.Value]:
+def _by_position(model: ir.Model, losses: Sequence[ir.Value]) -> dict[str, ir.Value] | None:
     outputs = [value for value in model.graph.outputs if is_float(value) and value not in losses]
     inputs = [value for value in model.graph.inputs if is_float(value)][: len(outputs)]
     pairs = zip(map(static_shape, inputs), map(static_shape, outputs), strict=False)
     same = [own is not None and own == other for own, other in pairs]
     if not outputs or len(inputs) < len(outputs) or not all(same):
+        return None
+    return {str(value.name): output for value, output in zip(inputs, outputs, strict=True)}
+
+
+def _by_flow(model: ir.Model, losses: Sequence[ir.Value], place: str | None) -> FlowPairs:
+    pairs = pair_by_flow(model, losses[0]) if losses else FlowPairs()
+    tried = ["by name: no output is called <parameter>_grad", "by position: the shapes differ"]
+    tried += [
+        f"by the flow of data: '{output}' could belong to {_either(owners)}"
+        for output, owners in pairs.unsure.items()
+    ] or ["by the flow of data: no output is made as the gradient of a parameter is"]
+    if pairs.unsure or not pairs.found:
         raise NoGradientsError(
             "the graph does not say which outputs are the gradients of which parameters",
             place=place,
-            tried=["by name: no output is called <parameter>_grad", "by position: the shapes differ"],
+            tried=tried,
             help="name the pairs with --gradients PARAMETER=OUTPUT, or export the gradients as outputs",
         )
-    return {str(value.name): output for value, output in zip(inputs, outputs, strict=True)}
+    return pairs
+
+
+def _owner_of(output: str) -> str:
+    """Return how to call the parameter of which nothing but the gradient is left."""
+    name = output.removesuffix("_grad")
+    return f"parameter of {output}" if name == output else name
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names[:4]) + (" or others" if len(names) > 4 else "")

@@ -77,6 +77,7 @@ def test_position_needs_equal_shapes(build: Callable[[str], ir.Model]) -> None:
         "the graph does not say which outputs are the gradients of which parameters\n"
         "  tried: by name: no output is called <parameter>_grad\n"
         "  tried: by position: the shapes differ\n"
+        "  tried: by the flow of data: no output is made as the gradient of a parameter is\n"
         "  help: name the pairs with --gradients PARAMETER=OUTPUT, or export the gradients as outputs"
     )
 
@@ -188,7 +189,7 @@ def test_a_forward_graph(build: Callable[[str], ir.Model]) -> None:
         "  tried: named-gradients: none of its outputs is named <parameter>_grad after one of its "
         "parameters\n"
         "  tried: positional: it has fewer than two floating-point outputs, a loss and a gradient\n"
-        "  help: export loss and gradients as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
+        "  help: append loss and gradients with `kfac-onnx differentiate`, export them as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
     )
     model = read_forward_graph(build(text))
     assert pairs(model) == {"w": None}

@@ -19,22 +19,23 @@ from kfac_onnx.frontends.loops.accumulators import scatter_after
 from kfac_onnx.frontends.loops.branches import take_known_branches
 from kfac_onnx.frontends.loops.casts import name_types_of_casts
 from kfac_onnx.frontends.loops.lookups import look_up_before
-from kfac_onnx.frontends.loops.recurrence import Recurrence
-from kfac_onnx.frontends.loops.results import compute_outside, stack_sequences
+from kfac_onnx.frontends.loops.recurrence import Recurrence, subgraphs
+from kfac_onnx.frontends.loops.results import compute_outside, prune_emitted, stack_sequences
 from kfac_onnx.frontends.loops.states import (
     counts_iterations,
     drop_unchanged,
     drop_unread,
     runs_to_the_end,
 )
-from kfac_onnx.frontends.lowering.emit import Names
+from kfac_onnx.frontends.loops.vectorizer import Vectorizer
+from kfac_onnx.frontends.lowering.emit import Miss, Names
 from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.values import all_graphs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["open_loops"]
+__all__ = ["open_loops", "why_not_outside"]
 
 SWEEPS = 16
 """Bound on the sweeps over a model; each works on what the one before it has opened."""
@@ -65,6 +66,32 @@ def _sweep(model: ir.Model, counts: Counter[str]) -> None:
             loop = Recurrence.of(node)
             if loop is not None and node.graph is graph:
                 _open(loop, names, _constants(model), counts)
+
+
+def why_not_outside(model: ir.Model, node: ir.Node) -> str:
+    """Return why a lookup inside a body cannot be moved out of it, as a clause after "because"."""
+    owner = _owner(model, node)
+    loop = None if owner is None else Recurrence.of(owner)
+    if loop is None:
+        return "it runs under a condition, so that the number of its lookups is not known before"
+    vec = Vectorizer(loop, Names(model), _constants(model))
+    table, ids = (vec.lane(value) for value in node.inputs[:2])
+    prune_emitted(vec.emit)
+    if isinstance(table, Miss):
+        return "the table that it reads is a state that the iterations change"
+    if not runs_to_the_end(loop, _constants(model)):
+        return "the loop ends by its own data, so that the number of its lookups is not known before"
+    reason = ids.reason if isinstance(ids, Miss) else "an operator on them has no rule over all iterations"
+    return f"its ids cannot be known before the loop: {reason}"
+
+
+def _owner(model: ir.Model, node: ir.Node) -> ir.Node | None:
+    """Return the node of whose body another one is a part."""
+    for graph in all_graphs(model.graph):
+        for item in graph:
+            if node.graph in subgraphs(item):
+                return item
+    return None
 
 
 def _constants(model: ir.Model) -> Constants:

@@ -39,6 +39,8 @@ def look_up_before(loop: Recurrence, names: Names, constants: Constants) -> tupl
     vec = Vectorizer(loop, names, constants)
     found: list[tuple[ir.Node, Stacked | Ragged]] = []
     for node in lookups_in(loop, vec):
+        if node.inputs[1] is loop.number:
+            continue  # entry t in iteration t is a slice, as a Scan reads it
         lane = vec.lane(node.outputs[0])
         if isinstance(lane, Stacked | Ragged):
             found.append((node, lane))

@@ -46,7 +46,7 @@ RANDOM = frozenset(
         "Dropout",
     }
 )
-CARRIED = "depends on a state that the iterations change"
+CARRIED = "a state that the iterations change is needed for it"
 
 
 class Vectorizer:

@@ -20,6 +20,7 @@ from kfac_onnx.passes.sites.lookups import (
     ids_chain,
     keeps_every_id,
 )
+from kfac_onnx.passes.sites.nested import looked_up_inside
 from kfac_onnx.passes.sites.products import projections
 from kfac_onnx.passes.sites.pulling import Miss, Pulled, RowStep, pull, pull_whole
 from kfac_onnx.passes.sites.scatters import DenseTerm, DropMask, RowTerm, gradient_terms
@@ -133,16 +134,20 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
     """
     verdict = Verdict(weight)
     lookups, dense_uses = forward_uses(weight, facts)
+    inside = looked_up_inside(weight, facts)
+    if inside is not None:
+        return verdict.refuse(
+            f"{inside.path[-1].op_type} looks it up inside the body of a Loop, Scan or If: {inside.reason}",
+            [_label(node) for node in inside.path],
+            "unroll the loop when exporting, or leave the table to the ordinary optimizer "
+            f"(allow-fallback={weight.name})",
+        )
+    slices = [use for use in lookups if use.node.graph is not facts.model.graph]  # entry t in iteration t
+    dense_uses = [*dense_uses, *(DenseUse(use.node, use.output) for use in slices)]
+    lookups = [use for use in lookups if use not in slices]
     if not lookups:
         verdict.trail.append("no operator looks up rows of this parameter: it is not an embedding table")
         return verdict
-    inside = [use for use in lookups if use.node.graph is not facts.model.graph]
-    if inside:
-        return verdict.refuse(
-            f"{inside[0].op} looks it up inside the body of a Loop, Scan or If",
-            [_label(inside[0].node)],
-            "unroll the loop when exporting, or leave the table to the ordinary optimizer",
-        )
     if gradient is None:
         return verdict.refuse(
             "no output of the graph is its gradient",

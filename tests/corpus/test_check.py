@@ -33,6 +33,7 @@ OTHERS = {
     "ortart_dyncore__bert_sum": {"warning:padding-lost"},
     "ortart_legcore__bert_sum": {"warning:padding-lost"},
     "ortart_leg14loss__nplm_pad0": {"warning:padding-lost"},
+    "traininginfo_legcore__nplm_pad0_adam": {"warning:padding-lost"},
     "ortart_dynoptcore__lookup_index": {"warning:renamed-parameter"},
     "ortart_legcore__decoys": {"note:frozen-parameter"},
     "ortart_legcore__identical_init": {"note:equal-parameters"},

@@ -98,19 +98,13 @@ def find_gradient(
     if chosen in flow.held:
         return Miss("what is added to it reads optimizer states, and no single gradient is behind them")
     constants = [item.factor for item in crossings[:depth] if item.factor is not None]
-    inner, constant = None, None
-    for item in crossings[depth:]:
-        if item.factor is not None and (item.factor == 1.0 or constant is None):
-            inner, constant = (item.value, item.factor) if constant is None else (inner, constant)
-        if item.factor is not None and abs(item.factor) != 1.0:
-            inner, constant = item.value, item.factor
-            break
-    if constant == -1.0:
-        inner, constant = None, None
+    factors = [(i, item) for i, item in enumerate(crossings) if i >= depth and item.factor is not None]
+    scaling = next((pair for pair in factors if abs(pair[1].factor or 1.0) != 1.0), None)
+    scaling = scaling or next((pair for pair in factors if pair[1].factor == 1.0), None)
     return Found(
         value=_shaped(chosen, crossings[depth:], shape),
-        inner=None if inner is None else _shaped(inner, crossings[depth:], shape),
-        constant=constant,
+        inner=None if scaling is None else _shaped(scaling[1].value, crossings[scaling[0] + 1 :], shape),
+        constant=None if scaling is None else scaling[1].factor,
         held=held,
         curved=curved,
         clipped=any(item.clips for item in crossings[:depth]),

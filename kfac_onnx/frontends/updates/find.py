@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
 from kfac_onnx.frontends.lowering.emit import Miss
 from kfac_onnx.frontends.updates.direction import Found, find_gradient
 from kfac_onnx.frontends.updates.flow import operands
@@ -14,8 +16,6 @@ from kfac_onnx.frontends.values import static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-
-    import onnx_ir as ir
 
     from kfac_onnx.frontends.updates.flow import Flow
 
@@ -129,7 +129,7 @@ def _update(draft: _Draft, flow: Flow, peel: bool) -> Update:
         if along and (inner := _negated(value)) is not None:
             value, along = inner, False
         parts.append(Part(value, term.scatter, along))
-    states, roots = _inside(draft.new, [part.value for part in parts], flow)
+    states, roots, reads = _inside(draft, [part.value for part in parts], flow)
     held = any(found.held for _, found in draft.found)
     return Update(
         parameter=draft.parameter,
@@ -137,7 +137,7 @@ def _update(draft: _Draft, flow: Flow, peel: bool) -> Update:
         parts=tuple(parts),
         kind=_kind(states, roots, held),
         rate=rate,
-        decayed=draft.spine.decayed,
+        decayed=draft.spine.decayed or reads > 1,
         clipped=any(found.clipped for _, found in draft.found),
         states=states,
     )
@@ -148,11 +148,11 @@ def _negated(value: ir.Value) -> ir.Value | None:
     return node.inputs[0] if node is not None and node.op_type == "Neg" and not node.domain else None
 
 
-def _inside(new: ir.Value, gradients: list[ir.Value], flow: Flow) -> tuple[tuple[ir.Value, ...], bool]:
-    """Return the tensors of state that an update reads, and whether it takes roots."""
+def _inside(draft: _Draft, gradients: list[ir.Value], flow: Flow) -> tuple[tuple[ir.Value, ...], bool, int]:
+    """Return the tensors of state that an update reads, whether it takes roots, and how often it reads W."""
     states: dict[ir.Value, None] = {}
-    roots = False
-    stack, seen = [new], set(gradients)
+    roots, readers = False, set[ir.Node]()
+    stack, seen = [draft.new], set(gradients)
     while stack:
         value = stack.pop()
         if value in seen:
@@ -164,8 +164,10 @@ def _inside(new: ir.Value, gradients: list[ir.Value], flow: Flow) -> tuple[tuple
         if node is None or value in flow.forward or (value in flow.batch and flow.is_number(value)):
             continue
         roots = roots or (node.op_type in ("Sqrt", "Pow") and not flow.is_number(value))
+        if draft.parameter in operands(node) and node.op_type not in ("Where", "Shape"):
+            readers.add(node)
         stack.extend(operands(node))
-    return tuple(states), roots
+    return tuple(states), roots, len(readers)
 
 
 def _kind(states: tuple[ir.Value, ...], roots: bool, held: bool) -> str:

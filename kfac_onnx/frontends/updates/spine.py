@@ -188,8 +188,6 @@ def _sum(node: ir.Node, spine: Spine, reach: _Reach, flow: Flow) -> ir.Value | N
             continue
         if item in flow.batch and (not flow.is_number(item) or _single(way)):
             spine.terms.append(Term(item))
-        elif reach(item):
-            spine.decayed = True
     return way
 
 

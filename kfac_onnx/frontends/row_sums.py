@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.frontends.lowering.emit import Emit
 
-__all__ = ["add_rows"]
+__all__ = ["add_rows", "joined_column"]
 
 Length: TypeAlias = "tuple[str, int | str | ir.Value]"
 """How long a value is along its first axis: a number, a named dimension, or the size of another value."""
@@ -49,6 +49,20 @@ def add_rows(
         for own, part in zip(vectors, parts, strict=True)
     ]
     return emit.op("Sum", *terms)
+
+
+def joined_column(indices: ir.Value) -> ir.Value | None:
+    """Return the vector [n] of which indices [n, 1] are the column, if it joins several; otherwise None."""
+    node = indices.producer()
+    while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.domain or node.op_type not in ("Unsqueeze", "Reshape"):
+        return None
+    vector, target = node.inputs[0], constant(node.inputs[1])
+    wanted = ([-1], [1]) if node.op_type == "Unsqueeze" else ([-1, 1],)
+    if vector is None or target is None or target.reshape(-1).tolist() not in wanted:
+        return None
+    return vector if rank_of(vector) == 1 and len(_joined(vector)) > 1 else None
 
 
 def _joined(value: ir.Value) -> list[ir.Value]:

@@ -10,12 +10,14 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.lowering.emit import HALF_TYPES, Emit, Miss, Names, replace_node
 from kfac_onnx.frontends.lowering.rows import scatter_nd
 from kfac_onnx.frontends.lowering.scatter import scatter_elements
+from kfac_onnx.frontends.row_sums import add_rows, joined_column
 from kfac_onnx.frontends.values import (
     ONNX_DOMAINS,
     all_graphs,
     constant,
     dtype_of,
     int_attribute,
+    is_filled,
     static_shape,
 )
 
@@ -72,6 +74,10 @@ def _as_elements(emit: Emit, node: ir.Node) -> tuple[Emit, ir.Value] | Miss:
         return Miss("the type of its updates is unknown")
     static = static_shape(data) or static_shape(node.outputs[0])
     shape = emit.ints(*static) if static is not None else emit.op("Shape", data)
+    if _reduction(node) == "add" and data.producer() is not None and is_filled(data, 0):
+        joined = joined_column(indices)
+        if joined is not None:
+            return emit, add_rows(emit, shape, static, joined, updates, dtype)
     result = scatter_nd(emit, data, shape, static, indices, updates, dtype, _reduction(node))
     return result if isinstance(result, Miss) else (emit, result)
 

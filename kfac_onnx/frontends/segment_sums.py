@@ -28,6 +28,7 @@ from kfac_onnx.frontends.values import (
     constant,
     dtype_of,
     int_attribute,
+    is_filled,
     rank_of,
     static_shape,
 )
@@ -113,25 +114,9 @@ def _is_one_zero_row(value: ir.Value | None) -> bool:
         return False
     if node.op_type == "Unsqueeze":
         axes = constant(node.inputs[1])
-        return axes is not None and axes.reshape(-1).tolist() == [0] and _is_filled(node.inputs[0], 0)
+        return axes is not None and axes.reshape(-1).tolist() == [0] and is_filled(node.inputs[0], 0)
     first = value.shape[0] if value.shape is not None and len(value.shape) > 0 else None
-    return first == 1 and _is_filled(value, 0)
-
-
-def _is_filled(value: ir.Value | None, number: int) -> bool:
-    """Say whether every entry of a value is this number."""
-    array = constant(value)
-    if array is not None:
-        return bool(np.all(array == number))
-    node = None if value is None else value.producer()
-    if node is None or node.domain not in ONNX_DOMAINS:
-        return False
-    if node.op_type in ("Identity", "Expand", "Reshape", "Unsqueeze"):
-        return _is_filled(node.inputs[0], number)
-    if node.op_type != "ConstantOfShape":
-        return False
-    fill = node.attributes.get("value")
-    return number == 0 if fill is None else bool(np.all(fill.as_tensor().numpy() == number))
+    return first == 1 and is_filled(value, 0)
 
 
 def _grid(grid: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -237,7 +222,7 @@ def _counts_from_zero(value: ir.Value | None, vectors: tuple[ir.Value, ...]) -> 
 def _grid_rows(base: ir.Value | None, counts: ir.Value) -> ir.Value | None:
     """Match -1 everywhere in [segments, largest count], and return the number of segments."""
     node = _producer(base, "ConstantOfShape")
-    if node is None or not _is_filled(base, -1):
+    if node is None or not is_filled(base, -1):
         return None
     shape = _producer(node.inputs[0], "Concat")
     if shape is None or len(shape.inputs) != 2:

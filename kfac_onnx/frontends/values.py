@@ -10,7 +10,16 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["ONNX_DOMAINS", "all_graphs", "constant", "dtype_of", "int_attribute", "rank_of", "static_shape"]
+__all__ = [
+    "ONNX_DOMAINS",
+    "all_graphs",
+    "constant",
+    "dtype_of",
+    "int_attribute",
+    "is_filled",
+    "rank_of",
+    "static_shape",
+]
 
 ONNX_DOMAINS = ("", "ai.onnx")
 """Two spellings of the standard operator domain."""
@@ -153,6 +162,29 @@ def _constant_type(node: ir.Node) -> ir.DataType | None:
 
 
 def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
-    """Yield a graph and every graph nested in it."""
-    yield graph
-    yield from graph.subgraphs()
+    """Yield a graph and every graph nested in it; those are found before the first is yielded."""
+    found = [graph]
+    for outer in found:  # which grows while it is walked
+        for node in outer:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    found.append(attribute.as_graph())
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    found.extend(attribute.as_graphs())
+    yield from found
+
+
+def is_filled(value: ir.Value | None, number: int) -> bool:
+    """Say whether every entry of a value is this number; a tensor of any size, without building it."""
+    array = constant(value)
+    if array is not None:
+        return bool(np.all(array == number))
+    node = None if value is None else value.producer()
+    if node is None or node.domain not in ONNX_DOMAINS:
+        return False
+    if node.op_type in ("Identity", "Expand", "Reshape", "Unsqueeze"):
+        return is_filled(node.inputs[0], number)
+    if node.op_type != "ConstantOfShape":
+        return False
+    fill = node.attributes.get("value")
+    return number == 0 if fill is None else bool(np.all(fill.as_tensor().numpy() == number))

@@ -109,7 +109,7 @@ def _print(report: Report) -> None:
     print_refusals(report.refused)
     if not report.trainable:
         click.echo(
-            "the graph has no gradients, so it cannot be trained: export loss and gradients as outputs"
+            "the graph has no gradients, so it cannot be trained: `kfac-onnx differentiate` appends them"
         )
     click.echo(f"loss: {report.loss or 'none'} ({report.reduction})")
     click.echo(f"batch inputs: {', '.join(report.batch_inputs) or 'none'}")

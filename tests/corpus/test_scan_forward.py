@@ -20,7 +20,7 @@ def test_forward_graph_lists_its_tables() -> None:
     assert (site["parameter"], site["vocab_size"], site["embedding_dim"]) == ("emb.weight", 100, 16)
     assert [use["output_gradient"] for use in site["uses"]] == [None]
     assert report["refused"] == []
-    assert report["notes"][-1].startswith("the graph has no gradients of its parameters: export loss and")
+    assert report["notes"][-1].startswith("the graph has no gradients of its parameters: append loss and")
 
 
 def test_forward_graph_is_not_transformed() -> None:
@@ -28,5 +28,5 @@ def test_forward_graph_is_not_transformed() -> None:
         transform(NPLM)
     assert caught.value.message == "the graph has no gradients of its parameters"
     assert caught.value.help == (
-        "export loss and gradients as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
+        "append loss and gradients with `kfac-onnx differentiate`, export them as outputs, or name the pairs with --gradients PARAMETER=OUTPUT"
     )

@@ -18,6 +18,7 @@ from kfac_onnx.frontends.load import Exported, load
 from kfac_onnx.frontends.loops import open_loops
 from kfac_onnx.frontends.loss import choose_loss, find_reduction, loss_candidates
 from kfac_onnx.frontends.lowering import lower_training_operators
+from kfac_onnx.frontends.mending import mend
 from kfac_onnx.frontends.pairing import Pairing, find_value, pair, parameter_of
 from kfac_onnx.frontends.row_gradients import chosen_row_gradients, scatter_row_gradients
 from kfac_onnx.frontends.scatters import make_scatters_race_free
@@ -70,6 +71,7 @@ def read_training_graph(
     model, place = exported.model, exported.place
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
+    notes += mend(model)
     infer_shapes(model)
     require_consistent(model, place)
     if training is not None:
@@ -91,7 +93,7 @@ def read_training_graph(
     notes += _close_boundary(model, loss_value, interface)
     copied, ambiguous = undo_stale_copies(model, pairing.parameters)
     notes += copied
-    _set_outputs(model, loss_value, pairing, interface)
+    _set_outputs(model, loss_value, pairing)
     _drop_unused(model, pairing)
     reduction = find_reduction(loss_value)
     name = None if loss_value is None else loss_value.name
@@ -100,6 +102,7 @@ def read_training_graph(
     predictions = {} if loss_value is not None else interface.boundary
     metadata.write(model, "loss", metadata.Loss(name, reduction.kind, predictions))
     metadata.write(model, "row_gradients", row_gradients)
+    metadata.write(model, "orphans", list(pairing.orphans))
     metadata.write(model, "notes", notes)
     metadata.write(model, "refused", [*pairing.refused, *ambiguous])
     return model
@@ -146,6 +149,7 @@ def make_canonical(model: ir.Model, place: str | None) -> list[str]:
     """
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
+    notes += mend(model)
     infer_shapes(model)
     return notes + _to_standard_operators(model, place)
 
@@ -264,10 +268,9 @@ def _close_boundary(model: ir.Model, loss: ir.Value | None, interface: Interface
     return [f"the prediction '{loss.name}' is a scalar and is the loss{rest}"]
 
 
-def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing, interface: Interface) -> None:
-    """Keep the exporter's outputs in their order, without orphans; other losses and gradients come after."""
-    orphans = set(interface.orphans.values())
-    outputs = [value for value in model.graph.outputs if value.name not in orphans]
+def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing) -> None:
+    """Keep the exporter's outputs in their order; other losses and gradients come after."""
+    outputs = list(model.graph.outputs)
     if loss is not None and loss not in outputs:
         outputs.append(loss)
     taken = set[ir.Value]() if loss is None else {loss}

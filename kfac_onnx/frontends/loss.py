@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.interface import is_float
 from kfac_onnx.frontends.lowering.emit import Emit, Names
-from kfac_onnx.frontends.values import dtype_of, int_attribute, static_shape
+from kfac_onnx.frontends.values import constant, dtype_of, int_attribute, static_shape
 from kfac_onnx.metadata import Loss, read
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class Reduction:
     """How a loss reduces: its kind, and for a mean the node and what it divides by.
 
     `by` is `labels` (a cross-entropy node counts its labels), `elements` (of the input of a ReduceMean)
-    or `divisor` (the second input of a Div).
+    `divisor` (the second input of a Div) or `factor` (a constant 1/N that a sum of N is multiplied with).
     """
 
     kind: Literal["mean", "sum", "unknown"]
-    by: Literal["labels", "elements", "divisor"] | None = None
+    by: Literal["labels", "elements", "divisor", "factor"] | None = None
     node: ir.Node | None = None
 
 
@@ -81,13 +81,37 @@ def find_reduction(loss: ir.Value | None) -> Reduction:
             value = node.inputs[0]
         elif node.op_type == "Div" and divider is None and _single(node.inputs[1]):
             value, divider = node.inputs[0], node
+        elif node.op_type == "Mul" and divider is None and (factor := _factor_of(node)) is not None:
+            value, divider = node.inputs[factor[0] - 1], node
         elif node.op_type in SUMS:
-            return Reduction("sum") if divider is None else Reduction("mean", "divisor", divider)
+            return _of_sum(node, divider)
         elif node.op_type in CROSS_ENTROPIES or node.op_type == "ReduceMean":
             return Reduction("unknown") if divider is not None else _of_node(node)
         else:
             break
     return Reduction("unknown")
+
+
+def _of_sum(node: ir.Node, divider: ir.Node | None) -> Reduction:
+    if divider is None:
+        return Reduction("sum")
+    if divider.op_type == "Div":
+        return Reduction("mean", "divisor", divider)
+    # A constant factor says a mean only if it is one over how many there are, of one or more leading axes.
+    factor, shape = _factor_of(divider), static_shape(node.inputs[0])
+    counts = np.cumprod(shape or ())
+    if factor is not None and np.any(np.isclose(counts * abs(factor[1]), 1.0, rtol=1e-6, atol=0)):
+        return Reduction("mean", "factor", divider)
+    return Reduction("unknown")
+
+
+def _factor_of(node: ir.Node) -> tuple[int, float] | None:
+    """Return which input of a Mul is a constant number, and the number."""
+    for index, value in enumerate(node.inputs):
+        array = constant(value)
+        if array is not None and array.size == 1 and array.reshape(-1)[0] != 0:
+            return index, float(array.reshape(-1)[0])
+    return None
 
 
 def _of_node(node: ir.Node) -> Reduction:
@@ -146,6 +170,8 @@ def _divisor(emit: Emit, reduction: Reduction) -> ir.Value:
         return emit.op("Reshape", emit.op("Cast", divisor, to=int(ir.DataType.FLOAT)), scalar)
     if reduction.by == "elements":
         return _elements(emit, node)
+    if reduction.by == "factor" and (factor := _factor_of(node)) is not None:
+        return emit.op("Identity", emit.scalar(round(1 / abs(factor[1]))))
     label = node.inputs[1]
     weight = node.inputs[2] if len(node.inputs) > 2 else None
     ignored = node.attributes.get("ignore_index")

@@ -99,6 +99,36 @@ def test_a_divisor_of_one_entry_becomes_a_scalar(
     assert find_reduction(None).kind == "unknown"
 
 
+FACTORS = {
+    "one over all entries": (0.05, "mean", 20),
+    "one over the examples": (0.25, "mean", 4),
+    "negative": (-0.25, "mean", 4),
+    "another factor": (0.5, "unknown", None),
+    "one": (1.0, "unknown", None),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_constant_factor_says_a_mean_if_it_is_one_over_a_count(
+    name: str, swapped: bool, build: Callable[[str], ir.Model], run: Callable[..., dict[str, np.ndarray]]
+) -> None:
+    """For a batch of fixed size TensorFlow folds the division by its size into a factor."""
+    number, kind, expected = FACTORS[name]
+    operands = "k, s" if swapped else "s, k"
+    model = build(
+        f"{HEAD} (float[4,5] x) => (float l) <float k = {{{number}}}>"
+        f" {{ s = ReduceSum <keepdims = 0> (x)  l = Mul ({operands}) }}"
+    )
+    assert find_reduction(model.graph.outputs[0]).kind == kind
+    metadata.write(model, "loss", metadata.Loss("l", "unknown"))
+    divisor = emit_divisor(model)
+    assert (divisor is None) is (expected is None)
+    if divisor is not None:
+        model.graph.outputs.append(divisor)
+        assert run(model, {"x": X})[str(divisor.name)] == np.float32(expected)
+
+
 def test_candidates_are_scalars_that_are_no_gradients(build: Callable[[str], ir.Model]) -> None:
     model = build(
         f"{HEAD} (float[3] x) => (float a, float[1] b, float[3] c, int64 d, float e)"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import onnx_ir as ir
 
+from kfac_onnx.frontends.values import all_graphs
 from kfac_onnx.passes.base import Changes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class _Ledger:
         self.added = 0
         self.removed = 0
         self.edited = 0
-        for graph in model.graphs():
+        for graph in all_graphs(model.graph):
             self.names.update(value.name for value in graph.inputs if value.name)
             self.names.update(graph.initializers)
             for node in graph:

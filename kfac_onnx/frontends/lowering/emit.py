@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from kfac_onnx.frontends.values import static_shape
+from kfac_onnx.frontends.values import all_graphs, static_shape
 
 __all__ = ["HALF_TYPES", "Emit", "Lowered", "Miss", "Names", "Rule", "replace_node"]
 
@@ -37,7 +37,7 @@ class Names:
         self.graph = model.graph
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._used: set[str] = set()
-        for graph in (model.graph, *model.graph.subgraphs()):
+        for graph in all_graphs(model.graph):
             self._used.update(name for name in (value.name for value in graph.inputs) if name)
             self._used.update(graph.initializers)
             self._used.update(value.name for node in graph for value in node.outputs if value.name)

@@ -28,6 +28,10 @@ STATISTICS: Final = {"BatchNormalization": (3, 4)}
 """Operator -> inputs that are running statistics."""
 INITIAL_STATES: Final = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
 """Operator -> inputs that are states before the first step."""
+CLASS_WEIGHTS: Final = {"SoftmaxCrossEntropyLoss": (2,), "NegativeLogLikelihoodLoss": (2,)}
+"""Operator -> inputs that say how much each class counts."""
+ANGLES: Final = {"RotaryEmbedding": (1, 2)}
+"""Operator -> inputs that are cosines and sines of positions."""
 PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul"})
 ONE_NUMBER_WEIGHTS: Final = {
     "Gemm": (0, 1, 2),
@@ -99,8 +103,13 @@ def _named(
 def _why_constant(value: ir.Value) -> str | None:
     """Return why an initializer is no weight, or None."""
     uses = [(node, index) for node, index in value.uses() if node.op_type not in ("Shape", "Size")]
-    if uses and all(index in STATISTICS.get(node.op_type, ()) for node, index in uses):
-        return "running statistics of a normalization"
+    for places, reason in (
+        (STATISTICS, "running statistics of a normalization"),
+        (CLASS_WEIGHTS, "class weights of a loss"),
+        (ANGLES, "cosines and sines of positions"),
+    ):
+        if uses and all(index in places.get(node.op_type, ()) for node, index in uses):
+            return reason
     tensor = value.const_value
     if tensor is None:
         return None

@@ -61,6 +61,15 @@ def _roi_align_mode(_: Names, node: ir.Node) -> None:
         node.attributes["coordinate_transformation_mode"] = value
 
 
+def _batch_norm_training(_: Names, node: ir.Node) -> None:
+    """Opset 14: an attribute says that the batch's own statistics are used; before, further outputs did."""
+    if not any(value.name for value in node.outputs[1:]):
+        return
+    node.attributes["training_mode"] = ir.AttrInt64("training_mode", 1)
+    if not any(value.uses() or value.is_graph_output() for value in node.outputs[3:]):
+        node.resize_outputs(min(len(node.outputs), 3))  # the saved statistics are gone
+
+
 REDUCTIONS = (
     "ReduceMax",
     "ReduceMin",
@@ -76,6 +85,7 @@ CHANGES: Final[dict[str, tuple[int, Callable[[Names, ir.Node], None]]]] = {
     **dict.fromkeys(REDUCTIONS, (18, _axes_to_input)),
     "Split": (18, _split_count),
     "RoiAlign": (16, _roi_align_mode),
+    "BatchNormalization": (14, _batch_norm_training),
 }
 """Operator -> (opset that changed it, rewrite of the older form). All other operators between opsets 13 and
 18 gained types, attributes with the old behaviour as default, or nothing."""

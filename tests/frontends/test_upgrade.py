@@ -53,6 +53,29 @@ def test_old_forms_compute_the_same_at_opset_18(
     check(run(model, {"x": X})["y"], expected, 1e-6)  # the same kernels: equal up to their summation order
 
 
+def test_batch_normalization_in_training_keeps_using_the_batch(
+    build: Callable[[str], ir.Model],
+    run: Callable[..., dict[str, np.ndarray]],
+    check: Callable[[np.ndarray, np.ndarray, float], None],
+) -> None:
+    head = "g (float[2,6,4] x, float[6] s, float[6] b, float[6] m, float[6] v) => (float[2,6,4] y)"
+    feeds = {"x": X, **{name: np.linspace(1, 2, 6, dtype=np.float32) for name in "sbmv"}}
+    x_hat = (X - X.mean((0, 2), keepdims=True)) / np.sqrt(X.var((0, 2), keepdims=True) + 1e-5)
+    column = feeds["s"][:, None]
+    for outputs in ("y, m2, v2, m3, v3", "y, m2, v2"):
+        node = f"{outputs} = BatchNormalization (x, s, b, m, v)"
+        model = build(f'<ir_version: 8, opset_import: ["" : 13]> {head} {{ {node} }}')
+        upgrade(model, None)
+        # float32 means of eight entries
+        check(run(model, feeds)["y"], x_hat * column + column, 1e-5)
+    model = build(
+        f'<ir_version: 8, opset_import: ["" : 13]> {head} {{ y = BatchNormalization (x, s, b, m, v) }}'
+    )
+    upgrade(model, None)
+    spread = np.sqrt(feeds["v"][:, None] + 1e-5)
+    check(run(model, feeds)["y"], (X - feeds["m"][:, None]) / spread * column + column, 1e-5)
+
+
 def test_roi_align_keeps_its_old_default(build: Callable[[str], ir.Model]) -> None:
     body = "<output_height = 2, output_width = 2> (x, r, i) }"
     head = "g (float[1,1,4,4] x, float[1,4] r, int64[1] i) => (float[1,1,2,2] y) { y = RoiAlign " + body

@@ -28,6 +28,7 @@ from kfac_onnx.frontends.shapes import infer_shapes
 from kfac_onnx.frontends.training_gradients import expand_gradients
 from kfac_onnx.frontends.training_info import with_algorithm
 from kfac_onnx.frontends.updates import optimizer_inside
+from kfac_onnx.frontends.summed_axes import settle_summed_axes
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
 from kfac_onnx.frontends.validity import require_consistent
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
@@ -186,6 +187,8 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
         notes.append(f"rows dropped before a scatter are masked: {dropped}")
     notes += open_loops(model)
     notes += widen(model)
+    if settled := settle_summed_axes(model):
+        notes.append(f"sums over the batch that found their axes at run time: {settled}")
     if sums := raise_segment_sums(model):
         notes.append(f"lowered segment sums made scatters: {sums}")
     if scatters := make_scatters_race_free(model):

@@ -118,9 +118,15 @@ def _matmul(one: ir.Value, other: ir.Value) -> Contraction | None:
 
 
 def _same_batch(one: ir.Value, other: ir.Value) -> bool:
-    """Say whether two tensors are known to be equally long on as many axes, but for the last two."""
+    """Say whether two tensors have as many axes, but for the last two, and none is broadcast.
+
+    Two dimensions that no number is known of are taken for equal: if one of them were broadcast, there
+    would be another number of rows than of ids, and the scatter would fail.
+    """
     first, second = list(one.shape or ())[:-2], list(other.shape or ())[:-2]
-    return first == second and all(isinstance(dim, int) or getattr(dim, "value", None) for dim in first)
+    return len(first) == len(second) and all(
+        a == b or not (isinstance(a, int) or isinstance(b, int)) for a, b in zip(first, second, strict=True)
+    )
 
 
 def _gemm(node: ir.Node, one: ir.Value, other: ir.Value) -> Contraction | None:

@@ -25,6 +25,7 @@ from kfac_onnx.frontends.loops.states import (
     counts_iterations,
     drop_unchanged,
     drop_unread,
+    read_shapes_outside,
     runs_to_the_end,
 )
 from kfac_onnx.frontends.loops.vectorizer import Vectorizer
@@ -110,6 +111,8 @@ def _open(loop: Recurrence, names: Names, constants: Constants, counts: Counter[
         if simpler is not None:
             loop = simpler
             counts["loops freed of states that do not change"] += 1
+    counts["shapes of states read outside of loops"] += read_shapes_outside(loop, names, constants)
+    constants = Constants(constants.varying, constants.opset)
     if runs_to_the_end(loop, constants):
         stacked = stack_sequences(loop, names, constants)
         if stacked is not None:

@@ -9,15 +9,24 @@ import onnx_ir as ir
 
 from kfac_onnx.frontends.loops.lanes import Fixed
 from kfac_onnx.frontends.loops.recurrence import prune, reads
+from kfac_onnx.frontends.loops.shapes_inside import infer_inside
 from kfac_onnx.frontends.loops.vectorizer import Vectorizer, unchanged
-from kfac_onnx.frontends.values import dtype_of
+from kfac_onnx.frontends.lowering.emit import Emit
+from kfac_onnx.frontends.values import dtype_of, static_shape
 
 if TYPE_CHECKING:
     from kfac_onnx.frontends.constants import Constants
     from kfac_onnx.frontends.loops.recurrence import Recurrence
-    from kfac_onnx.frontends.lowering.emit import Emit, Names
+    from kfac_onnx.frontends.lowering.emit import Names
 
-__all__ = ["counts_iterations", "drop_unchanged", "drop_unread", "replace_result", "runs_to_the_end"]
+__all__ = [
+    "counts_iterations",
+    "drop_unchanged",
+    "drop_unread",
+    "read_shapes_outside",
+    "replace_result",
+    "runs_to_the_end",
+]
 
 UNLIMITED = np.iinfo(np.int32).max
 """Trip counts from here on mean "no limit": exporters of while loops write the largest integer."""
@@ -220,3 +229,30 @@ def clear_body(loop: Recurrence) -> None:
     """Empty the body of a loop that is gone, so that it reads nothing any more."""
     loop.body.outputs.clear()
     prune(loop.body)
+
+
+def read_shapes_outside(loop: Recurrence, names: Names, constants: Constants) -> int:
+    """Take the shape of a state that keeps it from its first value; return how many shapes were read."""
+    count = 0
+    infer_inside(loop, constants)
+    for state in loop.states:
+        if state.first.shape is None or state.inner.shape is None:
+            continue
+        if list(state.first.shape) != list(state.inner.shape):
+            continue
+        emit = Emit(names, loop.node, "loop")
+        for node in [node for node, _ in state.inner.uses() if node.op_type == "Shape"]:
+            limits = {
+                key: node.attributes[key].as_int() for key in ("start", "end") if key in node.attributes
+            }
+            known = static_shape(state.first)
+            if known is not None:
+                shape = emit.ints(*known[slice(limits.get("start", 0), limits.get("end", len(known)))])
+            else:
+                shape = emit.op("Shape", state.first, **limits)
+            loop.substitute(node.outputs[0], shape)
+            count += 1
+        loop.graph.insert_before(loop.node, emit.nodes)
+    if count:
+        prune(loop.body)
+    return count

@@ -25,7 +25,7 @@ from kfac_onnx.frontends.loops.lanes import (
 )
 from kfac_onnx.frontends.loops.recurrence import reads, subgraphs
 from kfac_onnx.frontends.lowering.emit import Emit, Miss, Names
-from kfac_onnx.frontends.values import ONNX_DOMAINS, constant, dtype_of, int_attribute, rank_of
+from kfac_onnx.frontends.values import ONNX_DOMAINS, constant, dtype_of, int_attribute, rank_of, static_shape
 
 if TYPE_CHECKING:
     from kfac_onnx.frontends.constants import Constants
@@ -559,7 +559,7 @@ def _affine(value: ir.Value | None, vec: Vectorizer) -> tuple[ir.Value | None, i
 
 
 def unchanged(value: ir.Value) -> ir.Value:
-    """Return the value that Identity nodes, and casts to the type that it has already, pass on."""
+    """Return the value that Identity, a Cast to its own type, or an Expand to its own shape passes on."""
     while (node := value.producer()) is not None:
         source = node.inputs[0] if node.inputs else None
         if source is None or node.domain not in ONNX_DOMAINS:
@@ -567,6 +567,9 @@ def unchanged(value: ir.Value) -> ir.Value:
         if node.op_type == "Cast":
             dtype = dtype_of(source)
             if dtype is None or int(dtype) != node.attributes["to"].as_int():
+                return value
+        elif node.op_type == "Expand":
+            if static_shape(source) is None or static_shape(source) != static_shape(value):
                 return value
         elif node.op_type != "Identity":
             return value

@@ -29,10 +29,17 @@ FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 def id_checks(site: SiteMatch) -> list[IdCheck]:
     """Return the checks of every lookup whose ids come from the batch."""
     return [
-        IdCheck(str(site.weight.name), str(use.lookup.ids.name), use.lookup.vocab_size, use.negatives)
+        IdCheck(str(site.weight.name), _checked_ids(use), use.lookup.vocab_size, use.negatives)
         for use in site.uses
         if use.lookup.ids is not None and use.lookup.constant_ids is None and not _masks_ids(use.term)
     ]
+
+
+def _checked_ids(use: MatchedUse) -> str:
+    """Return the ids that must be rows: a lookup that clamps has none that are not, but its scatter may."""
+    term = use.term
+    found = term.indices if use.clamps and isinstance(term, RowTerm) else use.lookup.ids
+    return "" if found is None else str(found.name)
 
 
 def _masks_ids(term: RowTerm | DenseTerm) -> bool:

@@ -46,12 +46,14 @@ class MatchedUse:
     output_gradient: ir.Value
     also: tuple[tuple[RowTerm, Pulled], ...] = ()
     """Further row terms of the same lookup, whose output the exporter shares between two consumers."""
+    clamps: bool = False
+    """The lookup reads another row for an id that is none; only ids that the scatter takes can be valid."""
 
     @property
     def negatives(self) -> Literal["wrap", "reject"]:
         """What the exporter's backward makes of an id in [−V, −1]."""
         term = self.term
-        if isinstance(term, RowTerm) and term.op.startswith("Scatter"):
+        if isinstance(term, RowTerm) and term.op.startswith("Scatter") and not self.clamps:
             if term.mask is not None and (term.mask.drops_negatives or not term.mask.exact):
                 return "reject"
             return "wrap"
@@ -176,7 +178,7 @@ def _pair(
         found = _claim(lookup, left, shape, facts, misses)
         if found is not None:
             left.remove(found.term)
-            uses.append(_with_judged_mask(found, facts))
+            uses.append(_with_clamping(found, facts))
     uses = [_with_shared(use, left, shape, facts) for use in uses]
     unclaimed = [lookup for lookup in lookups if all(use.lookup is not lookup for use in uses)]
     rows_left = [term for term in left if isinstance(term, RowTerm)]
@@ -323,16 +325,18 @@ def _common_id(chain: list[ir.Value], term: RowTerm, facts: Facts) -> int | None
     return next(found, None)
 
 
-def _with_judged_mask(use: MatchedUse, facts: Facts) -> MatchedUse:
-    """Keep the mask of a use whose lookup clamps its ids: it alone tells which of them are no rows."""
+def _with_clamping(use: MatchedUse, facts: Facts) -> MatchedUse:
+    """Note that a lookup clamps its ids; a mask alone tells then which of them are no rows, and is kept."""
     term = use.term
-    if not isinstance(term, RowTerm) or term.mask is None:
+    if not isinstance(term, RowTerm) or term.fixed is not None:
         return use
     chain = ids_chain(use.lookup.ids, facts)
     common = _common_id(chain, term, facts)
     if common is None or keeps_every_id(chain[: common + 1]):
         return use
-    return replace(use, term=replace(term, mask=replace(term.mask, exact=False)))
+    if term.mask is not None:
+        term = replace(term, mask=replace(term.mask, exact=False))
+    return replace(use, term=term, clamps=True)
 
 
 def _with_shared(

@@ -341,12 +341,23 @@ def _append(
 
 
 def _inference_notes(model: ir.Model) -> list[str]:
-    present = {node.op_type for graph in model.graphs() for node in graph}
+    present = {node.op_type for graph in model.graphs() for node in graph if not _trains(node)}
     return [
         f"{op_type} was exported for inference: it {what}"
         for op_type, what in INFERENCE.items()
         if op_type in present
     ]
+
+
+def _trains(node: ir.Node) -> bool:
+    """Say whether a BatchNormalization or Dropout was exported for training."""
+    from kfac_onnx.frontends.values import constant, int_attribute
+
+    if node.op_type != "Dropout":
+        return bool(int_attribute(node, "training_mode", 0))
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    known = constant(mode)
+    return mode is not None and (known is None or bool(known))
 
 
 def _describe(model: ir.Model, loss: ir.Value, gradients: dict[ir.Value, ir.Value], notes: list[str]) -> None:

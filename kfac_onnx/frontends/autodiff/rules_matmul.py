@@ -31,6 +31,8 @@ def matmul_gradients(back: Backward, a: ir.Value, b: ir.Value, dy: ir.Value) -> 
     """Return dA and dB of Y = A B; the node's inputs 0 and 1 say which are wanted."""
     emit = back.emit
     left, right = rank_of(a), rank_of(b)
+    if right == 2 and left is None:  # whatever the rank of A, it is rows that B is applied to
+        left = 3
     if left is None or right is None:
         return Miss("the rank of its inputs is unknown")
     if left == 1:

@@ -7,6 +7,7 @@ What is left out is told with its reason, and the user can say otherwise by name
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
@@ -32,15 +33,15 @@ CLASS_WEIGHTS: Final = {"SoftmaxCrossEntropyLoss": (2,), "NegativeLogLikelihoodL
 """Operator -> inputs that say how much each class counts."""
 ANGLES: Final = {"RotaryEmbedding": (1, 2)}
 """Operator -> inputs that are cosines and sines of positions."""
-PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul"})
-ONE_NUMBER_WEIGHTS: Final = {
-    "Gemm": (0, 1, 2),
-    "MatMul": (0, 1),
-    "Conv": (1, 2),
-    "PRelu": (1,),
-    "Gather": (0,),
-}
-"""Operator -> inputs at which a single number is still a weight."""
+BOUNDS: Final = {"Pow": (1,), "Clip": (1, 2), "Max": (0, 1), "Min": (0, 1), "Mod": (1,), "Where": (1, 2)}
+"""Operator -> inputs at which a single number is an exponent, a bound or a filling."""
+WEIGHT_OPERATORS: Final = frozenset(
+    {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "Gather"}
+)
+"""Operators whose matrices are weights even if they look like masks."""
+AFTER_EPSILON: Final = frozenset({"Sqrt", "Pow", "Reciprocal", "Log"})
+"""Functions that a small number is added for, to keep their argument away from zero."""
+GELU: Final = (0.044715, math.sqrt(2 / math.pi), 1.702)
 MASKED: Final = -1e3
 """Added to scores, numbers below this switch them off."""
 
@@ -116,28 +117,43 @@ def _why_constant(value: ir.Value) -> str | None:
     array = np.asarray(tensor.numpy())
     numbers = array.astype(np.float64, copy=False) if array.size <= 1 else array
     if array.size == 1:
-        return None if any(_one_number_weight(node, index) for node, index in uses) else "a single number"
+        number = float(numbers.reshape(()))
+        return "a single number" if uses and all(_is_setting(number, *use) for use in uses) else None
     if (
         uses
         and all(index in INITIAL_STATES.get(node.op_type, ()) for node, index in uses)
         and not np.any(numbers)
     ):
         return "a recurrent layer's initial state of zeros"
-    multiplied = any(node.op_type in (*PRODUCTS, "Gather") for node, _ in uses)
+    multiplied = any(node.op_type in WEIGHT_OPERATORS for node, _ in uses)
     if array.size and not multiplied and _is_mask(array):
         return "a mask"
     return None
 
 
-def _one_number_weight(node: ir.Node, index: int) -> bool:
-    """Say whether a single number at this place of a node is a weight, such as the bias of a last layer."""
-    if index in ONE_NUMBER_WEIGHTS.get(node.op_type, ()):
+def _is_setting(number: float, node: ir.Node, index: int) -> bool:
+    """Say whether a single number is a setting of the computation: exponent, bound, epsilon, usual factor.
+
+    A temperature, a global bias or the bias of a last layer is none of these and is trained.
+    """
+    if index in BOUNDS.get(node.op_type, ()):
         return True
-    if node.op_type not in ("Add", "Sum"):
+    if node.op_type in ("Add", "Sub", "Sum"):
+        after = {reader.op_type for reader, _ in node.outputs[0].uses()}
+        divides = any(reader.op_type == "Div" and place == 1 for reader, place in node.outputs[0].uses())
+        return bool(after & AFTER_EPSILON) or divides or (node.op_type == "Sub" and index == 0)
+    return node.op_type in ("Mul", "Div") and _is_usual_factor(number)
+
+
+def _is_usual_factor(number: float) -> bool:
+    """Say whether a number is −1, 2ⁿ, √n, 1/√n or a constant of Gelu; 0 and 1 are what weights start at."""
+    size = abs(number)
+    if number == -1.0 or any(math.isclose(size, known, rel_tol=1e-5) for known in GELU):
+        return True
+    if size in (0.0, 1.0) or not math.isfinite(size):
         return False
-    others = [value for place, value in enumerate(node.inputs) if place != index and value is not None]
-    producers = [value.producer() for value in others]
-    return any(node is not None and node.op_type in PRODUCTS for node in producers)
+    square = size * size if size > 1 else 1 / (size * size)
+    return square < 1e9 and math.isclose(square, round(square), rel_tol=1e-5)
 
 
 def _is_mask(array: np.ndarray) -> bool:

@@ -185,10 +185,10 @@ def test_time_grows_linearly_with_the_number_of_nodes() -> None:
     seconds: list[float] = []
     for length in (2_000, 20_000):
         model, loss, w = chain(length)
-        start = time.perf_counter()
+        start = time.process_time()  # of this process alone: the machine may be busy
         differentiate(model, loss, [w])
-        seconds.append(time.perf_counter() - start)
-    assert seconds[1] < 10
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 15
     assert seconds[1] < 40 * seconds[0]  # ten times the nodes; a quadratic engine would take a hundred times
 
 

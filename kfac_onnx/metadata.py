@@ -10,6 +10,7 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.loss`       | frontends              | `Loss`                                        |
 | `kfac.row_gradients` | frontends           | list of `RowGradient`                         |
 | `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
+| `kfac.orphans`    | frontends              | outputs that are gradients of nothing         |
 | `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
 | `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
 | `kfac.id_checks`  | `find-embeddings`      | list of `IdCheck`                             |

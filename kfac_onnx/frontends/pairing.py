@@ -31,6 +31,8 @@ class Pairing:
     gradients: dict[str, ir.Value]
     refused: tuple[Refusal, ...]
     notes: tuple[str, ...]
+    orphans: tuple[str, ...] = ()
+    """Gradients of parameters that are gone."""
 
     def described(self) -> list[Parameter]:
         """Return what `kfac.parameters` says of them."""
@@ -133,7 +135,8 @@ def pair(
     ordered = {name: gradients[name] for name in known if name in gradients}
     for name, gradient in ordered.items():
         _check_shapes(known[name], gradient, place)
-    return Pairing({name: known[name] for name in ordered}, ordered, refused, tuple(notes))
+    gone = tuple(output for output in orphans.values() if output not in taken)
+    return Pairing({name: known[name] for name in ordered}, ordered, refused, tuple(notes), gone)
 
 
 def _check_shapes(parameter: ir.Value, gradient: ir.Value, place: str | None) -> None:

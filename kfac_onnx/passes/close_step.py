@@ -13,6 +13,7 @@ from kfac_onnx.metadata import IdCheck, Loss, Parameter, Phase, State, Step
 from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.draft import BOOL, FLOAT, GUARD, Draft
+from kfac_onnx.passes.insertion.writing import drop_gradient
 from kfac_onnx.passes.registry import register
 from kfac_onnx.passes.rewriter import Emitter, Out
 
@@ -51,6 +52,9 @@ class CloseStep(Pass):
                 context=self.name,
                 help="export the model together with its loss, or name a scalar output: --loss NAME",
             )
+        if draft.settings.get("shape") != "dense":
+            for name in metadata.read_strings(model, "orphans"):
+                drop_gradient(draft, name)
         for name in loss.predictions if loss.value is None else [loss.value]:
             value = draft.value(name)
             if value.dtype is None or value.dtype.is_floating_point():

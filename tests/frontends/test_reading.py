@@ -136,7 +136,8 @@ def test_a_gradient_whose_parameter_is_gone(build: Callable[[str], ir.Model]) ->
         r = Reshape (x, s) s = Constant <value = int64[2] {{1, 3}}> () }}"""
     model = read_training_graph(build(text))
     assert pairs(model) == {"p": "p_grad"}
-    assert outputs(model) == ["loss", "p_grad"]
+    assert outputs(model) == ["loss", "p_grad", "q_grad"]  # a drop-in graph keeps it
+    assert metadata.read_strings(model, "orphans") == ["q_grad"]
     (refused,) = metadata.read_list(model, "refused", metadata.Refusal)
     assert refused.parameter == "q"
     assert refused.path == "gradient output q_grad"

@@ -42,7 +42,8 @@ def replace_rows(pair: RowGradient, update: RowUpdate, draft: Draft) -> None:
             value = emit.node("Reshape", [value, flat], name="row_values", dtype=value.dtype, shape=[None])
         dtype = value.dtype if old.dtype is None else old.dtype
         old.name = emit.unique_name(f"{name}.unconditioned")
-        new = emit.node("Cast", [value], attributes={"to": dtype}, name=name, dtype=dtype, shape=value.shape)
+        shape = value.shape if update.unique else old.shape
+        new = emit.node("Cast", [value], attributes={"to": dtype}, name=name, dtype=dtype, shape=shape)
         new.name = name
         outputs = draft.model.graph.outputs
         for index, output in enumerate(outputs):

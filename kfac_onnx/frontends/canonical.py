@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kfac_onnx import metadata
-from kfac_onnx.errors import NoGradientsError
+from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.frontends.copies import undo_stale_copies
 from kfac_onnx.frontends.dropped_rows import mask_dropped_rows
 from kfac_onnx.frontends.interface import READERS, Interface, is_float
@@ -25,10 +25,10 @@ from kfac_onnx.frontends.scatters import make_scatters_race_free
 from kfac_onnx.frontends.segment_sums import raise_segment_sums
 from kfac_onnx.frontends.sequences import split_without_sequences
 from kfac_onnx.frontends.shapes import infer_shapes
+from kfac_onnx.frontends.summed_axes import settle_summed_axes
 from kfac_onnx.frontends.training_gradients import expand_gradients
 from kfac_onnx.frontends.training_info import with_algorithm
-from kfac_onnx.frontends.updates import optimizer_inside
-from kfac_onnx.frontends.summed_axes import settle_summed_axes
+from kfac_onnx.frontends.updates import calibrate, optimizer_inside, scaled
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
 from kfac_onnx.frontends.validity import require_consistent
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
@@ -91,6 +91,7 @@ def read_training_graph(
 
     loss_value, pairing = _loss_and_pairs(exported, interface, loss or _own_loss(model), gradients)
     notes += pairing.notes
+    notes += _calibrated(model, loss_value, pairing, interface, place)
     notes += _close_boundary(model, loss_value, interface)
     copied, ambiguous = undo_stale_copies(model, pairing.parameters)
     notes += copied
@@ -239,6 +240,46 @@ def _loss_and_pairs(
         found = [value for value in found if static_shape(value) == ()]
     chosen = choose_loss(found, boundary=bool(interface.boundary), place=place)
     return chosen, pair(model, interface, [] if chosen is None else [chosen], gradients, place)
+
+
+def _calibrated(
+    model: ir.Model, loss: ir.Value | None, pairing: Pairing, interface: Interface, place: str | None
+) -> list[str]:
+    """Bring gradients that may be off by a constant to the scale of the loss's derivative.
+
+    Raises:
+        UserError: if that cannot be found out, and the constants of the parameters differ.
+
+    """
+    unsure = {name: rate for name, rate in interface.unsure.items() if name in pairing.gradients}
+    if loss is None or not unsure:
+        return []
+    scales = calibrate(model, loss, {name: pairing.gradients[name] for name in unsure})
+    open_ones = [name for name, rate in unsure.items() if rate and name not in scales.factors]
+    if open_ones and len({rate for rate in unsure.values() if rate}) > 1:
+        raise UserError(
+            f"the update of '{open_ones[0]}' is multiplied by a constant, which may be its learning rate "
+            "or a part of its gradient",
+            place=place,
+            help=f"name the gradient: --gradients {open_ones[0]}=VALUE (a value inside the graph will do)",
+        )
+    for name in scales.apart:
+        if name in interface.decayed:
+            raise UserError(
+                f"a multiple of '{name}' is part of its update, and the loss depends on it too: whether that "
+                "is weight decay or the derivative of a penalty cannot be told",
+                place=place,
+                help=f"name the gradient: --gradients {name}=VALUE (a value inside the graph will do)",
+            )
+    notes: list[str] = []
+    for name, factor in scales.factors.items():
+        if factor != 1.0:
+            pairing.gradients[name] = scaled(model, pairing.gradients[name], factor)
+            notes.append(f"the gradient of '{name}' is scaled by {factor:g}: a part of it was in the update")
+    if scales.apart:
+        names = ", ".join(scales.apart)
+        notes.append(f"not parallel to the derivative of the loss (`verify` compares them): {names}")
+    return notes
 
 
 def _close_boundary(model: ir.Model, loss: ir.Value | None, interface: Interface) -> list[str]:

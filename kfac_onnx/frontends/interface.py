@@ -47,6 +47,11 @@ class Interface:
     notes: tuple[str, ...] = ()
     loss: str | None = None
     """The loss, where the file says which value it is."""
+    unsure: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
+    """Parameters whose gradient was found in an update and may be off by a constant factor, with the constant
+    that was taken for a learning rate (None: there is no doubt)."""
+    decayed: frozenset[str] = frozenset()
+    """Those to which a part of the parameter is added: weight decay, or the derivative of a penalty."""
 
 
 Reader: TypeAlias = Callable[[Exported], Interface | Miss]

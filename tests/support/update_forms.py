@@ -92,7 +92,7 @@ FORMS: dict[str, tuple[str, Optimizer]] = {
     "nesterov in two sums": ("momentum", Optimizer(
         "a{n} = Mul(mu, m{n}) b{n} = Mul(lr, {g}) m{n}_ = Sub(a{n}, b{n}) c{n} = Mul(mu, m{n}_) d{n} = Add({p}, c{n}) {new} = Sub(d{n}, b{n})",
         ("m{n}",), ("m{n}_",), shared=("float lr",), constants="float mu = {0.9}")),
-    "momentum with weight decay": ("momentum, with weight decay", Optimizer(
+    "momentum with weight decay": ("momentum, learning rate 0.1, with weight decay", Optimizer(
         "d{n} = Mul(wd, {p}) e{n} = Add({g}, d{n}) a{n} = Mul(mu, m{n}) m{n}_ = Add(a{n}, e{n}) s{n} = Mul(lr, m{n}_) {new} = Sub({p}, s{n})",
         ("m{n}",), ("m{n}_",), constants=f"{LR}, float mu = {{0.9}}, float wd = {{0.01}}")),
     "adam": ("adam", Optimizer(
@@ -108,13 +108,13 @@ FORMS: dict[str, tuple[str, Optimizer]] = {
         "a{n} = Sub({g}, m{n}) b{n} = Mul(rest1, a{n}) m{n}_ = Add(m{n}, b{n}) q{n} = Mul({g}, {g}) f{n} = Sub(q{n}, w{n}) k{n} = Mul(rest2, f{n}) w{n}_ = Add(w{n}, k{n}) "
         "z{n} = Sqrt(w{n}_) o{n} = Add(z{n}, eps) u{n} = Div(m{n}_, o{n}) s{n} = Mul(lr, u{n}) {new} = Sub({p}, s{n})",
         **ADAM_STATE, constants=ADAM)),
-    "adamw": ("adam, with weight decay", Optimizer(
+    "adamw": ("adam, learning rate 0.01, with weight decay", Optimizer(
         MOMENTS + "z{n} = Sqrt(w{n}_) o{n} = Add(z{n}, eps) u{n} = Div(m{n}_, o{n}) r{n}_ = Mul(rest2, {p}) e{n} = Add(u{n}, r{n}_) s{n} = Mul(lr, e{n}) {new} = Sub({p}, s{n})",
         **ADAM_STATE, constants=ADAM)),
-    "adamw as a factor": ("adam, with weight decay", Optimizer(
+    "adamw as a factor": ("adam, learning rate 0.01, with weight decay", Optimizer(
         MOMENTS + "z{n} = Sqrt(w{n}_) o{n} = Add(z{n}, eps) u{n} = Div(m{n}_, o{n}) x{n}_ = Mul(keep, {p}) s{n} = Mul(lr, u{n}) {new} = Sub(x{n}_, s{n})",
         **ADAM_STATE, constants=ADAM + ", float keep = {0.9999}")),
-    "adam, clipped": ("adam, with gradients clipped", Optimizer(
+    "adam, clipped": ("adam, learning rate 0.01, with gradients clipped", Optimizer(
         "g{n} = Mul({g}, scale)" + MOMENTS.replace("{g}", "g{n}")
         + "z{n} = Sqrt(w{n}_) o{n} = Add(z{n}, eps) u{n} = Div(m{n}_, o{n}) s{n} = Mul(lr, u{n}) {new} = Sub({p}, s{n})",
         **ADAM_STATE, constants=ADAM + ", float most = {1.0}",

@@ -5,6 +5,7 @@ parameters and their gradients. Names of inputs and outputs settle what data flo
 inner values never do.
 """
 
+from kfac_onnx.frontends.updates.calibration import calibrate, scaled
 from kfac_onnx.frontends.updates.reader import optimizer_inside
 
-__all__ = ["optimizer_inside"]
+__all__ = ["calibrate", "optimizer_inside", "scaled"]

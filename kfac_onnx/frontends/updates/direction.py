@@ -39,6 +39,7 @@ class Crossing:
     factor: float | None = None
     clips: bool = False
     tuned: bool = False
+    view: ir.Node | None = None
 
     @property
     def rates(self) -> bool:
@@ -50,30 +51,36 @@ class Crossing:
 class Found:
     """The gradient in an update; `constant` is a factor below which another candidate lies (`inner`).
 
-    `held` says that states are read, `curved` that the update is no linear function of the gradient.
+    `views` and `inner_views` turn the gradient into the parameter's shape, the first of them first.
     """
 
     value: ir.Value
+    views: tuple[ir.Node, ...]
     inner: ir.Value | None
+    inner_views: tuple[ir.Node, ...]
     constant: float | None
     held: bool
-    curved: bool
     clipped: bool
     rated: bool
     rate: float | None
 
 
 def find_gradient(
-    starts: Sequence[ir.Value], shape: tuple[int, ...] | None, flow: Flow, known: Collection[ir.Value]
+    starts: Sequence[ir.Value],
+    shape: tuple[int, ...] | None,
+    flow: Flow,
+    known: Collection[ir.Value],
+    outer: Sequence[ir.Node] = (),
 ) -> Found | Miss:
     """Return the gradient that all of `starts` are computed from; `shape` is that of the gradient.
 
-    `known` are values that are gradients for sure: of the candidates, one of them is taken.
+    `outer` are views of the starts that lead to that shape, the first of them first. `known` are values
+    that are gradients for sure: of the candidates, one of them is taken.
     """
     single = shape is not None and all(dim == 1 for dim in shape)
     candidates: list[ir.Value] = []
     crossings: list[Crossing] = []
-    held = curved = False
+    held = False
     for value, region in _dominators(starts, flow, single):
         if candidates or region:
             previous = candidates[-1] if candidates else None
@@ -82,7 +89,6 @@ def find_gradient(
             if crossing is None:
                 break
             held = held or stateful
-            curved = curved or (crossing.needed and not stateful and not _linear(region, flow, single))
             crossings.append(crossing)
         candidates.append(value)
         if value in known:
@@ -101,26 +107,48 @@ def find_gradient(
     factors = [(i, item) for i, item in enumerate(crossings) if i >= depth and item.factor is not None]
     scaling = next((pair for pair in factors if abs(pair[1].factor or 1.0) != 1.0), None)
     scaling = scaling or next((pair for pair in factors if pair[1].factor == 1.0), None)
+    placed = _shaped(chosen, crossings, depth, shape, outer)
+    inner = None if scaling is None else _shaped(scaling[1].value, crossings, scaling[0] + 1, shape, outer)
+    if placed is None or (scaling is not None and inner is None):
+        return Miss(f"'{chosen.name}', which its update is made of, has another shape")
     return Found(
-        value=_shaped(chosen, crossings[depth:], shape),
-        inner=None if scaling is None else _shaped(scaling[1].value, crossings[scaling[0] + 1 :], shape),
+        value=placed[0],
+        views=placed[1],
+        inner=None if inner is None else inner[0],
+        inner_views=() if inner is None else inner[1],
         constant=None if scaling is None else scaling[1].factor,
         held=held,
-        curved=curved,
         clipped=any(item.clips for item in crossings[:depth]),
         rated=any(item.rates for item in crossings[:depth]) or candidates[-1] in known,
         rate=next((abs(item) for item in constants if abs(item) != 1.0), None),
     )
 
 
-def _shaped(value: ir.Value, rest: Sequence[Crossing], shape: tuple[int, ...] | None) -> ir.Value:
-    """Step over views to the first value that has the gradient's shape."""
-    for item in rest:
-        own = static_shape(value)
-        if shape is None or own is None or own == shape or item.factor is not None or item.needed:
-            return value
-        value = item.value
-    return value
+def _shaped(
+    value: ir.Value,
+    crossings: Sequence[Crossing],
+    depth: int,
+    shape: tuple[int, ...] | None,
+    outer: Sequence[ir.Node],
+) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
+    """Return a value of the gradient's shape: this one, one behind views of it, or itself through views."""
+    own = static_shape(value)
+    if shape is None or own is None or own == shape:
+        return value, ()
+    following = value
+    for item in crossings[depth:]:
+        if item.view is None:
+            break
+        following = item.value
+        if static_shape(following) == shape:
+            return following, ()
+    views: list[ir.Node] = []
+    inner = [item.view for item in reversed(crossings[:depth]) if item.view is not None]
+    for view in (*inner, *outer):
+        views.append(view)
+        if static_shape(view.outputs[0]) == shape:
+            return value, tuple(views)
+    return None
 
 
 def _dominators(
@@ -166,7 +194,9 @@ def _cross(
     if not flow.is_float(value):
         return None
     if stateful:
-        return Crossing(value, needed=True, factor=None)
+        number = flow.number(factor_of(region[0], value)) if len(region) == 1 else None
+        view = region[0] if len(region) == 1 and region[0].op_type in VIEWS | {"Transpose"} else None
+        return Crossing(value, needed=True, factor=number, view=view)
     if any(node.domain not in ONNX_DOMAINS or node.op_type not in ELEMENTWISE for node in region):
         return _permuted(value, region)
     if len(region) == 1:
@@ -180,12 +210,14 @@ def _cross(
 
 def _permuted(value: ir.Value, region: list[ir.Node]) -> Crossing | None:
     one = len(region) == 1 and region[0].op_type == "Transpose"
-    return Crossing(value, needed=False) if one else None
+    return Crossing(value, needed=False, view=region[0]) if one else None
 
 
 def _cross_one(value: ir.Value, node: ir.Node, flow: Flow) -> Crossing | None:
     op = node.op_type
-    if op in VIEWS or op == "Neg":
+    if op in VIEWS:
+        return Crossing(value, needed=False, view=node)
+    if op == "Neg":
         return Crossing(value, needed=False)
     factor = factor_of(node, value)
     if factor is not None:
@@ -194,7 +226,9 @@ def _cross_one(value: ir.Value, node: ir.Node, flow: Flow) -> Crossing | None:
         number = flow.number(factor)
         if number is not None:
             number = number if op == "Mul" else 1.0 / number if number else None
-            return Crossing(value, needed=_completes(number, node, flow), factor=number)
+            if _completes(number, node, flow):
+                return Crossing(value, needed=True)
+            return Crossing(value, needed=False, factor=number)
         if factor in flow.tuned:
             return Crossing(value, needed=True, tuned=True)
         if factor in flow.batch and _computed_from(factor, value, flow):

@@ -24,9 +24,13 @@ __all__ = ["Part", "Update", "find_updates"]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a gradient: a tensor, or rows that `scatter` adds. `negative`: the graph has its negative."""
+    """A part of a gradient: a tensor, or rows that `scatter` adds. `negative`: the graph has its negative.
+
+    `views` are applied to the value, the first of them first.
+    """
 
     value: ir.Value
+    views: tuple[ir.Node, ...]
     scatter: ir.Node | None
     negative: bool
 
@@ -43,6 +47,8 @@ class Update:
     decayed: bool
     clipped: bool
     states: tuple[ir.Value, ...]
+    sure: bool
+    """Whether the gradient's scale is certain: if not, a constant may be a part of it or a learning rate."""
 
 
 @dataclass
@@ -64,25 +70,17 @@ def find_updates(
     misses: dict[ir.Value, Miss] = {}
     for parameter, new in pairs.items():
         spine = spine_of(new, parameter, flow)
-        found = spine if isinstance(spine, Miss) else _of_terms(spine, parameter, flow, known)
-        if isinstance(spine, Miss) or isinstance(found, Miss):
-            misses[parameter] = spine if isinstance(spine, Miss) else found  # pyright: ignore[reportArgumentType]  one of them
+        if isinstance(spine, Miss):
+            misses[parameter] = spine
             continue
-        drafts.append(_Draft(parameter, new, spine, found))
+        found = _of_terms(spine, parameter, flow, known)
+        if isinstance(found, Miss):
+            misses[parameter] = found
+        else:
+            drafts.append(_Draft(parameter, new, spine, found))
     plain = [item for draft in drafts for _, item in draft.found if not item.held and not item.rated]
     peel = bool(plain) and all(item.inner is not None for item in plain)
-    mixed = any(item.inner is not None for item in plain) and not peel
-    updates: list[Update] = []
-    for draft in drafts:
-        unclear = [item for _, item in draft.found if not item.held and not item.rated]
-        if mixed and unclear and any(item.inner is not None for item in unclear):
-            number = next(item.constant for item in unclear if item.inner is not None)
-            misses[draft.parameter] = Miss(
-                f"{number:.6g} may be its learning rate or a part of its gradient: other parameters have none"
-            )
-            continue
-        updates.append(_update(draft, flow, peel))
-    return updates, misses
+    return [_update(draft, flow, peel) for draft in drafts], misses
 
 
 def _of_terms(
@@ -95,18 +93,20 @@ def _of_terms(
     results: list[tuple[Term, Found]] = []
     if dense:
         shape = static_shape(parameter)
-        joint = find_gradient([term.value for term in dense], shape, flow, known)
+        joint = find_gradient([term.value for term in dense], shape, flow, known, dense[0].views)
         if isinstance(joint, Found):
             results.append((dense[0], joint))
         else:
             for term in dense:
-                found = find_gradient([term.value], shape, flow, known)
+                found = find_gradient([term.value], shape, flow, known, term.views)
                 if isinstance(found, Miss) or len(dense) == 1:
                     return found if isinstance(found, Miss) else joint
                 if found.held:
                     return joint
                 results.append((term, found))
     for term in rows:
+        if any(view.op_type not in ("Identity", "Cast") for view in term.views):
+            return Miss("rows are added to a view of it")
         found = find_gradient([term.value], static_shape(term.value), flow, known)
         if isinstance(found, Miss):
             return found
@@ -121,14 +121,14 @@ def _update(draft: _Draft, flow: Flow, peel: bool) -> Update:
     parts: list[Part] = []
     rate: float | None = None
     for term, found in draft.found:
-        value, constant = found.value, None
+        value, views, constant = found.value, found.views, None
         if peel and not found.held and not found.rated and found.inner is not None:
-            value, constant = found.inner, found.constant
+            value, views, constant = found.inner, found.inner_views, found.constant
         rate = rate or found.rate or (None if constant is None else abs(constant))
         along = polarity_of(draft.new, value, flow) == "along"
         if along and (inner := _negated(value)) is not None:
             value, along = inner, False
-        parts.append(Part(value, term.scatter, along))
+        parts.append(Part(value, views, term.scatter, along))
     states, roots, reads = _inside(draft, [part.value for part in parts], flow)
     held = any(found.held for _, found in draft.found)
     return Update(
@@ -140,6 +140,7 @@ def _update(draft: _Draft, flow: Flow, peel: bool) -> Update:
         decayed=draft.spine.decayed or reads > 1,
         clipped=any(found.clipped for _, found in draft.found),
         states=states,
+        sure=all(found.held or found.rated for _, found in draft.found),
     )
 
 

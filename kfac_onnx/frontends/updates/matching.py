@@ -61,7 +61,8 @@ def find_pairs(model: ir.Model, flow: Flow, gradients: Collection[str]) -> Pairs
         fitting = [
             item
             for item in linear_sources(value, flow)
-            if static_shape(item.value) == shape
+            if item.added
+            and static_shape(item.value) == shape
             and dtype_of(item.value) == dtype
             and (item.value in flow.forward or item.value in flow.states)
         ]

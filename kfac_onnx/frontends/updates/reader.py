@@ -39,6 +39,8 @@ def optimizer_inside(exported: Exported) -> Interface | Miss:
     model, declared, chosen = exported.model, exported.updates, exported.chosen
     values = _by_name(model)
     changing = [values[name] for name in declared if name in values]
+    if exported.loss is not None and exported.loss not in values:
+        return Miss(f"it has no value '{exported.loss}'")
     losses = _losses(exported, values, changing)
     if not losses:
         return _without_loss(exported, changing)
@@ -90,6 +92,12 @@ def optimizer_inside(exported: Exported) -> Interface | Miss:
         {name: str(value.name) for name, value in gradients.items()},
         notes=tuple(notes),
         loss=str(losses[0].name) if declared else None,
+        decayed=frozenset(str(item.parameter.name) for item in updates if item.decayed),
+        unsure={
+            str(item.parameter.name): None if item.sure else item.rate or 1.0
+            for item in updates
+            if not declared and str(item.parameter.name) not in {*chosen, *named}
+        },
     )
 
 
@@ -104,7 +112,7 @@ def _losses(
     exported: Exported, values: Mapping[str, ir.Value], changing: Collection[ir.Value]
 ) -> list[ir.Value]:
     if exported.loss is not None:
-        return [values[exported.loss]] if exported.loss in values else []
+        return [values[exported.loss]]
     return scalar_losses(exported.model, Flow(exported.model, (), changing))
 
 
@@ -157,7 +165,7 @@ def _descendants(values: Collection[ir.Value], flow: Flow) -> set[ir.Value]:
 def _gradient(model: ir.Model, update: Update) -> ir.Value:
     """Return the value that is a parameter's gradient, emitting what the graph has in parts."""
     parts = update.parts
-    if len(parts) == 1 and parts[0].scatter is None and not parts[0].negative:
+    if len(parts) == 1 and parts[0].scatter is None and not parts[0].negative and not parts[0].views:
         return parts[0].value
     anchor = update.new.producer()
     if anchor is None:
@@ -179,10 +187,13 @@ def _gradient(model: ir.Model, update: Update) -> ir.Value:
 
 def _part(emit: Emit, part: Part, parameter: ir.Value) -> ir.Value:
     dtype = dtype_of(part.value) or dtype_of(parameter) or ir.DataType.FLOAT
+    value = part.value
+    for view in part.views:
+        value = emit.many(view.op_type, [value, *view.inputs[1:]], 1, _settings(view))[0]
     if part.scatter is None:
-        return emit.op("Neg", part.value) if part.negative else part.value
+        return emit.op("Neg", value) if part.negative else value
     shape = static_shape(parameter)
-    rows, indices = part.value, part.scatter.inputs[1]
+    rows, indices = value, part.scatter.inputs[1]
     like = part.scatter.inputs[2]
     if like is not None and rank_of(like) != rank_of(rows):
         rows = emit.op("Reshape", rows, emit.op("Shape", like))
@@ -195,6 +206,15 @@ def _part(emit: Emit, part: Part, parameter: ir.Value) -> ir.Value:
         axis = part.scatter.attributes.get("axis")
         attributes = {"reduction": "add", "axis": 0 if axis is None else axis.as_int()}
     return emit.many(part.scatter.op_type, [zeros, indices, rows], 1, attributes)[0]
+
+
+def _settings(view: ir.Node) -> dict[str, int | list[int]]:
+    """Return the attributes of a view: an axis, a type, or a permutation."""
+    found: dict[str, int | list[int]] = {}
+    for name, attribute in view.attributes.items():
+        many = attribute.type == ir.AttributeType.INTS
+        found[name] = list(attribute.as_ints()) if many else attribute.as_int()
+    return found
 
 
 def _take_out(

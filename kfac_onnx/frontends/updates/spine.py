@@ -21,6 +21,7 @@ __all__ = ["Source", "Spine", "Term", "linear_sources", "spine_of"]
 
 LIMIT: Final = 256
 """Nodes within which a parameter passes into its new value."""
+SUMS: Final = frozenset({"Add", "Sub", "Sum"})
 SCATTERS: Final = frozenset({"ScatterND", "ScatterElements"})
 BOUNDS: Final = frozenset({"Clip", "Max", "Min"})
 KEEPS: Final = 0.5
@@ -29,18 +30,26 @@ KEEPS: Final = 0.5
 
 @dataclass(frozen=True)
 class Source:
-    """An input or initializer that passes linearly into a value: `exact` with coefficient one."""
+    """An input or initializer that passes linearly into a value: `exact` with coefficient one.
+
+    `added` says that something is added to it on the way.
+    """
 
     value: ir.Value
     exact: bool
+    added: bool
 
 
 @dataclass(frozen=True)
 class Term:
-    """Something added to the parameter: a tensor, or the rows that `scatter` adds."""
+    """Something added to the parameter: a tensor, or the rows that `scatter` adds.
+
+    `views` turn it into the parameter's shape, the first of them first.
+    """
 
     value: ir.Value
     scatter: ir.Node | None = None
+    views: tuple[ir.Node, ...] = ()
 
 
 @dataclass
@@ -50,6 +59,7 @@ class Spine:
     terms: list[Term] = field(default_factory=list[Term])
     decayed: bool = False
     bounded: bool = False
+    views: tuple[ir.Node, ...] = ()
 
 
 def linear_sources(value: ir.Value, flow: Flow) -> list[Source]:
@@ -58,18 +68,20 @@ def linear_sources(value: ir.Value, flow: Flow) -> list[Source]:
     One that passes with a coefficient that is no weight decay (below `KEEPS`, negative, or unknown) is left
     out.
     """
-    found: dict[ir.Value, bool] = {}
-    queue: list[tuple[ir.Value, bool]] = [(value, True)]
+    found: dict[ir.Value, tuple[bool, bool]] = {}
+    queue: list[tuple[ir.Value, bool, bool]] = [(value, True, False)]
     seen: set[ir.Value] = set()
     while queue and len(seen) < LIMIT:
-        item, exact = queue.pop(0)
+        item, exact, added = queue.pop(0)
         node = item.producer()
         if node is None:
-            found[item] = found.get(item, False) or exact
+            before = found.get(item, (False, False))
+            found[item] = (before[0] or exact, before[1] or added)
         elif item not in seen:
             seen.add(item)
-            queue.extend((part, exact and one) for part, one in _parts(node, flow))
-    return [Source(item, exact) for item, exact in found.items()]
+            adds = added or node.op_type in SUMS | SCATTERS
+            queue.extend((part, exact and one, adds) for part, one in _parts(node, flow))
+    return [Source(item, exact, added) for item, (exact, added) in found.items()]
 
 
 def _parts(node: ir.Node, flow: Flow) -> list[tuple[ir.Value, bool]]:
@@ -128,7 +140,7 @@ def spine_of(new: ir.Value, parameter: ir.Value, flow: Flow) -> Spine | Miss:
             if (miss := _scatter(node, spine)) is not None:
                 return miss
             following = node.inputs[0]
-        elif op in ("Add", "Sum", "Sub"):
+        elif op in SUMS:
             following = _sum(node, spine, reach, flow)
         elif op == "Where":
             following = _guarded(node, flow)
@@ -140,6 +152,7 @@ def spine_of(new: ir.Value, parameter: ir.Value, flow: Flow) -> Spine | Miss:
             spine.decayed = True
         else:
             following = node.inputs[0] if op in VIEWS or op == "Transpose" else None
+            spine.views = (node, *spine.views)
         if following is None or not reach(following):
             break
         value = following
@@ -171,7 +184,7 @@ def _scatter(node: ir.Node, spine: Spine) -> Miss | None:
             f"{node.op_type} '{node.outputs[0].name}' sets rows (reduction={kind}), "
             "so of rows that repeat in a batch only one counts"
         )
-    spine.terms.append(Term(node.inputs[2], node))
+    spine.terms.append(Term(node.inputs[2], node, spine.views))
     return None
 
 
@@ -187,7 +200,7 @@ def _sum(node: ir.Node, spine: Spine, reach: _Reach, flow: Flow) -> ir.Value | N
         if item is way:
             continue
         if item in flow.batch and (not flow.is_number(item) or _single(way)):
-            spine.terms.append(Term(item))
+            spine.terms.append(Term(item, views=spine.views))
     return way
 
 

@@ -1,7 +1,7 @@
 """Synthetic training graphs of any number of nodes: gated residual blocks with embedding tables between them.
 
 Each block is `h + silu(norm(h) W + b) U`, and its backward is written out as an exporter would write it: 30
-nodes and three parameters. After every fiftieth block the rows of a table are added, whose gradient is scattered.
+nodes and three parameters. After every fiftieth block the rows of a table are added.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["WIDTH", "synthetic_graph"]
+__all__ = ["VOCAB_SIZE", "WIDTH", "is_parameter", "synthetic_graph"]
 
 WIDTH, VOCAB_SIZE = 8, 1000
-BLOCKS_PER_TABLE = 50
+
+
+def is_parameter(name: str | None) -> bool:
+    """Say whether a name is that of a parameter of these graphs."""
+    return str(name).startswith(("blocks.", "tables."))
 
 
 class _Writer:
@@ -86,8 +90,8 @@ def _lookup(writer: _Writer, index: int, h: str | None) -> tuple[str, str, str]:
     return table, ids, rows if h is None else writer.op("Add", h, rows)
 
 
-def synthetic_graph(nodes: int, *, gradients: bool = True) -> onnx.ModelProto:
-    """Return a training graph of about this many nodes, or only its forward part."""
+def synthetic_graph(nodes: int, *, gradients: bool = True, every: int = 50) -> onnx.ModelProto:
+    """Return a training graph of about this many nodes, or its forward part; a table every few blocks."""
     writer = _Writer()
     writer.constant("one", 1.0, np.float32)
     writer.constant("eps", 1e-5, np.float32)
@@ -99,8 +103,8 @@ def synthetic_graph(nodes: int, *, gradients: bool = True) -> onnx.ModelProto:
     for index in range(max(nodes // (30 if gradients else 11), 1)):
         parts.append(_Block(writer, index, h))
         h = parts[-1].output
-        if index % BLOCKS_PER_TABLE == BLOCKS_PER_TABLE - 1:
-            table, ids, h = _lookup(writer, index // BLOCKS_PER_TABLE + 1, h)
+        if index % every == every - 1:
+            table, ids, h = _lookup(writer, index // every + 1, h)
             parts.append((table, ids))
     writer.inputs.append(helper.make_tensor_value_info("labels", TensorProto.FLOAT, ["batch", WIDTH]))
     error = writer.op("Sub", h, "labels")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kfac_onnx.frontends.values import static_shape
-from kfac_onnx.metadata import Site
+from kfac_onnx.metadata import Site, Use
 from kfac_onnx.passes.sites.facts import Facts, ancestors
 from kfac_onnx.passes.sites.lookups import forward_uses
 from kfac_onnx.passes.sites.matching import describe_lookup
@@ -28,7 +28,7 @@ def forward_tables(model: ir.Model) -> list[Site]:
     facts.forward = ancestors(model.graph.outputs)
     sites: list[Site] = []
     for table in tables:
-        lookups, _ = forward_uses(table, facts)
+        lookups, others = forward_uses(table, facts)
         if not lookups or (lookups[0].constant_ids is not None and lookups[0].op != "Gather"):
             continue
         shape = [int(dim) for dim in (table.shape or ()) if isinstance(dim, int)]
@@ -44,6 +44,7 @@ def forward_tables(model: ir.Model) -> list[Site]:
                 layout="rows" if by_rows else "columns",
                 padding_idx=None,
                 uses=tuple(describe_lookup(lookup, None) for lookup in lookups),
+                dense_uses=tuple(Use(use.node.op_type, None, str(use.output.name), None) for use in others),
             )
         )
     return sites

@@ -15,9 +15,9 @@ from kfac_onnx.frontends.values import all_graphs, static_shape
 from kfac_onnx.metadata import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["undo_stale_copies"]
+__all__ = ["undo_repeated_vectors", "undo_stale_copies"]
 
 SCATTERS = frozenset({"ScatterND", "ScatterElements"})
 
@@ -61,6 +61,39 @@ def undo_stale_copies(model: ir.Model, parameters: Mapping[str, ir.Value]) -> tu
     return notes, refusals
 
 
+def undo_repeated_vectors(model: ir.Model, weights: Sequence[ir.Value]) -> list[str]:
+    """Let initializers whose every row is one of the weights' vectors be computed from it; return notes.
+
+    Exporters write them where they fold a layer's bias and a state of zeros: the first step of a
+    recurrence. Vectors whose entries are all equal cannot be told apart, and are left as they are.
+    """
+    by_length: dict[int, list[tuple[ir.Value, np.ndarray]]] = {}
+    for value in weights:
+        shape = static_shape(value)
+        if value.const_value is not None and shape is not None and len(shape) == 1:
+            array = np.asarray(value.const_value.numpy())
+            if not _uniform(array):
+                by_length.setdefault(len(array), []).append((value, array))
+    notes: list[str] = []
+    for constant in list(model.graph.initializers.values()):
+        shape, tensor = static_shape(constant), constant.const_value
+        if tensor is None or shape is None or len(shape) < 2 or shape[-1] not in by_length:
+            continue
+        rows = np.asarray(tensor.numpy()).reshape(-1, shape[-1])
+        owners = [value for value, array in by_length[shape[-1]] if len(rows) and _same(rows[0], array)]
+        if len(owners) != 1 or constant.is_graph_input() or not np.all(rows == rows[0]):
+            continue
+        sizes = ir.node("Constant", [], attributes={"value_ints": list(shape)})
+        sizes.outputs[0].name = f"kfac/copy/{constant.name}/shape"
+        sizes.outputs[0].type, sizes.outputs[0].shape = (
+            ir.TensorType(ir.DataType.INT64),
+            ir.Shape([len(shape)]),
+        )
+        _compute(model, constant, [sizes, ir.Node("", "Expand", [owners[0], sizes.outputs[0]])])
+        notes.append(f"'{constant.name}' held '{owners[0].name}' in every row: now computed from it")
+    return notes
+
+
 def _constants(model: ir.Model) -> Iterator[ir.Value]:
     for graph in all_graphs(model.graph):
         for value in graph.initializers.values():
@@ -99,16 +132,19 @@ def _refusal(name: str, constant: ir.Value, owners: list[str]) -> Refusal:
 def _replace(model: ir.Model, constant: ir.Value, parameter: ir.Value, *, transposed: bool) -> None:
     """Let a node at the start of the main graph produce the constant's name from the parameter."""
     attributes = [ir.AttrInt64s("perm", [1, 0])] if transposed else []
-    result = ir.Value(name=constant.name, type=constant.type or parameter.type, shape=constant.shape)
-    node = ir.Node(
-        "",
-        "Transpose" if transposed else "Identity",
-        [parameter],
-        attributes=attributes,
-        outputs=[result],
-        name=f"kfac/copy/{constant.name}",
-        metadata_props={"kfac.lowered": "folded copy"},
-    )
+    node = ir.Node("", "Transpose" if transposed else "Identity", [parameter], attributes=attributes)
+    _compute(model, constant, [node])
+
+
+def _compute(model: ir.Model, constant: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes at the start of the main graph, the last of which produces the constant's name."""
+    result = nodes[-1].outputs[0]
+    result.name, result.type, result.shape = constant.name, constant.type, constant.shape
+    if result.type is None and nodes[-1].inputs[0] is not None:
+        result.type = nodes[-1].inputs[0].type
+    nodes[-1].name = f"kfac/copy/{constant.name}"
+    for node in nodes:
+        node.metadata_props["kfac.lowered"] = "folded copy"
     constant.replace_all_uses_with(result, replace_graph_outputs=True)
     producer = constant.producer()
     if producer is not None and producer.graph is not None:
@@ -119,6 +155,6 @@ def _replace(model: ir.Model, constant: ir.Value, parameter: ir.Value, *, transp
                 del graph.initializers[constant.name or ""]
     first = next(iter(model.graph), None)
     if first is None:
-        model.graph.append(node)
+        model.graph.extend(nodes)
     else:
-        model.graph.insert_before(first, node)
+        model.graph.insert_before(first, nodes)

@@ -260,10 +260,12 @@ def _weights(
 ) -> tuple[list[ir.Value], dict[str, str], list[str]]:
     """Return what may be trained, what is not and why, and notes on transposed copies that were undone."""
     from kfac_onnx.frontends.autodiff.trainable import find_candidates
-    from kfac_onnx.frontends.copies import undo_stale_copies
+    from kfac_onnx.frontends.copies import undo_repeated_vectors, undo_stale_copies
 
     found = find_candidates(model, train, freeze, place)
-    weights = _without_transposed_copies(found.trained)
+    repeated = undo_repeated_vectors(model, found.trained)
+    known = {*model.graph.initializers.values(), *model.graph.inputs}
+    weights = _without_transposed_copies(tuple(value for value in found.trained if value in known))
     notes, ambiguous = undo_stale_copies(model, {str(value.name): value for value in weights})
     if ambiguous:
         raise UserError(
@@ -271,7 +273,7 @@ def _weights(
             place=place,
             help=ambiguous[0].remedy,
         )
-    return weights, found.constants, notes
+    return weights, found.constants, [*repeated, *notes]
 
 
 def _without_transposed_copies(values: tuple[ir.Value, ...]) -> list[ir.Value]:

@@ -8,6 +8,7 @@ import pytest
 
 from kfac_onnx import metadata
 from kfac_onnx.frontends import read_training_graph
+from kfac_onnx.frontends.copies import undo_repeated_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,3 +122,36 @@ def test_a_parameter_without_a_value_has_no_copies(build: Callable[[str], ir.Mod
     value.const_value = None
     model.graph.inputs.append(value)
     assert facts(read_training_graph(model)) == ([], {})
+
+
+def test_rows_that_repeat_a_bias_follow_it(
+    build: Callable[[str], ir.Model], run: Callable[..., dict[str, np.ndarray]]
+) -> None:
+    """What an exporter leaves of `bias + zeros · weights` at the first step of a recurrence."""
+    arrays = {
+        "b": np.array([1, 2], np.float32),
+        "rows": np.array([[[1, 2], [1, 2], [1, 2]]], np.float32),
+        "other": np.array([[1, 2], [1, 3]], np.float32),
+        "flat": np.array([4, 4], np.float32),
+        "flats": np.full((3, 2), 4, np.float32),
+    }
+    model = build("""<ir_version: 10, opset_import: ["" : 18]> g (float[2] x) => (float[1,3,2] y) {
+        a = Add (x, b) c = Add (a, rows) d = Add (c, flat) e = Add (d, flats) f = MatMul (e, other) y = Neg (f) }""")
+    for name, array in arrays.items():
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(array.shape)
+        model.graph.register_initializer(value)
+        for node in model.graph:
+            for index, old in enumerate(node.inputs):
+                if old is not None and old.name == name:
+                    node.replace_input_with(index, value)
+    x = np.array([0.5, -1], np.float32)
+    before = run(model, {"x": x})["y"]
+    notes = undo_repeated_vectors(model, list(model.graph.initializers.values()))
+    assert notes == ["'rows' held 'b' in every row: now computed from it"]
+    assert set(model.graph.initializers) == {"b", "other", "flat", "flats"}
+    np.testing.assert_array_equal(run(model, {"x": x})["y"], before)
+    expand = next(node for node in model.graph if node.op_type == "Expand")
+    assert expand.inputs[0] is model.graph.initializers["b"]
+    assert expand.outputs[0].name == "rows"
+    assert undo_repeated_vectors(model, list(model.graph.initializers.values())) == []

@@ -244,9 +244,9 @@ class Step:
     """Everything a host needs to run the training step that the model is.
 
     `ok` is a bool scalar: false where a gradient, factor or update is not finite. `constants` are
-    inputs that the user supplies once; `batch` those given at every step. Where the loss lies outside the graph,
-    `loss` is null and `predictions` are those of `Loss`: a step then has two halves, between which the host
-    computes dL/d(predictions).
+    inputs that the user supplies once; `batch` those given at every step. Where the loss lies outside the
+    graph, `loss` is null and `predictions` are those of `Loss`: a step then has two halves, between which the
+    host computes dL/d(predictions).
     """
 
     loss: str | None

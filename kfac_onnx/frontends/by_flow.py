@@ -23,9 +23,9 @@ from kfac_onnx.frontends.numbering import Numbering
 from kfac_onnx.frontends.values import dtype_of, static_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["FlowPairs", "pair_by_flow"]
+__all__ = ["FlowPairs", "owners_by_flow", "pair_by_flow"]
 
 VIEWS: Final = frozenset(
     {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Clip"}
@@ -64,6 +64,23 @@ def pair_by_flow(model: ir.Model, loss: ir.Value) -> FlowPairs:
     evidence = _Evidence(forward)
     result = _pairs(outputs, held, fed, evidence)
     return result if result.found else _pairs(outputs, list(dict.fromkeys((*fed, *held))), [], evidence)
+
+
+def owners_by_flow(model: ir.Model, loss: ir.Value, pairs: Mapping[str, ir.Value]) -> dict[str, list[str]]:
+    """Return who may own the gradient of each parameter that has a likeness among the others.
+
+    `pairs` maps a parameter to the output that is said to be its gradient. Nobody is listed where the flow of
+    data says nothing; where it lists others, and not the parameter itself, the pair is wrong.
+    """
+    known = {str(value.name): value for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    parameters = {name: known[name] for name in pairs if name in known}
+    evidence = _Evidence(_ancestors([loss]))
+    result: dict[str, list[str]] = {}
+    for name, output in pairs.items():
+        alike = [item for item in parameters.values() if _is_like(item, output)]
+        if len(alike) > 1:
+            result[name] = [str(item.name) for item in evidence.owners(output, alike)]
+    return result
 
 
 def _pairs(

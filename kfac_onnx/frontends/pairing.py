@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
-from kfac_onnx.frontends.by_flow import FlowPairs, pair_by_flow
+from kfac_onnx.frontends.by_flow import FlowPairs, owners_by_flow, pair_by_flow
 from kfac_onnx.frontends.interface import Interface, is_float
 from kfac_onnx.frontends.values import dtype_of, static_shape
 from kfac_onnx.metadata import Parameter, Refusal
@@ -118,6 +118,8 @@ def pair(
             pairs, how = _by_flow(model, losses, place), "the flow of data"
             orphans |= {_owner_of(output): output for output in pairs.gone}
             found = pairs.found
+        else:
+            notes += _checked_positions(model, losses, found, place)
         gradients = found
         notes.append(f"paired {len(gradients)} gradients with parameters by {how}")
     taken = {value.name for value in gradients.values()}
@@ -159,6 +161,31 @@ def _by_position(model: ir.Model, losses: Sequence[ir.Value]) -> dict[str, ir.Va
     if not outputs or len(inputs) < len(outputs) or not all(same):
         return None
     return {str(value.name): output for value, output in zip(inputs, outputs, strict=True)}
+
+
+def _checked_positions(
+    model: ir.Model, losses: Sequence[ir.Value], pairs: Mapping[str, ir.Value], place: str | None
+) -> list[str]:
+    """Return a note on what position alone decided between parameters of one shape.
+
+    Raises:
+        UserError: if the flow of data says that a gradient belongs to another parameter.
+
+    """
+    owners = owners_by_flow(model, losses[0], pairs) if losses else {}
+    for name, others in owners.items():
+        # What else may look like another's gradient is a sum with it; that one then has its own.
+        if others and name not in others and all(item not in owners[item] for item in others):
+            raise UserError(
+                f"by position '{pairs[name].name}' is the gradient of '{name}', "
+                f"but it is made as that of {_either(others)}",
+                place=place,
+                help="name the pairs with --gradients PARAMETER=OUTPUT",
+            )
+    unsure = [name for name, others in owners.items() if others != [name]]
+    if not unsure:
+        return []
+    return [f"position alone tells the gradients of {', '.join(unsure)}: `verify` checks them"]
 
 
 def _by_flow(model: ir.Model, losses: Sequence[ir.Value], place: str | None) -> FlowPairs:

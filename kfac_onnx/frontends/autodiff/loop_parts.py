@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from kfac_onnx.frontends.loops.kinds import unchanged
 from kfac_onnx.frontends.loops.recurrence import Recurrence, prune
-from kfac_onnx.frontends.loops.vectorizer import unchanged
 from kfac_onnx.frontends.lowering.emit import Emit, Names
 from kfac_onnx.frontends.values import all_graphs, dtype_of, int_attribute
 

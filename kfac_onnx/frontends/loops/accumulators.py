@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from kfac_onnx.frontends.loops.kinds import unchanged
 from kfac_onnx.frontends.loops.lanes import Fixed, Stacked
 from kfac_onnx.frontends.loops.recurrence import State, prune
 from kfac_onnx.frontends.loops.results import prune_emitted
-from kfac_onnx.frontends.loops.vectorizer import Vectorizer, unchanged
+from kfac_onnx.frontends.loops.vectorizer import Vectorizer
 from kfac_onnx.frontends.lowering.emit import Emit, Miss
 from kfac_onnx.frontends.values import ONNX_DOMAINS, dtype_of, int_attribute, rank_of
 

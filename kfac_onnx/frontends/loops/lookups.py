@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from kfac_onnx.frontends.loops.kinds import LOOKUPS
 from kfac_onnx.frontends.loops.lanes import Ragged, Stacked
 from kfac_onnx.frontends.loops.recurrence import Read, prune
 from kfac_onnx.frontends.loops.results import prune_emitted
-from kfac_onnx.frontends.loops.vectorizer import LOOKUPS, Vectorizer, is_table
+from kfac_onnx.frontends.loops.vectorizer import Vectorizer, is_table
 from kfac_onnx.frontends.lowering.emit import Emit
 from kfac_onnx.frontends.values import ONNX_DOMAINS
 

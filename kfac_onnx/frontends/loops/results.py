@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kfac_onnx.frontends.loops.kinds import unchanged
 from kfac_onnx.frontends.loops.lanes import Fixed, Lane, Stacked
 from kfac_onnx.frontends.loops.recurrence import Collected, prune
 from kfac_onnx.frontends.loops.states import replace_result
-from kfac_onnx.frontends.loops.vectorizer import Vectorizer, unchanged
+from kfac_onnx.frontends.loops.vectorizer import Vectorizer
 from kfac_onnx.frontends.lowering.emit import Emit, Miss, Names, replace_node
 from kfac_onnx.frontends.values import int_attribute, rank_of
 

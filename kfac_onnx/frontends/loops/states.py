@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.frontends.loops.kinds import unchanged
 from kfac_onnx.frontends.loops.lanes import Fixed
 from kfac_onnx.frontends.loops.recurrence import prune, reads
 from kfac_onnx.frontends.loops.shapes_inside import infer_inside
-from kfac_onnx.frontends.loops.vectorizer import Vectorizer, unchanged
+from kfac_onnx.frontends.loops.vectorizer import Vectorizer
 from kfac_onnx.frontends.lowering.emit import Emit
 from kfac_onnx.frontends.values import dtype_of, static_shape
 

@@ -169,6 +169,64 @@ def test_what_is_clearly_no_weight_is_not_trained_and_told(
     assert "trained: table, bias" in caplog.messages
 
 
+def numbers_of(array: np.ndarray) -> str:
+    return "{" + ", ".join(str(float(item)) for item in array.reshape(-1)) + "}"
+
+
+ANGLES = np.arange(12)[:, None] / 100 ** np.arange(0, 1, 0.5)
+
+
+@pytest.mark.parametrize("table", [
+    np.stack([np.sin(ANGLES), np.cos(ANGLES)], -1).reshape(12, 4),
+    np.concatenate([np.sin(ANGLES), np.cos(ANGLES)], -1),
+])  # fmt: skip
+def test_positions_as_sines_and_cosines_are_not_trained(table: np.ndarray) -> None:
+    proto = forward(
+        "h = Gather(table, ids) p = Gather(places, ids) x = Add(h, p) s = ReduceSum<keepdims: int = 0>(x, one) z = Add(s, bias)",
+        weights=f"{LOOKUP['weights']}, float[12, 4] places = {numbers_of(table.astype(np.float32))}",
+    )
+    assert trained(kx.differentiate(proto)) == ["table", "bias"]
+
+
+def test_rotations_of_rotary_positions_are_not_trained() -> None:
+    proto = forward(
+        "h = Gather(table, ids) a, b = Split<axis: int = -1, num_outputs: int = 2>(h) "
+        "ac = Mul(a, cos) bs = Mul(b, sin) x = Sub(ac, bs) s = ReduceSum<keepdims: int = 0>(x, one) z = Add(s, bias)",
+        weights=f"float[5, 4] table = {numbers(5, 4)}, float[2] bias = {numbers(2)}, int64[1] one = {{1}}, "
+        f"float[2, 2] cos = {numbers_of(np.cos(ANGLES[:2]))}, float[2, 2] sin = {numbers_of(np.sin(ANGLES[:2]))}",
+        outputs="float[N, 2] z",
+    )
+    assert trained(kx.differentiate(proto)) == ["table", "bias"]
+
+
+def test_what_stands_for_no_scale_in_a_group_normalization_is_not_trained() -> None:
+    proto = forward(
+        "h = Gather(table, ids) g = Reshape(h, groups) n = InstanceNormalization(g, gain, shift) y = Reshape(n, back) "
+        "m = Mul(y, scale) s = ReduceSum<keepdims: int = 0>(m, one) z = Add(s, bias)",
+        weights=f"{LOOKUP['weights']}, int64[3] groups = {{0, 2, -1}}, int64[3] back = {{0, 2, 4}}, "
+        "float[2] gain = {1, 1}, float[2] shift = {0, 0}, float[4] scale = {1, 1, 1, 1}",
+    )
+    assert trained(kx.differentiate(proto)) == ["table", "bias", "scale"]
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0, 0.07, 2.6593, 14.2857])
+def test_a_temperature_is_trained(number: float) -> None:
+    proto = forward(
+        "h = Gather(table, ids) s = ReduceSum<keepdims: int = 0>(h, one) z = Mul(s, t)",
+        weights=f"{LOOKUP['weights']}, float[1] t = {{{number}}}",
+    )
+    assert trained(kx.differentiate(proto)) == ["table", "t"]
+
+
+@pytest.mark.parametrize("number", [-1.0, 0.5, 8**-0.5, 64**-0.25, 0.1, 1e-5, 0.044715, 3.0])
+def test_a_usual_factor_is_not_trained(number: float) -> None:
+    proto = forward(
+        "h = Gather(table, ids) s = ReduceSum<keepdims: int = 0>(h, one) z = Mul(s, t)",
+        weights=f"{LOOKUP['weights']}, float[1] t = {{{float(np.float32(number))}}}",
+    )
+    assert trained(kx.differentiate(proto)) == ["table"]
+
+
 def test_statistics_and_states_are_not_trained_and_inference_is_told() -> None:
     proto = forward(
         "h = Gather(table, ids) n = BatchNormalization(h, gain, shift, mean, var) "

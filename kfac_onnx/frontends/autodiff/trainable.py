@@ -7,7 +7,7 @@ What is left out is told with its reason, and the user can say otherwise by name
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.frontends.autodiff.contents import (
+    are_cosine_and_sine,
+    is_mask,
+    is_positions,
+    is_uniform,
+    is_usual_factor,
+)
 from kfac_onnx.frontends.interface import is_float
 from kfac_onnx.frontends.values import rank_of
 
@@ -33,6 +40,11 @@ CLASS_WEIGHTS: Final = {"SoftmaxCrossEntropyLoss": (2,), "NegativeLogLikelihoodL
 """Operator -> inputs that say how much each class counts."""
 ANGLES: Final = {"RotaryEmbedding": (1, 2)}
 """Operator -> inputs that are cosines and sines of positions."""
+ANGLES_REASON: Final = "cosines and sines of positions"
+PLAIN_SCALES: Final = {"InstanceNormalization": (1, 2)}
+"""Operator -> inputs at which ones and zeros, behind a Reshape, only stand for no scale and no bias."""
+MOST: Final = 16
+"""Initializers of one shape among which cosines and sines are looked for."""
 BOUNDS: Final = {"Pow": (1,), "Clip": (1, 2), "Max": (0, 1), "Min": (0, 1), "Mod": (1,), "Where": (1, 2)}
 """Operator -> inputs at which a single number is an exponent, a bound or a filling."""
 WEIGHT_OPERATORS: Final = frozenset(
@@ -41,9 +53,6 @@ WEIGHT_OPERATORS: Final = frozenset(
 """Operators whose matrices are weights even if they look like masks."""
 AFTER_EPSILON: Final = frozenset({"Sqrt", "Pow", "Reciprocal", "Log"})
 """Functions that a small number is added for, to keep their argument away from zero."""
-GELU: Final = (0.044715, math.sqrt(2 / math.pi), 1.702)
-MASKED: Final = -1e3
-"""Added to scores, numbers below this switch them off."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,9 @@ def find_candidates(
             trained.append(value)
         else:
             constants[name] = reason
-    return Candidates(tuple(trained), constants)
+    for value in _cosines_and_sines(trained):
+        constants[str(value.name)] = ANGLES_REASON
+    return Candidates(tuple(value for value in trained if value.name not in constants), constants)
 
 
 def _named(
@@ -107,7 +118,7 @@ def _why_constant(value: ir.Value) -> str | None:
     for places, reason in (
         (STATISTICS, "running statistics of a normalization"),
         (CLASS_WEIGHTS, "class weights of a loss"),
-        (ANGLES, "cosines and sines of positions"),
+        (ANGLES, ANGLES_REASON),
     ):
         if uses and all(index in places.get(node.op_type, ()) for node, index in uses):
             return reason
@@ -125,10 +136,38 @@ def _why_constant(value: ir.Value) -> str | None:
         and not np.any(numbers)
     ):
         return "a recurrent layer's initial state of zeros"
+    if is_positions(array):
+        return ANGLES_REASON
+    if is_uniform(array, (0.0, 1.0)) and uses and all(_is_plain_scale(*use) for use in uses):
+        return "no scale or bias: a group normalization made of another one"
     multiplied = any(node.op_type in WEIGHT_OPERATORS for node, _ in uses)
-    if array.size and not multiplied and _is_mask(array):
+    if array.size and not multiplied and is_mask(array):
         return "a mask"
     return None
+
+
+def _is_plain_scale(node: ir.Node, index: int) -> bool:
+    """Say whether a node normalizes what a Reshape put into groups, and this input is its scale or bias."""
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    grouped = source is not None and source.op_type == "Reshape"
+    return grouped and index in PLAIN_SCALES.get(node.op_type, ())
+
+
+def _cosines_and_sines(values: Sequence[ir.Value]) -> list[ir.Value]:
+    """Return the initializers that are, two by two, the cosine and the sine of the same angles."""
+    by_shape: dict[tuple[int, ...], list[tuple[ir.Value, np.ndarray]]] = {}
+    for value in values:
+        tensor = value.const_value
+        if tensor is not None and len(tensor.shape) > 1:
+            array = np.asarray(tensor.numpy())
+            if float(np.max(np.abs(array), initial=0.0)) <= 1.001:
+                by_shape.setdefault(array.shape, []).append((value, array))
+    found: list[ir.Value] = []
+    for group in by_shape.values():
+        for first, second in itertools.combinations(group[:MOST], 2):
+            if are_cosine_and_sine(first[1], second[1]):
+                found += [first[0], second[0]]
+    return found
 
 
 def _is_setting(number: float, node: ir.Node, index: int) -> bool:
@@ -136,34 +175,10 @@ def _is_setting(number: float, node: ir.Node, index: int) -> bool:
 
     A temperature, a global bias or the bias of a last layer is none of these and is trained.
     """
-    if index in BOUNDS.get(node.op_type, ()):
+    if index in BOUNDS.get(node.op_type, ()) or (node.op_type == "Expand" and number in (0.0, 1.0)):
         return True
     if node.op_type in ("Add", "Sub", "Sum"):
         after = {reader.op_type for reader, _ in node.outputs[0].uses()}
         divides = any(reader.op_type == "Div" and place == 1 for reader, place in node.outputs[0].uses())
         return bool(after & AFTER_EPSILON) or divides or (node.op_type == "Sub" and index == 0)
-    return node.op_type in ("Mul", "Div") and _is_usual_factor(number)
-
-
-def _is_usual_factor(number: float) -> bool:
-    """Say whether a number is −1, 2ⁿ, √n, 1/√n or a constant of Gelu; 0 and 1 are what weights start at."""
-    size = abs(number)
-    if number == -1.0 or any(math.isclose(size, known, rel_tol=1e-5) for known in GELU):
-        return True
-    if size in (0.0, 1.0) or not math.isfinite(size):
-        return False
-    square = size * size if size > 1 else 1 / (size * size)
-    return square < 1e9 and math.isclose(square, round(square), rel_tol=1e-5)
-
-
-def _is_mask(array: np.ndarray) -> bool:
-    """Say whether there are two different entries at most, which switch scores off, or are zero and one."""
-    entries = array.astype(np.float32, copy=False).reshape(-1)
-    values = np.unique(entries[:64])
-    if len(values) > 2 or not np.all(np.isin(entries, values)):
-        values = np.unique(entries) if len(values) <= 2 else values
-    if len(values) > 2:
-        return False
-    if not np.all(np.isfinite(values)) or values.min() < MASKED:
-        return True
-    return array.ndim > 1 and values.tolist() == [0.0, 1.0]
+    return node.op_type in ("Mul", "Div") and is_usual_factor(number)

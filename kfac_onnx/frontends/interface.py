@@ -15,11 +15,15 @@ import onnx_ir as ir
 
 from kfac_onnx.frontends.load import Exported
 from kfac_onnx.frontends.lowering.emit import Miss
-from kfac_onnx.frontends.row_gradients import named_row_gradients, scatter_row_gradients
+from kfac_onnx.frontends.row_gradients import (
+    following_row_gradients,
+    named_row_gradients,
+    scatter_row_gradients,
+)
 from kfac_onnx.frontends.values import dtype_of
 
 if TYPE_CHECKING:
-    from kfac_onnx.metadata import RowGradient
+    from kfac_onnx.metadata import HostUpdate, OptimizerState, RowGradient
 
 __all__ = ["READERS", "Interface", "Reader", "is_float"]
 
@@ -50,6 +54,9 @@ class Interface:
     unsure: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
     """Parameters whose gradient was found in an update and may be off by a constant factor, with the constant
     that was taken for a learning rate (None: there is no doubt)."""
+    updates: tuple[HostUpdate, ...] = ()
+    states: tuple[OptimizerState, ...] = ()
+    """Of a graph that contains its optimizer, where that is kept."""
     decayed: frozenset[str] = frozenset()
     """Those to which a part of the parameter is added: weight decay, or the derivative of a penalty."""
 
@@ -155,7 +162,10 @@ def named_gradients(exported: Exported) -> Interface | Miss:
         if name is None or not is_float(value):
             continue
         (gradients if _known(model, name) else orphans)[name] = str(value.name)
-    pairs = [item for item in named_row_gradients(model) if item.parameter not in gradients]
+    following = following_row_gradients(model)
+    for item in following:
+        del gradients[item.parameter]
+    pairs = following + [item for item in named_row_gradients(model) if item.parameter not in gradients]
     rows = tuple(scatter_row_gradients(model, pairs))
     gradients.update((item.parameter, item.gradient) for item in rows)
     if not gradients:

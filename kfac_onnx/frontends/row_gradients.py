@@ -15,13 +15,18 @@ import onnx_ir as ir
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.lowering.emit import Emit, Names
 from kfac_onnx.frontends.row_sums import add_rows
-from kfac_onnx.frontends.values import dtype_of, static_shape
+from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
 from kfac_onnx.metadata import RowGradient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["chosen_row_gradients", "named_row_gradients", "scatter_row_gradients"]
+__all__ = [
+    "chosen_row_gradients",
+    "following_row_gradients",
+    "named_row_gradients",
+    "scatter_row_gradients",
+]
 
 SUFFIXES: Final = (("values", "indices"), ("rows", "ids"))
 SEPARATORS: Final = "_./:"
@@ -48,6 +53,30 @@ def named_row_gradients(model: ir.Model) -> list[RowGradient]:
     return list(found.values())
 
 
+def following_row_gradients(model: ir.Model) -> list[RowGradient]:
+    """Return the pairs of an output `<p>_grad` and the unnamed integers after it.
+
+    A function that hands out TensorFlow's IndexedSlices as they are exports three outputs in a row: the rows
+    under the gradient's name, their ids, and the shape of the parameter. They are told from a gradient like
+    its parameter by that third output, or by the length of the first axis.
+    """
+    outputs = list(model.graph.outputs)
+    parameters = {str(value.name): value for value in model.graph.inputs} | dict(model.graph.initializers)
+    found: list[RowGradient] = []
+    for index, value in enumerate(outputs[:-1]):
+        name = str(value.name)
+        parameter = parameters.get(name.removesuffix(GRADIENT)) if name.endswith(GRADIENT) else None
+        shape, ids = static_shape(parameter), outputs[index + 1]
+        if not shape or value.shape is None or not _is_pair(value, ids) or rank_of(ids) != 1:
+            continue
+        own, third = list(value.shape), outputs[index + 2] if index + 2 < len(outputs) else None
+        triple = third is not None and _is_integer(third) and static_shape(third) == (len(shape),)
+        other = isinstance(own[0], int) and own[0] != shape[0]
+        if len(own) == len(shape) and own[1:] == list(shape[1:]) and (other or triple):
+            found.append(RowGradient(name.removesuffix(GRADIENT), name, str(ids.name)))
+    return found
+
+
 def chosen_row_gradients(model: ir.Model, gradients: Mapping[str, str]) -> list[RowGradient]:
     """Return the pairs among gradients that the user named, as VALUES:INDICES (names may hold `:` too)."""
     known = {str(value.name): value for node in model.graph for value in node.outputs}
@@ -72,8 +101,13 @@ def chosen_row_gradients(model: ir.Model, gradients: Mapping[str, str]) -> list[
 
 
 def _is_pair(values: ir.Value, indices: ir.Value) -> bool:
-    rows, ids = dtype_of(values), dtype_of(indices)
-    return rows is not None and ids is not None and rows.is_floating_point() and ids.is_integer()
+    rows = dtype_of(values)
+    return rows is not None and rows.is_floating_point() and _is_integer(indices)
+
+
+def _is_integer(value: ir.Value) -> bool:
+    dtype = dtype_of(value)
+    return dtype is not None and dtype.is_integer()
 
 
 def scatter_row_gradients(model: ir.Model, found: Sequence[RowGradient]) -> list[RowGradient]:

@@ -102,6 +102,33 @@ def test_a_table_of_numbers(
     np.testing.assert_array_equal(results["W_grad_indices"], IDS.reshape(-1))
 
 
+SLICES = graph("W_grad", "Identity_1:0", more=", int32[2] shape")
+SLICES = SLICES.replace("flat_ids =", "wide = Shape(W) shape = Cast<to = 6>(wide) flat_ids =")
+
+
+@pytest.mark.parametrize("rows", ["float[n, 3]", "float[4, 3]", "float[5, 3]"])
+def test_indexed_slices_as_they_are(rows: str, build: Callable[[str], ir.Model]) -> None:
+    """Rows under the gradient's name, unnamed ids, and the shape: also where there are as many rows as V."""
+    text = SLICES.replace("float[n, 3]", rows)
+    model = read_training_graph(build(text))
+    assert pairs(model) == [metadata.RowGradient("W", "W_grad", "Identity_1:0", "W_grad_2")]
+    assert [site.parameter for site in scan(build(text)).sites] == ["W"]
+    names = [str(value.name) for value in transform(build(text), shape="dense").graph.outputs]
+    assert names[:4] == ["loss", "W_grad", "Identity_1:0", "shape"]
+
+
+@pytest.mark.parametrize(("rows", "more"), [("float[5, 3]", ""), ("float[5, 3]", ", int32[3] shape")])
+def test_integers_after_a_gradient_are_not_its_ids(
+    rows: str, more: str, build: Callable[[str], ir.Model]
+) -> None:
+    text = graph("W_grad", "labels", more=more).replace("float[n, 3]", rows)
+    text = text.replace("flat_ids =", "s = Shape(x) shape = Cast<to = 6>(s) flat_ids =")
+    model = read_training_graph(build(text))
+    assert pairs(model) == []
+    (parameter,) = metadata.read_list(model, "parameters", metadata.Parameter)
+    assert parameter.gradient == "W_grad"
+
+
 @pytest.mark.parametrize("values", ["delta", "delta:0", "a:b:0"])
 def test_a_pair_that_the_user_names(values: str, build: Callable[[str], ir.Model]) -> None:
     model = read_training_graph(build(graph(values, "where:0")), gradients={"W": f"{values}:where:0"})

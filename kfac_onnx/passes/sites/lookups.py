@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from kfac_onnx.frontends.loops.orders import permutation
 from kfac_onnx.frontends.values import int_attribute, static_shape
 from kfac_onnx.passes.sites.one_hot import reading
 
@@ -252,8 +253,9 @@ ID_STEPS: Final = frozenset(
 def ids_chain(ids: ir.Value | None, facts: Facts) -> list[ir.Value]:
     """Return the values that carry the same ids, from `ids` back to where they come from.
 
-    Steps through reshapes, integer casts, clips, single-input Concat, Max/Min with a constant, the
-    wrapping of negative ids `Where(ids < 0, ids + V, ids)`, and a Where that replaces some by a constant.
+    Steps through reshapes, changes of their order, integer casts, clips, single-input Concat, Max/Min with
+    a constant, the wrapping of negative ids `Where(ids < 0, ids + V, ids)`, and a Where that replaces some by
+    a constant.
     """
     chain: list[ir.Value] = []
     value = ids
@@ -275,13 +277,17 @@ def ids_chain(ids: ir.Value | None, facts: Facts) -> list[ir.Value]:
 
 
 def _reads_all(node: ir.Node, facts: Facts) -> bool:
-    """Say whether a Gather reads the one entry that an axis has."""
-    source = node.inputs[0]
-    if node.op_type != "Gather" or source is None or source.shape is None:
+    """Say whether a node reads every entry along an axis once, in whatever order."""
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type not in ("Gather", "Slice") or source is None or source.shape is None:
         return False
-    index = facts.constant(node.inputs[1])
-    only = source.shape[int_attribute(node, "axis", 0)] == 1
-    return only and index is not None and index.size == 1 and int(index.reshape(-1)[0]) in (0, -1)
+    if permutation(node, facts.constant) is not None:
+        return True
+    index = facts.constant(node.inputs[1]) if node.op_type == "Gather" else None
+    length = source.shape[int_attribute(node, "axis", 0)] if index is not None and index.ndim <= 1 else None
+    if index is None or not isinstance(length, int) or index.size != length:
+        return False
+    return sorted(int(item) % length for item in index.reshape(-1)) == list(range(length))
 
 
 def _is_bound(value: ir.Value | None, facts: Facts) -> bool:

@@ -135,10 +135,19 @@ def pair(
         if output not in taken
     )
     ordered = {name: gradients[name] for name in known if name in gradients}
+    fed = [name for name in ordered if name not in (chosen or {}) and _varies(known[name])]
+    if fed and len(fed) < len(ordered):
+        notes += [f"'{ordered[name].name}' is the gradient of the batch input '{name}', not used" for name in fed]
+        ordered = {name: value for name, value in ordered.items() if name not in fed}
     for name, gradient in ordered.items():
         _check_shapes(known[name], gradient, place)
     gone = tuple(output for output in orphans.values() if output not in taken)
     return Pairing({name: known[name] for name in ordered}, ordered, refused, tuple(notes), gone)
+
+
+def _varies(value: ir.Value) -> bool:
+    """Say whether a value is an input with a dimension that the graph leaves open, as a batch has one."""
+    return value.is_graph_input() and value.const_value is None and static_shape(value) is None
 
 
 def _check_shapes(parameter: ir.Value, gradient: ir.Value, place: str | None) -> None:

@@ -290,3 +290,13 @@ def test_what_position_alone_decides_is_said(build: Callable[[str], ir.Model]) -
         "position alone tells the gradients of p, q: `verify` checks them",
         "paired 2 gradients with parameters by position and shape",
     ]
+
+
+def test_the_gradient_of_a_batch_input_trains_nothing(build: Callable[[str], ir.Model]) -> None:
+    """ORTModule gives it for inputs that require one."""
+    text = f"""{HEAD} (float[3] p, float[n] x) => (float loss, float[3] p_grad, float[n] x_grad) {{
+        m = Mul (p, x) loss = ReduceSum <keepdims = 0> (m) p_grad = Identity (x) x_grad = Identity (p) }}"""
+    model = read_training_graph(build(text))
+    assert [item.name for item in metadata.read_list(model, "parameters", metadata.Parameter)] == ["p"]
+    assert "'x_grad' is the gradient of the batch input 'x', not used" in notes(model)
+    assert outputs(model) == ["loss", "p_grad", "x_grad"]

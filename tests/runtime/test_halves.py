@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,10 +18,8 @@ from kfac_onnx.passes.api import scan, transform
 from kfac_onnx.runtime import TrainingSession
 from kfac_onnx.runtime.verify import verify_gradients
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 NAME = "ortmodule_leg__nplm"
+MODULES = Path(__file__).parents[1] / "data" / "ortmodule"
 HEAD = '<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>'
 
 
@@ -225,3 +223,37 @@ def test_verify_takes_a_linear_loss() -> None:
     wrong = captured("pred = Neg (h)", "pg = com.microsoft.YieldOp (pred)", "g = Identity (pg)")
     checks = verify_gradients(read_training_graph(wrong), batch, parameters=weights())
     assert [check.status for check in checks] == ["wrong"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in MODULES.glob("*.onnx")))
+def test_captured_modules_train_as_in_pytorch(name: str) -> None:
+    """Predictions and gradients of modules as ORTModule captures them are those of autograd."""
+    with np.load(MODULES / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+
+    def part(prefix: str) -> dict[str, np.ndarray]:
+        return {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+
+    start, batch, fed = part("p:"), part("in:"), part("fed:")
+    report = scan(MODULES / f"{name}.onnx")
+    tables = {item for item, value in start.items() if value.shape[0] in (5, 20, 30) and item[0] != "f"}
+    assert {site.parameter for site in report.sites} == tables
+    assert not report.refused
+    model = transform(MODULES / f"{name}.onnx", preset="plain-sgd", lr=1.0, rest="sgd", rest_lr=1.0)
+    with TrainingSession(model, parameters=start) as session:
+        if session.predictions:
+            made = session.forward(batch)
+            for key, want in part("out:").items():
+                np.testing.assert_allclose(made[key], want, rtol=1e-5, atol=1e-6)
+            metrics = session.step({**batch, **fed})
+        else:
+            metrics = session.step(batch)
+            np.testing.assert_allclose(metrics["loss"], arrays["out:loss"], rtol=1e-6)
+        assert metrics["skipped"] is False
+        for key, want in part("g:").items():  # float32 sums, and differences of weights, in another order
+            limit = 2e-5 * max(np.abs(want).max(), 0.1)
+            np.testing.assert_allclose(start[key] - session.parameters[key], want, rtol=0, atol=limit)
+    for tied in ("lookup", "both"):
+        with TrainingSession(transform(MODULES / f"{name}.onnx", tied=tied), parameters=start) as session:
+            given = {item.name: {**batch, **fed}[item.name] for item in session.batch_inputs}
+            assert session.step(given)["skipped"] is False

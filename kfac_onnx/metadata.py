@@ -12,6 +12,9 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
 | `kfac.orphans`    | frontends              | outputs that are gradients of nothing         |
 | `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
+| `kfac.updates`    | frontends              | list of `HostUpdate`                          |
+| `kfac.exported_outputs` | frontends        | the exporter's outputs, where `kfac.updates` is |
+| `kfac.optimizer_states` | frontends        | list of `OptimizerState`                      |
 | `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
 | `kfac.id_checks`  | `find-embeddings`      | list of `IdCheck`                             |
 | `kfac.draft`      | inserting passes       | what `close-step` still has to assemble       |
@@ -36,9 +39,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "HostUpdate",
     "IdCheck",
     "LearningRate",
     "Loss",
+    "OptimizerState",
     "Parameter",
     "Phase",
     "Projection",
@@ -123,6 +128,35 @@ class RowGradient:
     values: str
     indices: str
     gradient: str = ""
+
+
+@dataclass(frozen=True)
+class HostUpdate:
+    """How the graph's own optimizer updates a parameter, where it is kept: `output` is the new value.
+
+    `source` is the value that the optimizer takes as the gradient: `scale` times it (negated if `negative`)
+    is the parameter's gradient, after `views` (operators, applied in order). With `rows` it holds rows that
+    are scattered into the parameter after the operators `steps`, which are named by their results.
+    `problem` says why it cannot be given another gradient, null if it can.
+    """
+
+    parameter: str
+    output: str
+    source: str
+    scale: float = 1.0
+    negative: bool = False
+    views: tuple[str, ...] = ()
+    rows: bool = False
+    steps: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """A state of the graph's own optimizer, where it is kept: it enters as `input`, leaves as `output`."""
+
+    input: str
+    output: str
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def read_training_graph(
     *,
     loss: str | None = None,
     gradients: Mapping[str, str] | None = None,
+    keep_optimizer: bool = False,
 ) -> ir.Model:
     """Return the canonical training graph of an exported one; `source` is left unchanged.
 
@@ -58,6 +59,7 @@ def read_training_graph(
         source: a file, or a model in memory.
         loss: the name of the loss, where several outputs could be it.
         gradients: parameter name -> name of its gradient, where the graph's own names do not say.
+        keep_optimizer: leave an optimizer that is part of the graph where it is (for the dense shape).
 
     The result has opset 18 or newer, standard operators, no functions, sorted nodes, and the exporter's
     names of values. Its inputs are trained parameters (or they are initializers), constants and the batch;
@@ -78,10 +80,13 @@ def read_training_graph(
     if training is not None:
         exported, made = _with_derivatives(exported, training)
         notes += made
+    outputs = [str(value.name) for value in model.graph.outputs]
     chosen = scatter_row_gradients(model, chosen_row_gradients(model, gradients or {}))
     if gradients is not None:
         gradients = {**gradients, **{item.parameter: item.gradient for item in chosen}}
-    exported = replace(exported, loss=loss or exported.loss, chosen=gradients or {})
+    exported = replace(
+        exported, loss=loss or exported.loss, chosen=gradients or {}, keep_optimizer=keep_optimizer
+    )
     interface = _read_interface(exported, gradients)
     notes += interface.notes
     row_gradients = [*chosen, *interface.rows]
@@ -91,7 +96,8 @@ def read_training_graph(
 
     loss_value, pairing = _loss_and_pairs(exported, interface, loss or _own_loss(model), gradients)
     notes += pairing.notes
-    notes += _calibrated(model, loss_value, pairing, interface, place)
+    updates = list(interface.updates)
+    notes += _calibrated(model, loss_value, pairing, interface, updates, place)
     notes += _close_boundary(model, loss_value, interface)
     copied, ambiguous = undo_stale_copies(model, pairing.parameters)
     notes += copied
@@ -105,6 +111,10 @@ def read_training_graph(
     metadata.write(model, "loss", metadata.Loss(name, reduction.kind, predictions))
     metadata.write(model, "row_gradients", row_gradients)
     metadata.write(model, "orphans", list(pairing.orphans))
+    if updates:
+        metadata.write(model, "updates", updates)
+        metadata.write(model, "exported_outputs", outputs)
+        metadata.write(model, "optimizer_states", list(interface.states))
     metadata.write(model, "notes", notes)
     metadata.write(model, "refused", [*pairing.refused, *ambiguous])
     return model
@@ -243,9 +253,14 @@ def _loss_and_pairs(
 
 
 def _calibrated(
-    model: ir.Model, loss: ir.Value | None, pairing: Pairing, interface: Interface, place: str | None
+    model: ir.Model,
+    loss: ir.Value | None,
+    pairing: Pairing,
+    interface: Interface,
+    updates: list[metadata.HostUpdate],
+    place: str | None,
 ) -> list[str]:
-    """Bring gradients that may be off by a constant to the scale of the loss's derivative.
+    """Bring gradients that may be off by a constant to the scale of the loss's derivative; tell `updates`.
 
     Raises:
         UserError: if that cannot be found out, and the constants of the parameters differ.
@@ -275,6 +290,7 @@ def _calibrated(
     for name, factor in scales.factors.items():
         if factor != 1.0:
             pairing.gradients[name] = scaled(model, pairing.gradients[name], factor)
+            updates[:] = [replace(item, scale=factor) if item.parameter == name else item for item in updates]
             notes.append(f"the gradient of '{name}' is scaled by {factor:g}: a part of it was in the update")
     if scales.apart:
         names = ", ".join(scales.apart)

@@ -23,7 +23,8 @@ class Exported:
     """A model to be read: the IR, the proto (None when there was none) and the file's name.
 
     `onnx_ir` drops `ModelProto.training_info`; a reader that needs it looks at `proto`. `loss` and `chosen`
-    (parameter -> gradient) are what the user named, `updates` (initializer -> new value) what the file binds.
+    (parameter -> gradient) are what the user named, `updates` (initializer -> new value) what the file binds,
+    `keep_optimizer` says that an optimizer inside the graph is to stay.
     """
 
     model: ir.Model
@@ -32,6 +33,7 @@ class Exported:
     loss: str | None = None
     chosen: Mapping[str, str] = field(default_factory=dict[str, str])
     updates: Mapping[str, str] = field(default_factory=dict[str, str])
+    keep_optimizer: bool = False
 
 
 def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:

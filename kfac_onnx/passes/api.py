@@ -68,10 +68,12 @@ def _site_json(site: Site) -> dict[str, Any]:
     return data
 
 
-def _canonical(source: Source, loss: str | None, gradients: Mapping[str, str] | None) -> ir.Model:
+def _canonical(
+    source: Source, loss: str | None, gradients: Mapping[str, str] | None, *, keep_optimizer: bool = False
+) -> ir.Model:
     from kfac_onnx.frontends import read_training_graph
 
-    return read_training_graph(source, loss=loss, gradients=gradients)
+    return read_training_graph(source, loss=loss, gradients=gradients, keep_optimizer=keep_optimizer)
 
 
 def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str] | None = None) -> Report:
@@ -254,7 +256,8 @@ def transform(
         **options,
     )
     passes = parse_pipeline(text)
-    model = _canonical(source, loss, gradients)
+    dense = any(getattr(item, "shape", None) == "dense" for item in passes.passes)
+    model = _canonical(source, loss, gradients, keep_optimizer=dense)
     if parameters:
         from kfac_onnx.passes.values import give_values
 

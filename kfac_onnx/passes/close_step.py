@@ -160,7 +160,12 @@ class CloseStep(Pass):
             raise AssertionError(f"state '{state.input}' was never given a new value")
         candidate = draft.value(state.candidate)
         aliases = [*state.aliases, *(str(value.name) for value in finals.get(state.input, []))]
-        name = emitter.unique_name(f"{state.input}.next")
+        own = state.output  # the exporter's name of the new value, in a graph that keeps its optimizer
+        if own:
+            candidate.name = emitter.unique_name(f"{own}.candidate")
+            draft.remember(candidate)
+            state = replace(state, candidate=str(candidate.name))
+        name = own or emitter.unique_name(f"{state.input}.next")
         emit = emitter.derive(site=state.parameter, phase=Phase.SELECT)
         if state.update == "in-place":
             value = finals[state.input][-1] if state.input in finals else candidate
@@ -182,7 +187,14 @@ class CloseStep(Pass):
             )
             self._rename(chosen, name, draft)
             kept = state.candidate
-        emitter.output(chosen)
+        if own:
+            outputs = draft.model.graph.outputs
+            for index, value in enumerate(outputs):
+                if value is candidate:
+                    outputs[index] = chosen
+            emitter.count(edited=1)
+        else:
+            emitter.output(chosen)
         return replace(
             state, output=name, candidate=kept, aliases=tuple(dict.fromkeys(aliases)) if aliases else ()
         )

@@ -15,6 +15,7 @@ from kfac_onnx.metadata import Loss, Phase, Refusal, Site
 from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.draft import FLOAT, Draft
+from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
 from kfac_onnx.passes.insertion.table import RowUpdate, TableBlock, from_rows
 from kfac_onnx.passes.insertion.writing import drop_gradient, write_table
@@ -104,6 +105,7 @@ class InsertEmbeddingKfac(Pass):
             self._insert(site, preset, draft, scale, log)
         if self.shape == "dense":
             drop_tensors(draft)
+            close_updates(draft)
         draft.settings["preset"] = preset.name
         draft.settings["shape"] = self.shape
         draft.settings |= {"uses": self.uses, "tied": self.tied}
@@ -117,10 +119,15 @@ class InsertEmbeddingKfac(Pass):
         with draft.at(draft.emitter.derive(site=site.parameter)):
             if self.shape == "dense":
                 pair = row_gradient_of(draft.model, site.parameter)
-                if pair is None:
+                update = host_update_of(draft.model, site.parameter)
+                if pair is not None:
+                    replace_rows(pair, result, draft)
+                elif update is None:
                     self._replace_gradient(site, result, draft)
                 else:
-                    replace_rows(pair, result, draft)
+                    source = draft.value(update.source)
+                    gradient = None if update.rows else self._replace_gradient(site, result, draft)
+                    replace_source(update, source, site, result, gradient, draft)
             else:
                 drop_gradient(draft, site.gradient)
                 rate = draft.learning_rate(
@@ -129,7 +136,7 @@ class InsertEmbeddingKfac(Pass):
                 write_table(site, result, rate, draft)
         log.count("tables")
 
-    def _replace_gradient(self, site: Site, result: RowUpdate, draft: Draft) -> None:
+    def _replace_gradient(self, site: Site, result: RowUpdate, draft: Draft) -> ir.Value:
         emit = draft.emitter.derive(phase=Phase.PRECONDITION)
         if site.gradient is None:
             raise AssertionError("find-embeddings accepts no table without a gradient")
@@ -154,6 +161,7 @@ class InsertEmbeddingKfac(Pass):
             if value is old:
                 outputs[index] = new
         draft.remember(new, old)
+        return new
 
     def _trained_sites(self, model: ir.Model) -> tuple[list[Site], list[Refusal]]:
         """Return the tables that get a block and those that do not, which the user allowed."""

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.autodiff import differentiate
 from kfac_onnx.frontends.lowering.emit import HALF_TYPES, Emit, Names
+from kfac_onnx.frontends.updates.keeping import OURS
 from kfac_onnx.frontends.values import dtype_of, static_shape
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def scaled(model: ir.Model, gradient: ir.Value, factor: float) -> ir.Value:
     result = emit.op("Mul", gradient, emit.scalar(factor, dtype_of(gradient) or ir.DataType.FLOAT))
     result.type, result.shape = gradient.type, gradient.shape
     emit.nodes[0].metadata_props.pop("kfac.lowered", None)
+    emit.nodes[0].metadata_props[OURS] = str(gradient.name)
     model.graph.extend(emit.nodes)
     outputs = model.graph.outputs
     for index, value in enumerate(outputs):

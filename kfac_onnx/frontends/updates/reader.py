@@ -13,6 +13,7 @@ from kfac_onnx.frontends.lowering.emit import Emit, Miss, Names
 from kfac_onnx.frontends.training_gradients import is_derivative
 from kfac_onnx.frontends.updates.find import Part, Update, find_updates
 from kfac_onnx.frontends.updates.flow import Flow, operands
+from kfac_onnx.frontends.updates.keeping import OURS, kept
 from kfac_onnx.frontends.updates.matching import Pairs, find_pairs, scalar_losses
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
 
@@ -79,19 +80,24 @@ def optimizer_inside(exported: Exported) -> Interface | Miss:
     for name, item in named.items():
         if name in values and values[name] in flow.forward and name not in chosen:
             gradients.setdefault(name, item)
-    notes = [
-        *_notes(updates),
-        *(f"'{item.name}' is changed by no gradient: it stays as it is" for item in still),
-    ]
-    dropped = _take_out(exported, flow, [*pairs.news.values(), *_all(pairs)], gradients, losses)
-    if dropped:
-        more = "" if len(dropped) <= NAMED else f" and {len(dropped) - NAMED} more"
-        notes.append(f"outputs of the graph's optimizer are gone: {', '.join(dropped[:NAMED])}{more}")
+    notes = [f"'{item.name}' is changed by no gradient: it stays as it is" for item in still]
+    news = [*pairs.news.values(), *_all(pairs)]
+    if exported.keep_optimizer:
+        held, states = kept(pairs.news, updates, exported, flow)
+    else:
+        held, states = (), ()
+        notes = [*_notes(updates), *notes]
+        dropped = _take_out(exported, flow, news, gradients, losses)
+        if dropped:
+            more = "" if len(dropped) <= NAMED else f" and {len(dropped) - NAMED} more"
+            notes.append(f"outputs of the graph's optimizer are gone: {', '.join(dropped[:NAMED])}{more}")
     return Interface(
         "training-info" if declared else "optimizer-inside",
         {name: str(value.name) for name, value in gradients.items()},
         notes=tuple(notes),
-        loss=str(losses[0].name) if declared else None,
+        loss=str(losses[0].name) if len(losses) == 1 else None,
+        updates=held,
+        states=states,
         decayed=frozenset(str(item.parameter.name) for item in updates if item.decayed),
         unsure={
             str(item.parameter.name): None if item.sure else item.rate or 1.0
@@ -181,6 +187,7 @@ def _gradient(model: ir.Model, update: Update) -> ir.Value:
     total.shape = None if shape is None else ir.Shape(shape)
     for node in emit.nodes:
         node.metadata_props.pop("kfac.lowered", None)
+        node.metadata_props[OURS] = str(update.parameter.name)
     model.graph.extend(emit.nodes)
     return total
 

@@ -16,9 +16,24 @@ import pytest
 from kfac_onnx.cli.main import VERBS, cli, main
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.passes import registry
+from kfac_onnx.passes.api import scan
 from kfac_onnx.passes.registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
+GRAPHS = [
+    ROOT / "tests" / "data" / "graphs" / f"{name}.onnx"
+    for name in (
+        "fwd_dyncore__nplm",
+        "jax2onnx__nplm_take",
+        "ortart_legcore__nplm",
+        "ortgrad_leg__siamese",
+        "ortmodule_leg__nplm",
+        "tf2onnx_sgd__nplm",
+        "torchjoint_in__nplm",
+        "torchmakefx__nplm",
+        "traininginfo_handnplm__nplm_adam",
+    )
+]
 IMPORTS = """
 from __future__ import annotations
 from dataclasses import dataclass
@@ -55,7 +70,7 @@ def test_your_first_pass_works_as_written(
         assert not left.value.code, output.read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/passes.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/passes.md", "docs/patterns.md"])
 def test_commands_in_the_documents_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     context = click.Context(cli)
@@ -76,6 +91,17 @@ def test_tables_of_the_documents_are_complete() -> None:
     assert all(f"`kfac_onnx/{room}/`" in readme for room in rooms)
     commands = "pip install . && kfac-onnx demo", "pip install -e '.[dev]' && pytest"
     assert all(f"\n{command}\n" in readme for command in commands)
+
+
+def test_the_page_of_patterns_lists_every_finding_and_frontend() -> None:
+    page = (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8")
+    folder = ROOT / "kfac_onnx" / "passes" / "checks"
+    source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    found = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
+    found |= {"ambiguous-copy", "refused-table", "zero-table", "constant-weights"}  # chosen by a condition
+    assert found == set(re.findall(r"^\| `([a-z-]+)` +\| (?:error|warning|note)", page, re.MULTILINE))
+    readers = set(re.findall(r"^\| `([a-z-]+)` +\| (?!error|warning|note)", page, re.MULTILINE))
+    assert {scan(path).frontend for path in GRAPHS} <= readers
 
 
 def test_the_options_in_the_documents_are_those_of_the_code() -> None:

@@ -4,14 +4,14 @@ A safetensors file. Tensors: `state/<input>` for every state, `constant/<input>`
 `model` (uint8), the model itself without those values. Its metadata entry `kfac_onnx` is JSON: counters,
 data position, learning rates, schedule, seed, the model's hash, and for each tensor its dtype and checksum.
 bfloat16 is stored as uint16 bits. The file is written beside its place and renamed, so it is whole or absent.
+Tensors go from their buffers to the file and back in pieces: a table is never in memory twice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
@@ -25,12 +25,14 @@ from kfac_onnx.files import atomic_path
 from kfac_onnx.metadata import State
 from kfac_onnx.passes.partition import partition
 from kfac_onnx.passes.partition_graph import build_model
+from kfac_onnx.runtime.stored import StoredArray, bytes_of, safetensors_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from kfac_onnx.passes.partition import Plan
+    from kfac_onnx.runtime.stored import Array
 
 __all__ = [
     "Checkpoint",
@@ -44,18 +46,18 @@ __all__ = [
     "write_checkpoint",
 ]
 
-VERSION: Final = 1
+VERSION: Final = 2
 KEY: Final = "kfac_onnx"
 BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint file."""
+    """The contents of a checkpoint: arrays in memory to be written, or arrays in the file that was read."""
 
     model: bytes
-    states: Mapping[str, np.ndarray]
-    constants: Mapping[str, np.ndarray]
+    states: Mapping[str, Array]
+    constants: Mapping[str, Array]
     committed: int
     skipped: int
     position: int
@@ -65,7 +67,7 @@ class Checkpoint:
     seed: int | None
     version: int = VERSION
     dtypes: dict[str, str] = field(default_factory=dict[str, str])
-    checksums: dict[str, int] = field(default_factory=dict[str, int])
+    checksums: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def model_bytes(plan: Plan, entries: Mapping[str, str]) -> bytes:
@@ -90,13 +92,18 @@ def model_hash(model: bytes) -> str:
     return hashlib.sha256(model).hexdigest()
 
 
-def _plain(array: np.ndarray) -> np.ndarray:
+def _plain(array: Array) -> np.ndarray:
     flat = np.ascontiguousarray(array).reshape(array.shape)
     return flat.view(np.uint16) if flat.dtype == BFLOAT16 else flat
 
 
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _checksum(array: np.ndarray | StoredArray) -> str:
+    """Return the SHA-256 of an array's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    pieces = array.pieces() if isinstance(array, StoredArray) else [bytes_of(np.ascontiguousarray(array))]
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -125,20 +132,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises UserError when there is no such file, it is no checkpoint, or it is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    opener: Any = safe_open  # the package declares no type for what it opens
     try:
-        with opener(str(path), framework="numpy") as file:
-            entries: dict[str, str] = file.metadata() or {}
-            if KEY not in entries:
-                raise UserError(f"'{path}' is not a checkpoint of a training session")
-            header: dict[str, Any] = json.loads(entries[KEY])
-            names: list[str] = list(file.keys())
-            tensors: dict[str, np.ndarray] = {name: np.array(file.get_tensor(name)) for name in names}
+        tensors, entries = safetensors_arrays(path)
+        if KEY not in entries:
+            raise UserError(f"'{path}' is not a checkpoint of a training session")
+        header: dict[str, Any] = json.loads(entries[KEY])
     except FileNotFoundError as e:
         raise UserError(f"there is no checkpoint '{path}'") from e
-    except (SafetensorError, OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError) as e:
         raise _damaged(path, first_line(e)) from e
     if header.get("version") != VERSION:
         message = f"checkpoint '{path}' has version {header.get('version')}, this program reads {VERSION}"
@@ -150,8 +151,8 @@ def _damaged(path: str | Path, detail: str) -> UserError:
     return UserError(f"checkpoint '{path}' is damaged: {detail}", help="take an older one")
 
 
-def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
-    checksums: dict[str, int] = header.get("checksums", {})
+def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, StoredArray]) -> Checkpoint:
+    checksums: dict[str, str] = header.get("checksums", {})
     dtypes: dict[str, str] = header.get("dtypes", {})
     for name, expected in checksums.items():
         if name not in tensors:
@@ -159,12 +160,14 @@ def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, np.nda
         if _checksum(tensors[name]) != expected:
             raise _damaged(path, f"the checksum of tensor '{name}' is wrong")
         if dtypes.get(name) == "bfloat16":
-            tensors[name] = tensors[name].view(BFLOAT16)
-    model = tensors["model"].tobytes()
+            tensors[name] = replace(tensors[name], dtype=BFLOAT16)
+    if "model" not in tensors:
+        raise _damaged(path, "it holds no model")
+    model = np.asarray(tensors["model"]).tobytes()
     if header.get("model_hash") != model_hash(model):
         raise _damaged(path, "the hash of its model is wrong")
 
-    def part(prefix: str) -> dict[str, np.ndarray]:
+    def part(prefix: str) -> dict[str, Array]:
         return {n.removeprefix(prefix): array for n, array in tensors.items() if n.startswith(prefix)}
 
     keys = ("committed", "skipped", "position", "host_roots", "learning_rates", "schedule", "seed")
@@ -185,7 +188,7 @@ def kfac_metadata(model: ir.Model) -> dict[str, str]:
     return {key: value for key, value in model.metadata_props.items() if key.startswith("kfac.")}
 
 
-def given_values(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def given_values(checkpoint: Checkpoint) -> dict[str, Array]:
     """Return the values a new session needs: parameters and constants."""
     model = ir.from_proto(proto_of(checkpoint))
     names = {

@@ -6,6 +6,7 @@ else from `State.initial`), constants, and learning rates. What is left is the b
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.metadata import State, Step
 from kfac_onnx.runtime.batches import BatchInput
 from kfac_onnx.runtime.engine import Holder
+from kfac_onnx.runtime.stored import StoredArray
 from kfac_onnx.runtime.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from kfac_onnx.passes.partition import Plan
+    from kfac_onnx.runtime.stored import Array
 
 __all__ = [
     "assignable",
@@ -53,7 +56,7 @@ def require_step(model: ir.Model, name: str) -> Step:
     return step
 
 
-def check_names(plan: Plan, values: Mapping[str, np.ndarray]) -> None:
+def check_names(plan: Plan, values: Mapping[str, Array]) -> None:
     """Raise UserError for a value that belongs to no parameter and no input of the graph."""
     own = {state.input for state in plan.states if state.initial != "parameter"}
     own |= {rate.input for rate in plan.step.learning_rates}
@@ -64,7 +67,7 @@ def check_names(plan: Plan, values: Mapping[str, np.ndarray]) -> None:
             raise UserError(message)
 
 
-def _initial(state: State, plan: Plan, values: Mapping[str, np.ndarray], element: int) -> np.ndarray:
+def _initial(state: State, plan: Plan, values: Mapping[str, Array], element: int) -> Array:
     if state.initial == "parameter":
         if state.input in values:
             return fitting_value(values[state.input], state)
@@ -87,15 +90,16 @@ def _initial(state: State, plan: Plan, values: Mapping[str, np.ndarray], element
             return np.full(state.shape, float(state.initial), dtype)
 
 
-def fitting_value(array: np.ndarray, state: State) -> np.ndarray:
+def fitting_value(array: Array, state: State) -> Array:
     """Return a parameter's value in the state's dtype (bfloat16 may come as uint16 bits).
 
     Raises UserError for another shape or dtype, and for entries that are not finite: no step would be kept.
+    The entries of an array in a file are looked at when they are read.
     """
     element = element_type(state.dtype)
     wanted = numpy_dtype(element)
     if element == BFLOAT16 and array.dtype == np.uint16:
-        array = np.ascontiguousarray(array).view(wanted)
+        array = _as_bfloat16(array)
     if tuple(array.shape) != tuple(state.shape):
         message = (
             f"the value of parameter '{state.input}' must have shape {list(state.shape)},"
@@ -105,9 +109,22 @@ def fitting_value(array: np.ndarray, state: State) -> np.ndarray:
     if array.dtype != wanted:
         message = f"the value of parameter '{state.input}' must be {dtype_name(element)}, got {array.dtype}"
         raise UserError(message, help=f"convert it: array.astype('{dtype_name(element)}')")
+    if not isinstance(array, StoredArray):
+        require_finite(array, state)
+    return array
+
+
+def _as_bfloat16(array: Array) -> Array:
+    """Return 16-bit patterns as the bfloat16 numbers that they are."""
+    if isinstance(array, StoredArray):
+        return replace(array, dtype=numpy_dtype(BFLOAT16))
+    return np.ascontiguousarray(array).view(numpy_dtype(BFLOAT16))
+
+
+def require_finite(array: np.ndarray, state: State) -> None:
+    """Raise UserError for a parameter with an entry that is not finite."""
     if not _all_finite(array):
         raise UserError(f"the value of parameter '{state.input}' holds entries that are not finite")
-    return array
 
 
 def _all_finite(array: np.ndarray) -> bool:
@@ -120,7 +137,7 @@ def _all_finite(array: np.ndarray) -> bool:
 
 def assignable(
     plan: Plan, holders: Mapping[str, Holder], values: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Array]:
     """Return new values of trained parameters in their dtypes.
 
     Raises UserError for a name that is no trained parameter, or a value that does not fit.
@@ -133,13 +150,16 @@ def assignable(
 
 
 def build_holders(
-    plan: Plan, values: Mapping[str, np.ndarray], device: Device, *, in_place: bool
+    plan: Plan, values: Mapping[str, Array], device: Device, *, in_place: bool
 ) -> dict[str, Holder]:
     """Return each state's buffers, by `State.input`: two, or one where it is held in place."""
     holders: dict[str, Holder] = {}
     for state in plan.states:
         element = element_type(state.dtype)
-        first = Buffer(_initial(state, plan, values, element), element, device)
+        initial = _initial(state, plan, values, element)
+        first = Buffer(initial, element, device)
+        if isinstance(initial, StoredArray):
+            require_finite(first.view(), state)
         buffers = [first]
         if state.update == "double" or not in_place:
             buffers.append(Buffer(np.zeros(state.shape, numpy_dtype(element)), element, device))
@@ -147,7 +167,7 @@ def build_holders(
     return holders
 
 
-def build_constants(plan: Plan, values: Mapping[str, np.ndarray], device: Device) -> dict[str, Buffer]:
+def build_constants(plan: Plan, values: Mapping[str, Array], device: Device) -> dict[str, Buffer]:
     """Return the buffers of inputs that keep their value: constants, frozen tables, given batch inputs."""
     states = {state.input for state in plan.states}
     rates = {rate.input for rate in plan.step.learning_rates}
@@ -161,7 +181,7 @@ def build_constants(plan: Plan, values: Mapping[str, np.ndarray], device: Device
         if name in values:
             array = values[name]
             if element == BFLOAT16 and array.dtype == np.uint16:
-                array = np.ascontiguousarray(array).view(numpy_dtype(element))
+                array = _as_bfloat16(array)
             if array.dtype != numpy_dtype(element):
                 message = f"the value of input '{name}' must be {dtype_name(element)}, got {array.dtype}"
                 raise UserError(message)

@@ -53,13 +53,14 @@ from kfac_onnx.runtime.seeds import seed_random_nodes
 from kfac_onnx.runtime.stepper import Stepper
 from kfac_onnx.runtime.tensors import device_of
 from kfac_onnx.runtime.views import Description, Metrics, Parameters, describe
-from kfac_onnx.runtime.weights import read_weights
+from kfac_onnx.runtime.weights import stored_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
     from kfac_onnx.runtime.schedules import Schedule
+    from kfac_onnx.runtime.stored import Array
 
 __all__ = ["TrainingSession"]
 
@@ -89,7 +90,7 @@ class TrainingSession:
         model: str | Path | ir.Model,
         *,
         providers: Sequence[str | tuple[str, Mapping[str, object]]] = ("CPUExecutionProvider",),
-        parameters: Mapping[str, np.ndarray] | str | Path | None = None,
+        parameters: Mapping[str, Array] | str | Path | None = None,
         threads: int | None = None,
         lr: float | None = None,
         rest_lr: float | None = None,
@@ -116,7 +117,9 @@ class TrainingSession:
         self._reduction = "unknown" if loss is None else loss.reduction
         self._evaluator: Evaluator | None = None
         self._serialized: bytes | None = None
-        values = read_weights(parameters) if isinstance(parameters, (str, Path)) else dict(parameters or {})
+        values: dict[str, Array] = (
+            stored_weights(parameters) if isinstance(parameters, (str, Path)) else {**(parameters or {})}
+        )
         check_names(plan, values)
         self.in_place_problem = plan_problem(plan, self._providers, self._device)
         self._holders = build_holders(plan, values, self._device, in_place=self.in_place_problem is None)
@@ -316,8 +319,8 @@ class TrainingSession:
         self._require_open()
         checkpoint = Checkpoint(
             model=self._model_bytes(),
-            states=self.states,
-            constants={name: buffer.read() for name, buffer in self._constants.items()},
+            states={name: holder.live.view() for name, holder in self._holders.items()},
+            constants={name: buffer.view() for name, buffer in self._constants.items()},
             committed=self.committed,
             skipped=self.skipped,
             position=self.position,
@@ -363,7 +366,8 @@ class TrainingSession:
             seed=checkpoint.seed,
         )
         for name, holder in session._holders.items():
-            holder.live.write(checkpoint.states[name])
+            if holder.state.initial != "parameter":
+                holder.live.write(checkpoint.states[name])
         session.learning_rates.update(checkpoint.learning_rates)
         session.committed, session.skipped = checkpoint.committed, checkpoint.skipped
         session.position = checkpoint.position

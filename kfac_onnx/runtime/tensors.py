@@ -18,9 +18,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.runtime.stored import StoredArray
 
 if TYPE_CHECKING:
     from kfac_onnx.providers import Providers
+    from kfac_onnx.runtime.stored import Array
 
 __all__ = [
     "Buffer",
@@ -127,8 +129,12 @@ class Buffer:
     `array` is the buffer's memory on the CPU (the user's dtype), None on other devices.
     """
 
-    def __init__(self, initial: np.ndarray, element: int, device: Device) -> None:
-        own = np.array(initial, dtype=numpy_dtype(element), order="C", copy=True)
+    def __init__(self, initial: Array, element: int, device: Device) -> None:
+        own = np.empty(initial.shape, numpy_dtype(element))
+        if isinstance(initial, StoredArray):
+            initial.read_into(own)
+        else:
+            own[...] = initial
         self.element = element
         self.shape = tuple(own.shape)
         self.array: np.ndarray | None = own if device.is_cpu else None
@@ -153,8 +159,15 @@ class Buffer:
         _transfer(self.value, host_value(result, self.element), self.element)
         return result
 
-    def write(self, contents: np.ndarray) -> None:
-        """Replace the contents; the shape is the buffer's."""
+    def view(self) -> np.ndarray:
+        """Return the contents: the buffer's own memory on the CPU, a copy elsewhere."""
+        return self.read() if self.array is None else self.array
+
+    def write(self, contents: Array) -> None:
+        """Replace the contents; the shape and, for an array in a file, the dtype are the buffer's."""
+        if isinstance(contents, StoredArray) and self.array is not None:
+            contents.read_into(self.array)
+            return
         own = np.asarray(contents, numpy_dtype(self.element)).reshape(self.shape)
         if self.array is not None:
             self.array[...] = own

@@ -9,28 +9,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.files import load_model, read_npz
+from kfac_onnx.files import load_model
+from kfac_onnx.runtime.stored import npz_arrays, safetensors_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
+    from kfac_onnx.runtime.stored import Array
 
-__all__ = ["read_weights"]
+__all__ = ["read_weights", "stored_weights"]
 
 
-def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]  bare PathLike
-
+def _read_safetensors(path: str | Path) -> dict[str, Array]:
     try:
-        return dict(load_file(str(path)))  # pyright: ignore[reportUnknownVariableType]  its PathLike has no parameter
-    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        return {**safetensors_arrays(path)[0]}
+    except (OSError, ValueError) as e:
         raise UserError(f"'{path}' is not a readable .safetensors file: {first_line(e)}") from e
 
 
-def _read_onnx(path: str | Path) -> dict[str, np.ndarray]:
+def _read_npz(path: str | Path) -> dict[str, Array]:
+    try:
+        return {**npz_arrays(path)}
+    except (OSError, ValueError) as e:
+        raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
+
+
+def _read_onnx(path: str | Path) -> dict[str, Array]:
     model = load_model(path)
     return {
         name: value.const_value.numpy()
@@ -39,19 +46,27 @@ def _read_onnx(path: str | Path) -> dict[str, np.ndarray]:
     }
 
 
-def _read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
+def _read_checkpoint(path: str | Path) -> dict[str, Array]:
     from kfac_onnx.runtime.ort_checkpoint import read_ort_checkpoint
 
-    return read_ort_checkpoint(path)
+    return {**read_ort_checkpoint(path)}
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a file by name.
+    """Return the arrays of a file by name, in memory.
 
     Raises UserError when the file is missing, damaged or of another kind.
     """
-    readers: dict[str, Callable[[str | Path], dict[str, np.ndarray]]] = {
-        ".npz": read_npz,
+    return {name: np.asarray(array) for name, array in stored_weights(path).items()}
+
+
+def stored_weights(path: str | Path) -> dict[str, Array]:
+    """Return the arrays of a file by name; those of `.npz` and `.safetensors` stay in it until they are read.
+
+    Raises UserError when the file is missing, damaged or of another kind.
+    """
+    readers: dict[str, Callable[[str | Path], dict[str, Array]]] = {
+        ".npz": _read_npz,
         ".safetensors": _read_safetensors,
         ".onnx": _read_onnx,
         ".checkpoint": _read_checkpoint,

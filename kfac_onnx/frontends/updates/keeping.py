@@ -21,7 +21,7 @@ __all__ = ["OURS", "kept"]
 
 OURS: Final = "kfac.gradient"
 """Marks nodes that compute a gradient from what an update holds; they are no part of the update."""
-SCALINGS: Final = frozenset({"Mul", "Div", "Neg", "Identity", "Cast"})
+SCALINGS: Final = frozenset({"Mul", "Div", "Neg", "Cast"})
 
 
 def kept(
@@ -79,9 +79,12 @@ def _between(part: Part, flow: Flow) -> list[ir.Node] | None:
     nodes: list[ir.Node] = []
     while value is not None and value is not part.value:
         node = value.producer()
-        if node is None or node.op_type not in SCALINGS or node.domain:
+        if node is None or node.op_type not in SCALINGS | VIEWS or node.domain:
             return None
-        nodes.append(node)
+        if (
+            node.op_type in SCALINGS
+        ):  # every entry is scaled alike, so it does not matter how they are laid out
+            nodes.append(node)
         followed = [item for item in node.inputs if item in flow.batch and not flow.is_number(item)]
         value = followed[0] if len(followed) == 1 else None
     return nodes[::-1] if value is part.value else None

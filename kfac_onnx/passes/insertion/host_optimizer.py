@@ -13,6 +13,7 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
+from kfac_onnx.frontends.updates.flow import VIEWS
 from kfac_onnx.frontends.updates.keeping import OURS
 from kfac_onnx.metadata import HostUpdate, OptimizerState, Parameter, Phase, Site
 from kfac_onnx.passes.insertion.draft import FLOAT, INT64
@@ -103,7 +104,7 @@ def _scatter(update: HostUpdate, source: ir.Value, result: RowUpdate, draft: Dra
         node = draft.value(name).producer()
         if node is None:
             raise AssertionError("a step of an update is computed")
-        inputs = [rows if value is taken else value for value in node.inputs]
+        inputs = [rows if _same_entries(value, taken) else value for value in node.inputs]
         attributes = dict(node.attributes)
         taken = draft.value(name)
         rows = emit.node(
@@ -129,6 +130,14 @@ def _scatter(update: HostUpdate, source: ir.Value, result: RowUpdate, draft: Dra
     emit.replace_uses(old, new, outputs=True)
     new.name = name
     draft.remember(new, old)
+
+
+def _same_entries(value: ir.Value | None, taken: ir.Value) -> bool:
+    """Say whether a value is `taken`, or a view of it."""
+    while value is not None and value is not taken:
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type in VIEWS - {"Cast"} else None
+    return value is taken
 
 
 def close_updates(draft: Draft) -> None:

@@ -251,3 +251,23 @@ def test_a_refused_table_keeps_its_pair(build: Callable[[str], ir.Model]) -> Non
     results = run_dropped_in(model, {"W": np.ones((5, 3), np.float32), "ids": IDS, "x": x})
     assert list(results)[:3] == ["loss", "W_grad_values", "W_grad_indices"]
     np.testing.assert_array_equal(results["W_grad_values"], x.reshape(-1, 3))
+
+
+def test_rows_of_several_lookups_stay_in_their_order(build: Callable[[str], ir.Model]) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+    g (float[5, 3] W, int64[2] a, int64[3] b, float[2, 3] x, float[3, 3] y)
+    => (float loss, float[5, 3] W_values, int64[5] W_indices) {
+        h2 = Gather<axis = 0>(W, b) h1 = Gather<axis = 0>(W, a)
+        hx = Mul(h1, x) hy = Mul(h2, y) one = ReduceSum<keepdims = 0>(hx) two = ReduceSum<keepdims = 0>(hy)
+        loss = Add(one, two)
+        W_values = Concat<axis = 0>(x, y) W_indices = Concat<axis = 0>(a, b)
+    }"""
+    model = transform(build(text), preset="half", shape="dense")
+    rows = RNG.standard_normal((5, 3)).astype(np.float32)
+    ids = np.array([4, 0, 1, 4, 2])
+    feed = {"W": np.ones((5, 3), np.float32), "a": ids[:2], "b": ids[2:], "x": rows[:2], "y": rows[2:]}
+    results = run_dropped_in(model, feed)
+    np.testing.assert_array_equal(results["W_indices"], ids)
+    twice = run_dropped_in(model, {**feed, "x": rows[:2] * 0})  # the first rows are those of a
+    assert not twice["W_values"][:2].any()
+    assert twice["W_values"][2:].any()

@@ -179,6 +179,9 @@ def _pair(
         if found is not None:
             left.remove(found.term)
             uses.append(_with_clamping(found, facts))
+    # In the order of the gradient's terms: rows and ids that are handed out stay where the exporter has them.
+    places = {_rows_of(term): place for place, term in enumerate(terms)}
+    uses.sort(key=lambda use: places.get(_rows_of(use.term), 0))
     uses = [_with_shared(use, left, shape, facts) for use in uses]
     unclaimed = [lookup for lookup in lookups if all(use.lookup is not lookup for use in uses)]
     rows_left = [term for term in left if isinstance(term, RowTerm)]
@@ -218,6 +221,10 @@ def _pair(
     verdict.site = SiteMatch(verdict.weight, gradient, tuple(uses), tuple(dense_uses), dense_left, products)
     verdict.trail.append("accepted")
     return verdict
+
+
+def _rows_of(term: RowTerm | DenseTerm) -> ir.Value:
+    return term.updates if isinstance(term, RowTerm) else term.value
 
 
 def _refuse_unclaimed(

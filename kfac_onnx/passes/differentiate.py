@@ -69,7 +69,7 @@ class Differentiate(Pass):
         weights, constants, copied = _weights(model, self.train, self.freeze, place)
         notes += copied
         gradients = _append(model, loss, weights, place)
-        notes += make_canonical(model, place)
+        notes += _with_kernels(model)
         notes += _inference_notes(model)
         _describe(model, loss, gradients, notes)
         for name, reason in constants.items():
@@ -340,6 +340,20 @@ def _append(
         gradient.type, gradient.shape = ir.TensorType(value.dtype or ir.DataType.FLOAT), value.shape
         model.graph.outputs.append(gradient)
     return {value: found[value] for value in weights if value in found}
+
+
+def _with_kernels(model: ir.Model) -> list[str]:
+    """Tell the shapes of what was added, and give it types that onnxruntime has kernels for."""
+    from kfac_onnx.frontends.shapes import infer_shapes
+    from kfac_onnx.frontends.upgrade import clean_imports
+    from kfac_onnx.frontends.widen import widen
+
+    infer_shapes(model)
+    notes = widen(model)
+    if notes:
+        infer_shapes(model)
+    clean_imports(model)
+    return notes
 
 
 def _inference_notes(model: ir.Model) -> list[str]:

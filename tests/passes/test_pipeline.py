@@ -89,7 +89,7 @@ def test_an_unknown_pass_names_the_nearest() -> None:
         parse_pipeline("find-embedings")
     assert caught.value.message == "unknown pass 'find-embedings'; did you mean 'find-embeddings'?"
     assert caught.value.help is not None
-    assert caught.value.help.startswith("the passes are: find-embeddings, insert-embedding-kfac, ")
+    assert caught.value.help.startswith("the passes are: differentiate, find-embeddings, ")
 
 
 def test_an_unknown_option_names_the_nearest() -> None:

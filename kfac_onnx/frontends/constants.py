@@ -122,6 +122,8 @@ class Constants:
             return _shape_node(node)
         if len(node.outputs) > 1:
             return None
+        if node.op_type == "Gather" and (length := self._dimension(node)) is not None:
+            return length
         shape = static_shape(value)
         small = node.op_type in NO_LARGER | BOUNDED if shape is None else int(np.prod(shape)) <= SMALL
         if not small:
@@ -136,6 +138,20 @@ class Constants:
         if node.op_type in ELEMENTWISE and _broadcast_size(inputs) > SMALL:
             return None
         return _run_node(node, [item for item in inputs if item is not None], self.opset)
+
+    def _dimension(self, node: ir.Node) -> np.ndarray | None:
+        """Return what a Gather reads of a shape of which only some dimensions are known."""
+        shape, places = node.inputs[0], self.constant(node.inputs[1])
+        source = None if shape is None else shape.producer()
+        if source is None or source.op_type != "Shape" or places is None or source.attributes:
+            return None
+        of = source.inputs[0]
+        dims = None if of is None or of.shape is None else list(of.shape)
+        if dims is None or any(not -len(dims) <= int(place) < len(dims) for place in places.reshape(-1)):
+            return None
+        chosen = [dims[int(place)] for place in places.reshape(-1)]
+        known = [dim for dim in chosen if isinstance(dim, int)]
+        return np.asarray(known, np.int64).reshape(places.shape) if len(known) == len(chosen) else None
 
     def is_zeros(self, value: ir.Value | None) -> bool:
         """Say whether a tensor of any size is all zeros, without building it."""

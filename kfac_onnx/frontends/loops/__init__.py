@@ -21,6 +21,7 @@ from kfac_onnx.frontends.loops.casts import name_types_of_casts
 from kfac_onnx.frontends.loops.lookups import look_up_before
 from kfac_onnx.frontends.loops.recurrence import Recurrence, subgraphs
 from kfac_onnx.frontends.loops.results import compute_outside, prune_emitted, stack_sequences
+from kfac_onnx.frontends.loops.scopes import name_values_apart
 from kfac_onnx.frontends.loops.states import (
     counts_iterations,
     drop_unchanged,
@@ -46,6 +47,7 @@ def open_loops(model: ir.Model) -> list[str]:
     """Move what can be out of the loops and branches of a model; return one note per kind of rewrite."""
     if not any(node.op_type in ("Loop", "Scan", "If") for graph in all_graphs(model.graph) for node in graph):
         return []
+    name_values_apart(model, Names(model))
     LiftSubgraphInitializersToMainGraphPass()(model)
     counts: Counter[str] = Counter()
     for _ in range(SWEEPS):

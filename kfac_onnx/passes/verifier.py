@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import onnx_ir as ir
 
@@ -24,11 +24,14 @@ __all__ = ["problems_of"]
 
 DIALECT: Final = "ai.kfac"
 
+Owner: TypeAlias = "str | ir.Node"
+"""What a name stands for: in words, or the node whose output it is."""
+
 
 def problems_of(model: ir.Model) -> list[str]:
     """Return one sentence for each thing that is wrong with `model`; an empty list when it is sound."""
     problems: list[str] = []
-    names: dict[str, str] = {}
+    names: dict[str, Owner] = {}
     problems += _graph_problems(model.graph, set(), names, dict(model.opset_imports))
     for function in model.functions.values():
         where = f"in function {function.domain}::{function.name}: "
@@ -47,12 +50,13 @@ def _label(node: ir.Node) -> str:
 def _graph_problems(
     graph: ir.Graph | ir.Function,
     scope: set[int],
-    names: dict[str, str],
+    names: dict[str, Owner],
     imports: dict[str, int],
 ) -> Iterator[str]:
     """Yield the problems of one graph; `scope` holds the ids of the values known so far, and gets its own."""
     for value in graph.inputs:
-        yield from _define(value, "an input", scope, names)
+        yield from _define(value, "an input", names)
+        scope.add(id(value))
     if isinstance(graph, ir.Graph):
         for key, value in graph.initializers.items():
             if value.name != key:
@@ -60,7 +64,8 @@ def _graph_problems(
             if value.const_value is None:
                 yield f"initializer '{key}' has no data"
             if not value.is_graph_input():
-                yield from _define(value, "an initializer", scope, names)
+                yield from _define(value, "an initializer", names)
+                scope.add(id(value))
     for node in graph:
         if node.domain not in imports:
             yield f"{_label(node)} is of a domain that is not imported: '{node.domain}'"
@@ -73,7 +78,8 @@ def _graph_problems(
                 scope.difference_update(map(id, _values_of(body)))
         for value in node.outputs:
             if value.name:
-                yield from _define(value, f"an output of {_label(node)}", scope, names)
+                yield from _define(value, node, names)
+                scope.add(id(value))
             elif value.uses() or value.is_graph_output():
                 yield f"{_label(node)} has an output that is used but has no name"
         if node.domain == DIALECT:
@@ -91,14 +97,18 @@ def _values_of(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _define(value: ir.Value, role: str, scope: set[int], names: dict[str, str]) -> Iterator[str]:
-    if not value.name:
-        yield f"{role} has no name"
-    elif value.name in names:
-        yield f"the name '{value.name}' stands for {names[value.name]} and for {role}"
-    else:
-        names[value.name] = role
-    scope.add(id(value))
+def _define(value: ir.Value, owner: Owner, names: dict[str, Owner]) -> tuple[str, ...]:
+    name = value.name
+    if not name:
+        return (f"{_role(owner)} has no name",)
+    if name in names:
+        return (f"the name '{name}' stands for {_role(names[name])} and for {_role(owner)}",)
+    names[name] = owner
+    return ()
+
+
+def _role(owner: Owner) -> str:
+    return owner if isinstance(owner, str) else f"an output of {_label(owner)}"
 
 
 def _why_missing(value: ir.Value, graph: ir.Graph | ir.Function) -> str:
@@ -118,7 +128,7 @@ def _dialect_problems(node: ir.Node) -> list[str]:
     return dialect.verify_node(node)
 
 
-def _metadata_problems(model: ir.Model, names: dict[str, str]) -> Iterator[str]:
+def _metadata_problems(model: ir.Model, names: dict[str, Owner]) -> Iterator[str]:
     loss = metadata.read(model, "loss", metadata.Loss)
     if loss is not None and loss.value is not None and loss.value not in names:
         yield f"kfac.loss names '{loss.value}', which is not in the graph"

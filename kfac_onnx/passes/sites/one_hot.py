@@ -132,7 +132,8 @@ def _same_batch(one: ir.Value, other: ir.Value) -> bool:
 def _gemm(node: ir.Node, one: ir.Value, other: ir.Value) -> Contraction | None:
     scale, shift = node.attributes.get("alpha"), node.attributes.get("beta")
     bias = len(node.inputs) > 2 and node.inputs[2] is not None
-    if (scale is not None and scale.as_float() != 1.0) or len(one.shape or ()) != 2 != len(other.shape or ()):
+    ranks = {len(one.shape or ()), len(other.shape or ())}
+    if ranks != {2} or (scale is not None and scale.as_float() != 1.0):
         return None
     if bias and (shift is None or shift.as_float() != 0.0):
         return None

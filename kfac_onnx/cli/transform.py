@@ -53,6 +53,11 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "shape", "target", "grad_scale",
     multiple=True,
     help="Leave this refused table to --rest; may be given several times.",
 )
+@click.option(
+    "--initialize",
+    is_flag=True,
+    help="Start from the file's own initialization (training_info), not from the values that are stored.",
+)
 @click.option("--pipeline", metavar="TEXT", help="Run these passes instead of the preset's.")
 @parameters_option
 @reading_options
@@ -70,6 +75,7 @@ def command(
     target: str,
     grad_scale: float | None,
     allow_fallback: tuple[str, ...],
+    initialize: bool,
     pipeline: str | None,
     parameters: str | None,
     loss: str | None,
@@ -102,6 +108,7 @@ def command(
         target=target,
         grad_scale=grad_scale,
         allow_fallback=allow_fallback,
+        initialize=initialize,
         pipeline=pipeline,
         parameters=None if parameters is None else read_weights(parameters),
         loss=loss,

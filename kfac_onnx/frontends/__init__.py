@@ -3,5 +3,12 @@
 from kfac_onnx.frontends.canonical import read_forward_graph, read_training_graph
 from kfac_onnx.frontends.loss import emit_divisor
 from kfac_onnx.frontends.scatters import make_scatters_race_free
+from kfac_onnx.frontends.training_info import initial_values
 
-__all__ = ["emit_divisor", "make_scatters_race_free", "read_forward_graph", "read_training_graph"]
+__all__ = [
+    "emit_divisor",
+    "initial_values",
+    "make_scatters_race_free",
+    "read_forward_graph",
+    "read_training_graph",
+]

@@ -174,7 +174,7 @@ def _with_derivatives(exported: Exported, training: Training) -> tuple[Exported,
     if training.initialized:
         notes.append(
             f"the file's initialization of {len(training.initialized)} tensors is not run: "
-            "training starts from the values that are stored"
+            "training starts from the values that are stored (--initialize runs it)"
         )
     if training.steps == 0:
         return exported, notes

@@ -70,9 +70,21 @@ def expand_gradients(
             _differentiate(model, item, place)
         pending = [item for item in pending if item not in ready]
     model.graph.sort()
+    _rename_nodes(model)
     infer_shapes(model)
     count = "1 Gradient node" if len(wanted) == 1 else f"{len(wanted)} Gradient nodes"
     return loss, [*notes, f"{count} of training_info replaced by derivatives of {loss}"]
+
+
+def _rename_nodes(model: ir.Model) -> None:
+    """Give nodes of the same name new ones: each derivative names its nodes by itself."""
+    taken: set[str] = set()
+    for node in model.graph:
+        name, number = node.name, 1
+        while node.name and node.name in taken:
+            number += 1
+            node.name = f"{name}_{number}"
+        taken.add(node.name or "")
 
 
 def is_derivative(value: ir.Value) -> bool:
@@ -236,7 +248,7 @@ def _differentiate(model: ir.Model, item: _Wanted, place: str | None) -> None:
     # Intermediate values among xs and zs are independent: what they are computed from does not count.
     cut = {value: _like(value) for value in named if value.producer() is not None and value is not y}
     for value, stand_in in cut.items():
-        value.replace_all_uses_with(stand_in)
+        _redirect(value, stand_in)
     model.graph.inputs.extend(cut.values())
     wanted = [
         (cut.get(value, value), result)
@@ -247,10 +259,16 @@ def _differentiate(model: ir.Model, item: _Wanted, place: str | None) -> None:
         gradients = differentiate(model, y, list(dict.fromkeys(value for value, _ in wanted)), place=place)
     finally:
         for value, stand_in in cut.items():
-            stand_in.replace_all_uses_with(value)
+            _redirect(stand_in, value)
             model.graph.inputs.remove(stand_in)
     for value, result in wanted:
         _put(model, gradients[value], result)
+
+
+def _redirect(value: ir.Value, other: ir.Value) -> None:
+    """Let every reader of `value` read `other`; outputs of the graph stay."""
+    for usage in list(value.uses()):
+        usage.node.replace_input_with(usage.idx, other)
 
 
 def _like(value: ir.Value) -> ir.Value:

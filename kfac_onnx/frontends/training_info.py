@@ -16,10 +16,12 @@ import onnx
 import onnx_ir as ir
 
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.files import load_proto
 from kfac_onnx.frontends.lowering.optimizers import TRAINING_DOMAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy as np
 
@@ -187,18 +189,20 @@ def _describe(node: onnx.NodeProto, algorithm: onnx.GraphProto) -> str:
     return f"{node.op_type} ({', '.join(settings)})"
 
 
-def initial_values(proto: onnx.ModelProto, wanted: Iterable[str]) -> dict[str, np.ndarray]:
-    """Run a model's own initialization and return what it binds to these initializers.
+def initial_values(source: str | Path | onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Run a model's own initialization and return what it binds to initializers of the inference graph.
 
     Random operators without a seed draw anew each time.
 
     Raises:
-        UserError: if onnxruntime cannot run an initialization graph.
+        UserError: if the model has no initialization, or onnxruntime cannot run it.
 
     """
     import onnxruntime
 
-    names = set(wanted)
+    proto = source if isinstance(source, onnx.ModelProto) else load_proto(source)
+    place = None if isinstance(source, onnx.ModelProto) else str(source)
+    names = {item.name for item in proto.graph.initializer}
     values: dict[str, np.ndarray] = {}
     for info in proto.training_info:
         bound = {item.key: item.value for item in info.initialization_binding if item.key in names}
@@ -221,7 +225,14 @@ def initial_values(proto: onnx.ModelProto, wanted: Iterable[str]) -> dict[str, n
         except Exception as error:  # onnxruntime's own exceptions share no other base
             raise UserError(
                 f"the initialization of training_info cannot be run: {first_line(error)}",
-                help="leave it out: the values that are stored in the file are then used",
+                place=place,
+                help="leave --initialize out: training then starts from the values that are stored",
             ) from error
-        values.update(zip(bound, (item for item in results), strict=True))
+        values.update(zip(bound, results, strict=True))
+    if not values:
+        raise UserError(
+            "the model has no initialization: no training_info binds an initializer to a first value",
+            place=place,
+            help="leave --initialize out: training then starts from the values that are stored",
+        )
     return values

@@ -213,6 +213,7 @@ def transform(
     grad_scale: float | None = None,
     allow_fallback: tuple[str, ...] = (),
     padding_idx: Mapping[str, int] | None = None,
+    initialize: bool = False,
     log: Log | None = None,
     **options: float | int | str | None,
 ) -> ir.Model:
@@ -234,6 +235,8 @@ def transform(
         grad_scale: r1.7: the number of examples that a mean loss divides by.
         allow_fallback: refused tables that the ordinary optimizer may train.
         padding_idx: table to the row that is padding, where the exporter lost it: not counted, not updated.
+        initialize: start from what the file's own initialization (`training_info`) gives, instead of the
+            values that are stored; `parameters` come on top of it.
         log: receives what the passes say.
         **options: further options of the pass `insert-embedding-kfac`.
 
@@ -258,12 +261,26 @@ def transform(
     passes = parse_pipeline(text)
     dense = any(getattr(item, "shape", None) == "dense" for item in passes.passes)
     model = _canonical(source, loss, gradients, keep_optimizer=dense)
-    if parameters:
+    first: Mapping[str, Any] = _first_values(source) if initialize else {}
+    if first or parameters:
         from kfac_onnx.passes.values import give_values
 
-        give_values(model, parameters)
+        give_values(model, {**first, **(parameters or {})})
     passes.run(model, log=log)
     return model
+
+
+def _first_values(source: Source) -> Mapping[str, Any]:
+    import onnx_ir as ir
+
+    from kfac_onnx.frontends import initial_values
+
+    if isinstance(source, ir.Model):
+        raise UserError(
+            "a model of onnx_ir has no training_info, so its initialization cannot be run",
+            help="give the file, or an onnx.ModelProto",
+        )
+    return initial_values(source)
 
 
 def save(model: ir.Model, path: str | Path) -> None:

@@ -131,6 +131,7 @@ def test_a_graph_without_gradients(run: Callable[..., Outcome], tmp_path: Path, 
     message = (
         "the graph has no gradients of its parameters\n"
         "  --> DIR/forward.onnx\n"
+        "  tried: optimizer-inside: none of its outputs is a scalar that could be the loss\n"
         "  tried: ort-artifacts: it has no InPlaceAccumulatorV2 nodes\n"
         "  tried: ort-module: it has no YieldOp\n"
         "  tried: named-gradients: none of its outputs is named <parameter>_grad after one of its parameters\n"

@@ -130,7 +130,12 @@ class TableFactors:
         )
         draft.write(factor, counted, Phase.COUNT)
         kept = self.emit.node(
-            "Gather", [factor, self.ids], name="A.before", phase=Phase.GRADIENTS, dtype=FLOAT, shape=[None]
+            "GatherElements",
+            [factor, self.ids],
+            name="A.before",
+            phase=Phase.GRADIENTS,
+            dtype=FLOAT,
+            shape=[None],
         )
         draft.remember(kept)
         undo = draft.settings.setdefault("undo", [])

@@ -73,7 +73,9 @@ class TableBlock(TableFactors):
     def _by_counts(self, gain: ir.Value, damping_a: ir.Value, root: ir.Value) -> RowUpdate:
         draft, exponent = self.draft, self.preset.exponent
         emit = self.emit.derive(phase=Phase.PRECONDITION)
-        counts = emit.node("Gather", [self.counts, self.ids], name="A.after", dtype=FLOAT, shape=[None])
+        counts = emit.node(
+            "GatherElements", [self.counts, self.ids], name="A.after", dtype=FLOAT, shape=[None]
+        )
         draft.remember(counts)
         for entry in draft.settings.get("undo", []):
             if entry["state"] == self._name("A"):
@@ -116,7 +118,7 @@ class TableBlock(TableFactors):
         held = (
             old
             if ids is None
-            else emit.node("Gather", [old, ids], name=f"{what}.before", dtype=FLOAT, shape=[None])
+            else emit.node("GatherElements", [old, ids], name=f"{what}.before", dtype=FLOAT, shape=[None])
         )
         draft.remember(held)
         outs = [Out("update", FLOAT, rows.shape), Out(what, FLOAT, held.shape)]

@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.metadata import IdCheck, Phase, Site
-from kfac_onnx.passes.sites.matching import MatchedUse, SiteMatch, whole_ids
+from kfac_onnx.passes.sites.claims import MatchedUse, whole_ids
 from kfac_onnx.passes.sites.padding import drop_padding
 from kfac_onnx.passes.sites.scatters import DenseTerm, RowTerm
 
 if TYPE_CHECKING:
     from kfac_onnx.passes.rewriter import Emitter
+    from kfac_onnx.passes.sites.matching import SiteMatch
     from kfac_onnx.passes.sites.pulling import RowStep
 
 __all__ = ["id_checks", "mark"]

@@ -19,7 +19,7 @@ from kfac_onnx.frontends.loops.accumulators import scatter_after
 from kfac_onnx.frontends.loops.branches import take_known_branches
 from kfac_onnx.frontends.loops.casts import name_types_of_casts
 from kfac_onnx.frontends.loops.lookups import look_up_before
-from kfac_onnx.frontends.loops.recurrence import Recurrence, subgraphs
+from kfac_onnx.frontends.loops.recurrence import Recurrence, prune, subgraphs
 from kfac_onnx.frontends.loops.results import compute_outside, prune_emitted, stack_sequences
 from kfac_onnx.frontends.loops.scopes import name_values_apart
 from kfac_onnx.frontends.loops.states import (
@@ -56,6 +56,7 @@ def open_loops(model: ir.Model) -> list[str]:
         if counts.total() == before:
             break
         infer_shapes(model)
+    prune(model.graph, [node for node in model.graph if node.op_type == "SequenceEmpty"])
     return [f"{what}: {count}" for what, count in counts.items() if count]
 
 

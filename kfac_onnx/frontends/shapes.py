@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from kfac_onnx.errors import first_line
-from kfac_onnx.frontends.values import REMEMBERED, all_graphs, dtype_of
+from kfac_onnx.frontends.values import REMEMBERED, all_graphs, bodies_of, dtype_of
 
 __all__ = ["infer_shapes"]
 
@@ -93,21 +93,13 @@ def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
         if value.name in known:
             _take(value, known[value.name])
     for node, proto in zip(graph, inferred.node, strict=True):
-        for attribute in node.attributes.values():
-            bodies = graphs_of(attribute)
-            if not bodies:
-                continue
-            found = next(item for item in proto.attribute if item.name == attribute.name)
-            inner = found.graphs if found.graphs else [found.g]
-            for body, body_proto in zip(bodies, inner, strict=True):
-                _merge(body, body_proto)
-
-
-def graphs_of(attribute: ir.Attr) -> list[ir.Graph]:
-    """Return the graphs that an attribute holds: the bodies of an `If`, a `Loop` or a `Scan`."""
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+        bodies = bodies_of(node)
+        if not bodies:
+            continue
+        single = onnx.AttributeProto.GRAPH
+        inner = [g for item in proto.attribute for g in ([item.g] if item.type == single else item.graphs)]
+        for body, found in zip(bodies, inner, strict=True):
+            _merge(body, found)
 
 
 def _take(value: ir.Value, found: onnx.TypeProto) -> None:

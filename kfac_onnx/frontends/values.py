@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ONNX_DOMAINS",
     "all_graphs",
+    "bodies_of",
     "constant",
     "dtype_of",
     "int_attribute",
@@ -29,6 +30,8 @@ INTEGER_RESULTS = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
 BOOL_RESULTS = frozenset(
     {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
 )
+WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+"""Standard operators that hold graphs; of other domains any may."""
 LIKE_INPUT = {
     "Where": 1,
     "CastLike": 1,
@@ -166,12 +169,24 @@ def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     found = [graph]
     for outer in found:  # which grows while it is walked
         for node in outer:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    found.append(attribute.as_graph())
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    found.extend(attribute.as_graphs())
+            if node.op_type in WITH_BODIES or node.domain not in ONNX_DOMAINS:
+                found.extend(bodies_of(node))
     yield from found
+
+
+def bodies_of(node: ir.Node) -> list[ir.Graph]:
+    """Return the graphs that a node holds: the bodies of an `If`, a `Loop` or a `Scan`."""
+    if node.op_type not in WITH_BODIES and node.domain in ONNX_DOMAINS:
+        return []
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found
 
 
 def is_filled(value: ir.Value | None, number: int) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import onnx_ir as ir
 
 from kfac_onnx import metadata
-from kfac_onnx.passes.rewriter import graphs_of
+from kfac_onnx.frontends.values import bodies_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,10 +72,9 @@ def _graph_problems(
         for index, value in enumerate(node.inputs):
             if value is not None and id(value) not in scope:
                 yield f"{_label(node)}, input {index}: '{value.name}' {_why_missing(value, graph)}"
-        for attribute in node.attributes.values():
-            for body in graphs_of(attribute):
-                yield from _graph_problems(body, scope, names, imports)
-                scope.difference_update(map(id, _values_of(body)))
+        for body in bodies_of(node):
+            yield from _graph_problems(body, scope, names, imports)
+            scope.difference_update(map(id, _values_of(body)))
         for value in node.outputs:
             if value.name:
                 yield from _define(value, node, names)

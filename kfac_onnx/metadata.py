@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -309,24 +310,29 @@ _NESTED: dict[str, dict[str, type[Any]]] = {
 def _build(cls: type[T], data: Mapping[str, Any]) -> T:
     nested = _NESTED.get(cls.__name__, {})
     arguments: dict[str, Any] = {}
-    for item in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]  cls is always a dataclass
-        if item.name not in data:
+    for name in _names(cls):
+        if name not in data:
             continue
-        value = data[item.name]
-        if item.name in nested:
-            value = tuple(_build(nested[item.name], entry) for entry in value)
+        value = data[name]
+        if name in nested:
+            value = tuple(_build(nested[name], entry) for entry in value)
         elif isinstance(value, list):
             value = tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  JSON
-        elif item.name == "phase":
+        elif name == "phase":
             value = Phase(value)
-        arguments[item.name] = value
+        arguments[name] = value
     return cls(**arguments)
+
+
+@functools.cache
+def _names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(cls))
 
 
 def _plain(value: object) -> object:
     """Return dataclasses as mappings, alone or in a list, and anything else as it is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        return {name: _plain(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in cast("Iterable[object]", value)]
     return value

@@ -24,7 +24,7 @@ from kfac_onnx.frontends.row_gradients import chosen_row_gradients, scatter_row_
 from kfac_onnx.frontends.scatters import make_scatters_race_free
 from kfac_onnx.frontends.segment_sums import raise_segment_sums
 from kfac_onnx.frontends.sequences import split_without_sequences
-from kfac_onnx.frontends.shapes import infer_shapes
+from kfac_onnx.frontends.shapes import infer_missing_shapes, infer_shapes
 from kfac_onnx.frontends.summed_axes import settle_summed_axes
 from kfac_onnx.frontends.training_gradients import expand_gradients
 from kfac_onnx.frontends.training_info import with_algorithm
@@ -191,7 +191,7 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     split = split_without_sequences(model)
     notes = [f"sequences of parts made tensors: {split}"] if split else []
     notes += lower_training_operators(model, place)
-    infer_shapes(model)
+    infer_missing_shapes(model)
     if windows := raise_window_scatters(model):
         notes.append(f"scatters of every entry made scatters of rows: {windows}")
     if dropped := mask_dropped_rows(model):
@@ -205,7 +205,7 @@ def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
     if scatters := make_scatters_race_free(model):
         notes.append(f"scatters made safe for several threads: {scatters}")
     clean_imports(model)
-    infer_shapes(model)
+    infer_missing_shapes(model)
     return notes
 
 

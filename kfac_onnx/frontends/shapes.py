@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kfac_onnx.errors import first_line
 from kfac_onnx.frontends.values import REMEMBERED, all_graphs, bodies_of, dtype_of
 
-__all__ = ["infer_shapes"]
+__all__ = ["infer_missing_shapes", "infer_shapes"]
 
 LOG: Final = logging.getLogger(__name__)
 
@@ -58,6 +58,17 @@ def infer_shapes(model: ir.Model) -> None:
                     value.meta[REMEMBERED], value.type, value.shape = dtype, None, None
                 elif value.type is None:
                     value.type = ir.TensorType(dtype)
+
+
+def infer_missing_shapes(model: ir.Model) -> None:
+    """Infer shapes if any value lacks its own: for a graph that was edited since they were inferred."""
+    if any(
+        value.shape is None or value.dtype is None
+        for graph in all_graphs(model.graph)
+        for node in graph
+        for value in node.outputs
+    ):
+        infer_shapes(model)
 
 
 def _without_large_tensors(model: ir.Model) -> onnx.ModelProto:

@@ -7,6 +7,7 @@ bfloat16 has no NumPy dtype that ONNX Runtime understands, so its bits travel as
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,8 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.stored import StoredArray
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kfac_onnx.providers import Providers
     from kfac_onnx.runtime.stored import Array
 
@@ -34,8 +37,13 @@ __all__ = [
     "numpy_dtype",
     "open_session",
     "same_bits",
+    "session_maker",
 ]
 
+session_maker: Final[ContextVar[Callable[..., ort.InferenceSession]]] = ContextVar(
+    "session_maker", default=ort.InferenceSession
+)
+"""What makes every session, called as `onnxruntime.InferenceSession` is; a profiler sets its own."""
 BFLOAT16: Final = int(onnx.TensorProto.BFLOAT16)
 _DEVICE_OF: Final = {
     "CPUExecutionProvider": "cpu",
@@ -227,7 +235,7 @@ def open_session(
     # Measured on two cores (a step of 4096 lookups, V = 1e6): as fast when the machine is idle without
     # spinning, five times faster when others compute too.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(
+    return session_maker.get()(
         model.SerializeToString(),
         options,
         providers=list(providers),

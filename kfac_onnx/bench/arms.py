@@ -1,0 +1,182 @@
+"""Ways to train the same case: our presets, our ordinary optimizers, and PyTorch's.
+
+Everything that is no table is trained by Adam in every arm, at the same rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from kfac_onnx.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    import numpy as np
+
+    from kfac_onnx.bench.workloads import Case
+    from kfac_onnx.runtime import TrainingSession
+
+__all__ = ["ARMS", "DEFAULT_ARMS", "Arm", "Trainee", "choose", "open_arm"]
+
+REST_LR: Final = 1e-3
+
+
+class Trainee(Protocol):
+    """A model that is being trained by one arm."""
+
+    state_bytes: int
+    """What the optimizer keeps for the tables."""
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> float:
+        """Make one step; return the batch's loss before it."""
+        ...
+
+    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Return the mean loss per example."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint."""
+        ...
+
+    def resume(self, path: Path) -> None:
+        """Forget everything, then go on from a checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
+        ...
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An optimizer of the tables.
+
+    `held` is how many times the tables are in memory while a step runs (values, state, gradient), to tell
+    what fits. `dense` arms touch every row in every step. `rates` are tried where steps to a loss are counted.
+    """
+
+    name: str
+    held: float
+    rates: tuple[float, ...]
+    dense: bool = False
+
+    @property
+    def torch(self) -> bool:
+        """Whether it is PyTorch's."""
+        return self.name.startswith("torch-")
+
+
+_SGD = (0.5, 1.0, 2.0, 4.0, 8.0)
+_ADAM = (0.001, 0.002, 0.005, 0.01, 0.02)
+_ADAGRAD = (0.02, 0.05, 0.1, 0.2, 0.5)
+_BLOCK = (0.002, 0.005, 0.01, 0.02, 0.05)
+
+ARMS: Final = {
+    arm.name: arm
+    for arm in (
+        Arm("plain-sgd", 1.0, _SGD),
+        Arm("half", 1.1, _BLOCK),
+        Arm("adagrad", 1.1, _ADAGRAD),
+        Arm("adaptive", 1.1, _BLOCK),
+        Arm("r1.7", 1.1, _BLOCK),
+        Arm("plain-adam", 7.0, _ADAM, dense=True),
+        Arm("plain-adagrad", 5.0, _ADAGRAD, dense=True),
+        Arm("torch-sgd", 1.0, _SGD),
+        Arm("torch-sparse-adam", 3.0, _ADAM),
+        Arm("torch-sparse-adagrad", 2.0, _ADAGRAD),
+        Arm("torch-adam", 6.0, _ADAM, dense=True),
+        Arm("torch-adagrad", 4.0, _ADAGRAD, dense=True),
+    )
+}
+"""All arms; the first is what ratios are to."""
+
+DEFAULT_ARMS: Final = ("plain-sgd", "half", "adagrad", "adaptive", "plain-adam", "plain-adagrad")
+TORCH_ARMS: Final = tuple(name for name, arm in ARMS.items() if arm.torch)
+
+
+def choose(names: Iterable[str], *, torch: bool) -> tuple[Arm, ...]:
+    """Return arms by name in the order of the table; none named: the default ones, PyTorch's with `torch`.
+
+    Plain SGD is always among them, since ratios are to it.
+
+    Raises UserError for an unknown name, and where PyTorch is asked for and missing.
+    """
+    wanted = set(names) or {*DEFAULT_ARMS}
+    if torch and not any(name.startswith("torch-") for name in wanted):
+        wanted.update(TORCH_ARMS)
+    for name in sorted(wanted - set(ARMS)):
+        raise UserError(
+            f"unknown arm '{name}'{did_you_mean(name, ARMS)}", help=f"the arms are: {', '.join(ARMS)}"
+        )
+    chosen = tuple(arm for name, arm in ARMS.items() if name in wanted or name == "plain-sgd")
+    if any(arm.torch for arm in chosen):
+        import importlib.util
+
+        if importlib.util.find_spec("torch") is None:
+            raise UserError("PyTorch's optimizers need PyTorch", help="pip install 'kfac-onnx[torch]'")
+    return chosen
+
+
+def open_arm(
+    arm: Arm, case: Case, parameters: Path, *, threads: int | None, lr: float | None = None
+) -> Trainee:
+    """Return a case, at the values of a file, ready to be trained by an arm."""
+    if arm.torch:
+        from kfac_onnx.bench.torch_arms import TorchTrainee
+
+        return TorchTrainee(arm.name, case, parameters, threads=threads, lr=lr)
+    return OurTrainee(arm.name, case, parameters, threads=threads, lr=lr)
+
+
+class OurTrainee:
+    """A `TrainingSession` over the case's graph, transformed with a preset."""
+
+    def __init__(
+        self, preset: str, case: Case, parameters: Path, *, threads: int | None, lr: float | None
+    ) -> None:
+        from kfac_onnx.passes.api import transform
+        from kfac_onnx.passes.inspect import inspect
+        from kfac_onnx.runtime import TrainingSession
+
+        options = {"grad_scale": float(max(case.lookups.values()))} if preset == "r1.7" else {}
+        model = transform(case.graph(), preset=preset, lr=lr, rest="adam", rest_lr=REST_LR, **options)
+        self._threads = threads
+        self._session: TrainingSession | None = TrainingSession(model, parameters=parameters, threads=threads)
+        self.state_bytes = sum(site.state_bytes for site in inspect(model).sites)
+
+    @property
+    def session(self) -> TrainingSession:
+        """The session that is open."""
+        if self._session is None:
+            raise ValueError("the session is closed")
+        return self._session
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> float:
+        """Make one step; return the batch's loss before it."""
+        loss = self.session.step(batch)["loss"]
+        return float("nan") if loss is None else loss
+
+    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Return the mean loss per example."""
+        return self.session.evaluate(batches)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint."""
+        self.session.save(path)
+
+    def resume(self, path: Path) -> None:
+        """Forget everything, then go on from a checkpoint."""
+        from kfac_onnx.runtime import TrainingSession
+
+        self.close()
+        self._session = TrainingSession.resume(path, threads=self._threads)
+
+    def close(self) -> None:
+        """Release everything."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None

@@ -1,0 +1,166 @@
+"""Time arms step by step in turn, on the same batches, in one process.
+
+Arms are opened in groups that fit into memory together; each group has the arm that ratios are to, so that a
+ratio is always between times of the same minutes. The order within a step rotates, so that no arm always
+finds the caches as the same other one left them.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kfac_onnx.bench.arms import ARMS, open_arm
+from kfac_onnx.bench.results import Timing
+from kfac_onnx.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kfac_onnx.bench.arms import Arm, Trainee
+    from kfac_onnx.bench.workloads import Case
+
+__all__ = ["available_bytes", "groups_that_fit", "measure", "timing"]
+
+REFERENCE: Final = "plain-sgd"
+TORCH_REFERENCE: Final = "torch-sgd"
+_WARM_UP: Final = 10
+"""Steps before any is timed: the first ones allocate, and refresh roots more often."""
+_FEWEST: Final = 5
+"""Steps timed of an arm that is over its seconds."""
+_SPARE: Final = 1.5e9
+"""Bytes left to everything that is no table."""
+
+
+def available_bytes() -> float:
+    """Return the memory that is free for us; infinite where the system does not say (no /proc)."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    except OSError:
+        pass
+    return float("inf")
+
+
+def groups_that_fit(
+    arms: Sequence[Arm], table_bytes: int, memory: float
+) -> tuple[list[list[Arm]], dict[str, str]]:
+    """Return arms in groups that fit into `memory` bytes with the reference, and why others are left out."""
+    budget = memory - _SPARE
+
+    def need(arm: Arm) -> float:
+        return arm.held * table_bytes
+
+    reference = next(arm for arm in arms if arm.name == REFERENCE)
+    left_out: dict[str, str] = {}
+    groups: list[list[Arm]] = []
+    used = 0.0
+    for arm in arms:
+        if arm is not reference and need(arm) + need(reference) > budget:
+            wanted, there = need(arm) + need(reference), max(budget, 0.0)
+            left_out[arm.name] = f"needs about {wanted / 1e9:.0f} GB, {there / 1e9:.0f} GB are free"
+            continue
+        if not groups or used + need(arm) > budget:
+            groups.append([reference])
+            used = need(reference)
+        if arm is not reference:
+            groups[-1].append(arm)
+            used += need(arm)
+    return groups, left_out
+
+
+def timing(milliseconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return median, tenth and ninetieth percentile."""
+    low, median, high = (float(value) for value in np.percentile(milliseconds, (10, 50, 90)))
+    return median, low, high
+
+
+def measure(
+    case: Case,
+    arms: Sequence[Arm],
+    parameters: Path,
+    *,
+    steps: int,
+    threads: int | None,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> dict[str, Timing]:
+    """Return each arm's time of a step, by name; an arm is timed for `seconds` at most.
+
+    `tell` hears what is being done.
+    """
+    groups, left_out = groups_that_fit(arms, case.table_bytes, available_bytes())
+    found: dict[str, Timing] = {}
+    for number, group in enumerate(groups):
+        tell(f"{case.name} V={case.vocab_size:,}: {', '.join(arm.name for arm in group)}")
+        opened: dict[str, Trainee] = {}
+        try:
+            for arm in group:
+                opened[arm.name] = open_arm(arm, case, parameters, threads=threads)
+            times = _interleave(case, opened, steps, seconds)
+            for name, values in times.items():
+                if name not in found:
+                    found[name] = _summary(
+                        name, values, times, group=number, state_bytes=opened[name].state_bytes
+                    )
+        except MemoryError as e:
+            raise UserError(
+                f"{case.name} with V={case.vocab_size:,} does not fit into memory",
+                help="give smaller --vocab-sizes or fewer --arms",
+            ) from e
+        finally:
+            for trainee in opened.values():
+                trainee.close()
+    for name, reason in left_out.items():
+        found[name] = Timing(arm=name, skipped=reason)
+    return {arm.name: found[arm.name] for arm in arms}
+
+
+def _interleave(
+    case: Case, opened: dict[str, Trainee], steps: int, seconds: float
+) -> dict[str, list[float]]:
+    """Return milliseconds of each arm's steps, warm-up left out."""
+    times: dict[str, list[float]] = {name: [] for name in opened}
+    spent = dict.fromkeys(opened, 0.0)
+    names = list(opened)
+    batches = case.batches(0)
+    for step in range(_WARM_UP + steps):
+        batch = next(batches)
+        turn = step % len(names)
+        for name in names[turn:] + names[:turn]:
+            warm = step >= _WARM_UP if not ARMS[name].dense else step >= 2
+            if spent[name] > seconds and len(times[name]) >= _FEWEST:
+                continue
+            start = time.perf_counter()
+            opened[name].step(batch)
+            taken = time.perf_counter() - start
+            spent[name] += taken
+            if warm:
+                times[name].append(1e3 * taken)
+    return times
+
+
+def _summary(
+    name: str, values: list[float], times: dict[str, list[float]], *, group: int, state_bytes: int
+) -> Timing:
+    median, low, high = timing(values)
+
+    def ratio(reference: str) -> float | None:
+        return None if reference not in times else median / timing(times[reference])[0]
+
+    return Timing(
+        arm=name,
+        ms=median,
+        p10=low,
+        p90=high,
+        mean=float(np.mean(values)),
+        steps=len(values),
+        group=group,
+        ratio_sgd=ratio(REFERENCE),
+        ratio_torch=ratio(TORCH_REFERENCE),
+        state_bytes=state_bytes,
+    )

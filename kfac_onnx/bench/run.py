@@ -1,0 +1,157 @@
+"""Run the benchmark: every workload at every vocabulary, with all arms."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kfac_onnx.bench.arms import choose
+from kfac_onnx.bench.machine import describe
+from kfac_onnx.bench.measure import available_bytes, groups_that_fit, measure
+from kfac_onnx.bench.results import CaseResult, Memory, Profile, Results, Settings
+from kfac_onnx.bench.workloads import cases, write_parameters
+from kfac_onnx.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kfac_onnx.bench.arms import Arm
+    from kfac_onnx.bench.roofline import Machine
+    from kfac_onnx.bench.workloads import Case
+
+__all__ = ["run"]
+
+_log = logging.getLogger(__name__)
+_LARGEST: Final = 1_000_000_000
+
+
+def check(settings: Settings) -> None:
+    """Raise UserError for settings out of range."""
+    for name, values in (
+        ("vocabulary", settings.vocab_sizes),
+        ("width", settings.widths),
+        ("number of lookups", settings.lookups),
+    ):
+        for value in values:
+            if not 1 <= value <= _LARGEST:
+                raise UserError(f"a {name} must be between 1 and {_LARGEST:,}, not {value:,}")
+    if settings.steps < 1:
+        raise UserError(f"steps must be at least 1, not {settings.steps}")
+    if settings.threads is not None and settings.threads < 1:
+        raise UserError(f"threads must be at least 1, not {settings.threads}")
+
+
+def run(
+    settings: Settings,
+    *,
+    movielens: Path | None = None,
+    scratch: Path | None = None,
+    tell: Callable[[str], None] = _log.info,
+) -> Results:
+    """Measure what the settings ask for.
+
+    Args:
+        settings: workloads, sizes, arms.
+        movielens: the file of ratings, for the workload `movielens`.
+        scratch: a folder for the initial values, which take as much as the tables; the system's if None.
+        tell: hears what is being done.
+
+    Raises:
+        UserError: a setting is out of range, a file is missing, or something does not fit.
+
+    """
+    from kfac_onnx.bench.convergence import LEVEL, converge
+    from kfac_onnx.bench.movielens import read_ratings
+    from kfac_onnx.bench.roofline import Machine
+
+    check(settings)
+    arms = choose(settings.arms, torch=settings.torch)
+    wanted = "movielens" in settings.workloads
+    data = read_ratings(movielens) if movielens is not None and wanted else None
+    todo = [
+        case
+        for workload in settings.workloads
+        for case in cases(
+            workload,
+            vocab_sizes=settings.vocab_sizes,
+            widths=settings.widths,
+            lookups=settings.lookups,
+            data=data,
+        )
+    ]
+    machine = Machine(settings.threads)
+    done: list[CaseResult] = []
+    results = Results(settings, describe(torch=any(arm.torch for arm in arms)), ())
+    for case in todo:
+        with tempfile.TemporaryDirectory(prefix="kfac-bench-", dir=scratch) as folder:
+            parameters = Path(folder) / "parameters.safetensors"
+            write_parameters(case, parameters)
+            done.append(_case(case, arms, parameters, machine, settings, movielens, tell))
+            if case.workload == "movielens" and data is not None:
+                found = converge(case, arms, data, parameters, threads=settings.threads, tell=tell)
+                results = replace(results, convergence=found, level=LEVEL)
+    return replace(results, cases=tuple(done))
+
+
+def _case(
+    case: Case,
+    arms: Sequence[Arm],
+    parameters: Path,
+    machine: Machine,
+    settings: Settings,
+    movielens: Path | None,
+    tell: Callable[[str], None],
+) -> CaseResult:
+    from kfac_onnx.bench.profile import profile
+    from kfac_onnx.bench.roofline import achieved, floor_of
+
+    threads = settings.threads
+    timings = measure(
+        case, arms, parameters, steps=settings.steps, threads=threads, seconds=settings.seconds, tell=tell
+    )
+    floor = None
+    if "half" in timings:
+        tell(f"{case.name} V={case.vocab_size:,}: the machine's own rates")
+        floor = achieved(floor_of(case, machine), timings["half"], timings["plain-sgd"])
+        machine.forget_tables()
+    memory: list[Memory] = []
+    if settings.memory:
+        _, left_out = groups_that_fit(arms, case.table_bytes, available_bytes())
+        for arm in arms:
+            if arm.name in left_out:
+                continue
+            tell(f"{case.name} V={case.vocab_size:,}: memory of {arm.name}")
+            found = _memory(case, arm, parameters, threads, movielens)
+            if found is not None:
+                memory.append(found)
+    profiles: list[Profile] = []
+    if settings.profile:
+        for arm in (arm for arm in arms if not arm.torch and timings[arm.name].ms is not None):
+            tell(f"{case.name} V={case.vocab_size:,}: profile of {arm.name}")
+            profiles.append(profile(case, arm, parameters, steps=settings.steps, threads=threads))
+    return CaseResult(
+        workload=case.workload,
+        name=case.name,
+        vocab_size=case.vocab_size,
+        tables=dict(case.tables),
+        table_bytes=case.table_bytes,
+        timings=tuple(timings.values()),
+        memory=tuple(memory),
+        roofline=floor,
+        profiles=tuple(profiles),
+    )
+
+
+def _memory(
+    case: Case, arm: Arm, parameters: Path, threads: int | None, movielens: Path | None
+) -> Memory | None:
+    from kfac_onnx.bench.memory import measure_memory
+
+    found = measure_memory(case, arm.name, parameters, threads=threads, movielens=movielens)
+    if isinstance(found, Memory):
+        return found
+    _log.warning("the memory of %s in %s is not known: %s", arm.name, case.name, found)
+    return None

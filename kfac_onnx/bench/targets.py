@@ -1,0 +1,79 @@
+"""The aims that a run can tell something about: each as a number of the results beside its limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from kfac_onnx.bench.results import CaseResult, Results
+
+__all__ = ["Target", "targets"]
+
+_SPARE: Final = 300e6
+
+
+@dataclass(frozen=True)
+class Target:
+    """An aim: `value` is to be at most `limit`, or at least where `at_least`."""
+
+    aim: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether it holds in this run."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def targets(results: Results) -> list[Target]:
+    """Return the aims whose numbers the run has."""
+    found: list[Target] = []
+    for case in results.cases:
+        found += _of_case(case)
+    factorisations = [case for case in results.cases if case.workload == "mf"]
+    for name in dict.fromkeys(case.name for case in factorisations):
+        added = {case.vocab_size: _added(case) for case in factorisations if case.name == name}
+        known = {V: ms for V, ms in sorted(added.items()) if ms is not None and ms > 0}
+        if len(known) > 1:
+            (small, first), *_, (large, last) = known.items()
+            found.append(
+                Target(f"{name}: what half adds at V={large:,} over that at V={small:,}", last / first, 1.5)
+            )
+    return found
+
+
+def _of_case(case: CaseResult) -> list[Target]:
+    found: list[Target] = []
+    half = case.timing("half")
+    where = f"{case.name}, V={case.vocab_size:,}"
+    if half is not None and half.ms is not None:
+        if half.ratio_sgd is not None and case.workload in ("lm", "mf"):
+            limit = 1.10 if case.workload == "lm" else 2.0
+            found.append(Target(f"{where}: half over SGD rows", half.ratio_sgd, limit))
+        if case.workload == "mf":
+            for arm, limit in (("torch-sparse-adam", 3.5), ("torch-adam", 200.0)):
+                other = case.timing(arm)
+                if other is not None and other.ms is not None:
+                    found.append(Target(f"{where}: {arm} over half", other.ms / half.ms, limit, at_least=True))
+            if half.ratio_torch is not None:
+                found.append(Target(f"{where}: half over torch-sgd", half.ratio_torch, 1.0))
+    for item in case.memory:
+        if item.arm == "half" and case.workload == "mf":
+            peak = max(item.opened, item.stepped, item.saved, item.resumed)
+            share = peak / (1.15 * case.table_bytes + _SPARE)
+            found.append(Target(f"{where}: peak memory over tables + 15 % + 300 MB", share, 1.0))
+    if case.roofline is not None and case.roofline.share is not None:
+        found.append(
+            Target(f"{where}: floor of the added work over its time", case.roofline.share, 0.6, at_least=True)
+        )
+    return found
+
+
+def _added(case: CaseResult) -> float | None:
+    half = case.timing("half")
+    if half is None or half.ms is None or half.ratio_sgd is None:
+        return None
+    return half.ms - half.ms / half.ratio_sgd

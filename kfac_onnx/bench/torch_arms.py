@@ -1,0 +1,158 @@
+"""The same models in PyTorch, trained as its users would: imported only where PyTorch is asked for.
+
+Sparse arms use sparse gradients of `embedding` and `embedding_bag`; dense arms do not.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from kfac_onnx.bench.arms import REST_LR
+from kfac_onnx.runtime.weights import stored_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from kfac_onnx.bench.workloads import Case
+
+__all__ = ["TorchTrainee"]
+
+# PyTorch's signatures are partly untyped; its values are `Any` here.
+Tensors = dict[str, Any]
+
+
+def _mf(p: Tensors, batch: Tensors, sparse: bool) -> Any:
+    users = functional.embedding(batch["users"], p["user"], sparse=sparse)
+    items = functional.embedding(batch["items"], p["item"], sparse=sparse)
+    return functional.mse_loss((users * items).sum(-1) + p["bias"], batch["ratings"])
+
+
+def _movielens(p: Tensors, batch: Tensors, sparse: bool) -> Any:
+    rows = {
+        name: functional.embedding(batch["users" if name.startswith("user") else "items"], p[name], sparse=sparse)
+        for name in ("user", "item", "user_bias", "item_bias")
+    }
+    offset = (rows["user_bias"] + rows["item_bias"]).squeeze(-1) + p["bias"]
+    return functional.mse_loss((rows["user"] * rows["item"]).sum(-1) + offset, batch["ratings"])
+
+
+def _lm(p: Tensors, batch: Tensors, sparse: bool) -> Any:
+    words = functional.embedding(batch["ids"], p["embedding.weight"], sparse=sparse).flatten(1)
+    hidden = torch.tanh(functional.linear(words, p["hidden.weight"], p["hidden.bias"]))
+    logits = functional.linear(hidden, p["output.weight"], p["output.bias"])
+    return functional.cross_entropy(logits, batch["labels"])
+
+
+def _dlrm(p: Tensors, batch: Tensors, sparse: bool) -> Any:
+    tables = sorted(name for name in p if name.startswith("table_"))
+    bags = [
+        functional.embedding_bag(batch[f"ids_{name.removeprefix('table_')}"], p[name], mode="sum", sparse=sparse)
+        for name in tables
+    ]
+    features = torch.cat([*bags, batch["numbers"]], 1)
+    hidden = torch.relu(functional.linear(features, p["hidden_weight"], p["hidden_bias"]))
+    logits = functional.linear(hidden, p["output_weight"], p["output_bias"]).squeeze(-1)
+    return functional.binary_cross_entropy_with_logits(logits, batch["labels"])
+
+
+LOSSES: Final[dict[str, Callable[[Tensors, Tensors, bool], Any]]] = {
+    "mf": _mf,
+    "movielens": _movielens,
+    "lm": _lm,
+    "dlrm": _dlrm,
+}
+
+_OPTIMIZERS: Final[dict[str, tuple[Callable[..., Any], float, bool]]] = {
+    "torch-sgd": (torch.optim.SGD, 0.1, True),
+    "torch-sparse-adam": (torch.optim.SparseAdam, 1e-3, True),
+    "torch-sparse-adagrad": (torch.optim.Adagrad, 1e-2, True),
+    "torch-adam": (torch.optim.Adam, 1e-3, False),
+    "torch-adagrad": (torch.optim.Adagrad, 1e-2, False),
+}
+"""Optimizer of the tables, its learning rate where none is given, and whether gradients are sparse."""
+
+
+class TorchTrainee:
+    """A case in PyTorch, on the CPU."""
+
+    def __init__(
+        self, name: str, case: Case, parameters: Path, *, threads: int | None, lr: float | None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._make, default, self._sparse = _OPTIMIZERS[name]
+        self._lr = default if lr is None else lr
+        self._case = case
+        self._loss = LOSSES[case.workload]
+        self._values: Tensors = {}
+        for key, stored in stored_weights(parameters).items():
+            array = np.empty(stored.shape, np.float32)
+            stored.read_into(array) if not isinstance(stored, np.ndarray) else np.copyto(array, stored)
+            self._values[key] = torch.from_numpy(array).requires_grad_()  # pyright: ignore[reportUnknownMemberType]
+        self._open()
+
+    def _open(self) -> None:
+        tables = [self._values[name] for name in self._case.tables]
+        others = [self._values[name] for name in self._case.others]
+        self._optimizers: list[Any] = [self._make(tables, lr=self._lr)]
+        if others:
+            self._optimizers.append(torch.optim.Adam(others, lr=REST_LR))
+
+    @property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps for the tables; known after the first step."""
+        states: Any = self._optimizers[0].state.values()
+        return sum(
+            value.numel() * value.element_size()
+            for state in states
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    def _tensors(self, batch: Mapping[str, np.ndarray]) -> Tensors:
+        return {name: torch.from_numpy(array) for name, array in batch.items()}  # pyright: ignore[reportUnknownMemberType]
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> float:
+        """Make one step; return the batch's loss before it."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self._values, self._tensors(batch), self._sparse)
+        loss.backward()
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return float(loss.detach())
+
+    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Return the mean loss per example."""
+        total = count = 0.0
+        with torch.no_grad():
+            for batch in batches:
+                examples = len(next(iter(batch.values())))
+                total += float(self._loss(self._values, self._tensors(batch), False)) * examples
+                count += examples
+        return total / count
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint."""
+        optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
+        torch.save({"values": self._values, "optimizers": optimizers}, path)  # pyright: ignore[reportUnknownMemberType]
+
+    def resume(self, path: Path) -> None:
+        """Forget everything, then go on from a checkpoint."""
+        self.close()
+        stored: Any = torch.load(path, weights_only=True)  # pyright: ignore[reportUnknownMemberType]
+        self._values = {name: value.detach().requires_grad_() for name, value in stored["values"].items()}
+        self._open()
+        for optimizer, state in zip(self._optimizers, stored["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def close(self) -> None:
+        """Release everything."""
+        self._values, self._optimizers = {}, []
+        gc.collect()

@@ -146,8 +146,8 @@ def with_functions(source: Source, functions: Mapping[str, ir.Function]) -> Sour
     return dataclasses.replace(source, functions=table)
 
 
-def _info(source: Source, name: str) -> onnx.ValueInfoProto:
-    """Return what is known of a value, with names of dimensions for the whole model's own inputs only.
+def _info(source: Source, name: str, inputs: frozenset[str]) -> onnx.ValueInfoProto:
+    """Return what is known of a value, with names of dimensions for the whole model's own `inputs` only.
 
     Between stages equal names would promise ONNX Runtime equal sizes.
     """
@@ -156,7 +156,7 @@ def _info(source: Source, name: str) -> onnx.ValueInfoProto:
         return onnx.ValueInfoProto(name=name)
     info = onnx.ValueInfoProto()
     info.CopyFrom(known)
-    if name not in source.inputs:
+    if name not in inputs:
         for dim in info.type.tensor_type.shape.dim:
             dim.ClearField("dim_param")
     return info
@@ -179,6 +179,7 @@ def build_model(
     """
     made = {made for node in nodes for made in node.output}
     given = {tensor.name for tensor in extra}
+    inputs = frozenset(source.inputs)
     needed = dict.fromkeys(read for node in nodes for read in free_names(node))
     needed.update(dict.fromkeys(outputs))
     graph = onnx.GraphProto(name=name)
@@ -193,8 +194,8 @@ def build_model(
             copied.name = read
             graph.initializer.append(copied)
         else:
-            graph.input.append(_info(source, read))
-    graph.output.extend(_info(source, output) for output in outputs)
+            graph.input.append(_info(source, read, inputs))
+    graph.output.extend(_info(source, output, inputs) for output in outputs)
     functions = _used_functions(nodes, source.functions)
     model = onnx.ModelProto(ir_version=source.ir_version, producer_name="kfac-onnx", graph=graph)
     model.functions.extend(functions.values())

@@ -261,8 +261,9 @@ def _differentiate(model: ir.Model, item: _Wanted, place: str | None) -> None:
         for value, stand_in in cut.items():
             _redirect(stand_in, value)
             model.graph.inputs.remove(stand_in)
+    known = _values(model)
     for value, result in wanted:
-        _put(model, gradients[value], result)
+        _put(model, gradients[value], result, known)
 
 
 def _redirect(value: ir.Value, other: ir.Value) -> None:
@@ -278,7 +279,7 @@ def _like(value: ir.Value) -> ir.Value:
     return ir.Value(name=value.name, type=kind, shape=value.shape)
 
 
-def _put(model: ir.Model, gradient: ir.Value, result: ir.Value) -> None:
+def _put(model: ir.Model, gradient: ir.Value, result: ir.Value, known: Mapping[str, ir.Value]) -> None:
     """Let `gradient` take the readers and the name of a Gradient node's output."""
     model.graph.inputs.remove(result)
     name, result.name = result.name, None
@@ -289,8 +290,8 @@ def _put(model: ir.Model, gradient: ir.Value, result: ir.Value) -> None:
         own.type, own.shape = gradient.type or result.type, gradient.shape or result.shape
         gradient = own
     gradient.meta[TAKEN] = True
-    taken = _values(model).get(str(name))
-    if taken is not None and taken is not gradient:
+    taken = known.get(str(name))
+    if taken is not None and taken is not gradient and taken is not result:
         taken.name = Names(model).fresh(f"kfac/gradient/{name}")
     gradient.name = name
     result.replace_all_uses_with(gradient, replace_graph_outputs=True)

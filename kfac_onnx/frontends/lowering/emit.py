@@ -37,6 +37,7 @@ class Names:
         self.graph = model.graph
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._used: set[str] = set()
+        self._numbers: dict[str, int] = {}
         for graph in all_graphs(model.graph):
             self._used.update(name for name in (value.name for value in graph.inputs) if name)
             self._used.update(graph.initializers)
@@ -44,10 +45,12 @@ class Names:
 
     def fresh(self, wanted: str) -> str:
         """Return `wanted`, or `wanted_2`, `wanted_3`, ... if it is taken."""
-        name, number = wanted, 1
+        number = self._numbers.get(wanted, 1)
+        name = wanted if number == 1 else f"{wanted}_{number}"
         while name in self._used:
             number += 1
             name = f"{wanted}_{number}"
+        self._numbers[wanted] = number
         self._used.add(name)
         return name
 
@@ -160,11 +163,17 @@ Rule: TypeAlias = Callable[[Emit, ir.Node], Lowered]
 """Emits the standard nodes for one node through `Emit` and returns its outputs; edits nothing."""
 
 
-def replace_node(node: ir.Node, emit: Emit, results: Sequence[ir.Value | None]) -> None:
+def replace_node(
+    node: ir.Node,
+    emit: Emit,
+    results: Sequence[ir.Value | None],
+    retired: list[ir.Node] | None = None,
+) -> None:
     """Put the emitted nodes where `node` was; each result takes the name and the readers of its output.
 
     A result that is no output of an emitted node (an input passed through) goes through an Identity,
-    because the output's name must stay.
+    because the output's name must stay. With `retired` the node is taken off its inputs and put there instead of
+    being removed: the caller removes many at once, since each removal looks at all outputs of the graph.
     """
     graph = node.graph
     if graph is None:
@@ -179,4 +188,14 @@ def replace_node(node: ir.Node, emit: Emit, results: Sequence[ir.Value | None]) 
             result = emit.op("Identity", result)
         old.append(output)
         new.append(result)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], emit.nodes, old, new)
+    if retired is None:
+        ir.convenience.replace_nodes_and_values(graph, node, [node], emit.nodes, old, new)
+        return
+    for given, made in zip(old, new, strict=True):
+        made.name = given.name or made.name
+        made.type, made.shape = given.type or made.type, given.shape or made.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.insert_after(node, emit.nodes)
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
+    retired.append(node)

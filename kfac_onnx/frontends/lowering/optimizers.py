@@ -53,21 +53,32 @@ def _attribute(node: ir.Node, name: str, default: float) -> float:
 
 
 class _Formula:
-    """Arithmetic in the element type of one tensor; constants of zero and one vanish."""
+    """Arithmetic in one element type; constants of zero and one vanish, numbers are emitted once."""
 
-    def __init__(self, emit: Emit, node: ir.Node, like: ir.Value) -> None:
+    def __init__(self, emit: Emit, node: ir.Node, dtype: ir.DataType) -> None:
         self.emit = emit
         self.node = node
-        self.dtype = dtype_of(like) or ir.DataType.FLOAT
+        self.dtype = dtype
+        self._once: dict[str, ir.Value] = {}
+
+    def once(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """Return what `make` emits, the same for all tensors of the node."""
+        if name not in self._once:
+            self._once[name] = make()
+        return self._once[name]
 
     def number(self, value: float) -> ir.Value:
         return self.emit.scalar(value, self.dtype)
 
-    def scalar(self, value: ir.Value) -> ir.Value:
-        """Return a one-entry input as a scalar of the tensor's type."""
-        emit = self.emit
-        flat = emit.op("Reshape", value, emit.names.constant(np.zeros(0, np.int64)))
-        return emit.cast(flat, self.dtype, dtype_of(value))
+    def scalar(self, index: int) -> ir.Value:
+        """Return a one-entry input of the node (R or T) as a scalar of this type."""
+        emit, value = self.emit, _given(self.node.inputs[index])
+
+        def make() -> ir.Value:
+            flat = emit.op("Reshape", value, emit.names.constant(np.zeros(0, np.int64)))
+            return emit.cast(flat, self.dtype, dtype_of(value))
+
+        return self.once(f"input {index}", make)
 
     def scaled(self, factor: float, value: ir.Value) -> ir.Value:
         return value if factor == 1.0 else self.emit.op("Mul", self.number(factor), value)
@@ -98,19 +109,22 @@ def _momentum(f: _Formula, X: ir.Value, G: ir.Value, V: ir.Value) -> tuple[ir.Va
     g = f.regularized(X, G)
     taken = g
     if beta != 1.0:
-        taken = emit.op("Mul", f.after_first(f.number(beta), f.number(1.0)), g)
+        weight = f.once("weight", lambda: f.after_first(f.number(beta), f.number(1.0)))
+        taken = emit.op("Mul", weight, g)
     new_v = emit.op("Add", f.scaled(alpha, V), taken)
     step = new_v if kind == "standard" else emit.op("Add", g, f.scaled(alpha, new_v))
-    return emit.op("Sub", X, emit.op("Mul", f.scalar(_given(node.inputs[0])), step)), new_v
+    return emit.op("Sub", X, emit.op("Mul", f.scalar(0), step)), new_v
 
 
 def _adagrad(f: _Formula, X: ir.Value, G: ir.Value, H: ir.Value) -> tuple[ir.Value, ...] | Miss:
     emit, node = f.emit, f.node
-    rate = f.scalar(_given(node.inputs[0]))
     decay = _attribute(node, "decay_factor", 0.0)
-    if decay != 0.0:
-        count = f.scaled(decay, f.scalar(_given(node.inputs[1])))
-        rate = emit.op("Div", rate, emit.op("Add", f.number(1.0), count))
+
+    def decayed() -> ir.Value:
+        count = f.scaled(decay, f.scalar(1))
+        return emit.op("Div", f.scalar(0), emit.op("Add", f.number(1.0), count))
+
+    rate = f.scalar(0) if decay == 0.0 else f.once("rate", decayed)
     g = f.regularized(X, G)
     new_h = emit.op("Add", H, emit.op("Mul", g, g))
     root = emit.op("Add", emit.op("Sqrt", new_h), f.number(_attribute(node, "epsilon", 1e-6)))
@@ -120,10 +134,14 @@ def _adagrad(f: _Formula, X: ir.Value, G: ir.Value, H: ir.Value) -> tuple[ir.Val
 def _adam(f: _Formula, X: ir.Value, G: ir.Value, V: ir.Value, H: ir.Value) -> tuple[ir.Value, ...] | Miss:
     emit, node = f.emit, f.node
     alpha, beta = _attribute(node, "alpha", 0.9), _attribute(node, "beta", 0.999)
-    one, rate, t = f.number(1.0), f.scalar(_given(node.inputs[0])), f.scalar(_given(node.inputs[1]))
-    second = emit.op("Sqrt", emit.op("Sub", one, emit.op("Pow", f.number(beta), t)))
-    first = emit.op("Sub", one, emit.op("Pow", f.number(alpha), t))
-    adjusted = f.after_first(emit.op("Div", emit.op("Mul", rate, second), first), rate)
+
+    def corrected() -> ir.Value:
+        one, rate, t = f.number(1.0), f.scalar(0), f.scalar(1)
+        second = emit.op("Sqrt", emit.op("Sub", one, emit.op("Pow", f.number(beta), t)))
+        first = emit.op("Sub", one, emit.op("Pow", f.number(alpha), t))
+        return f.after_first(emit.op("Div", emit.op("Mul", rate, second), first), rate)
+
+    adjusted = f.once("rate", corrected)
     g = f.regularized(X, G)
     new_v = emit.op("Add", f.scaled(alpha, V), f.scaled(1.0 - alpha, g))
     new_h = emit.op("Add", f.scaled(beta, H), f.scaled(1.0 - beta, emit.op("Mul", g, g)))
@@ -145,8 +163,11 @@ def _lowered(formula: Callable[..., tuple[ir.Value, ...] | Miss]) -> Rule:
         if groups is None:
             return Miss("its inputs are not R, T and as many tensors as gradients and states")
         results: list[tuple[ir.Value, ...]] = []
+        formulas: dict[ir.DataType, _Formula] = {}
         for group in groups:
-            made = formula(_Formula(emit, node, group[0]), *group)
+            dtype = dtype_of(group[0]) or ir.DataType.FLOAT
+            own = formulas.setdefault(dtype, _Formula(emit, node, dtype))
+            made = formula(own, *group)
             if isinstance(made, Miss):
                 return made
             results.append(made)

@@ -231,7 +231,7 @@ def _cross_one(value: ir.Value, node: ir.Node, flow: Flow) -> Crossing | None:
             return Crossing(value, needed=False, factor=number)
         if factor in flow.tuned:
             return Crossing(value, needed=True, tuned=True)
-        if factor in flow.batch and _computed_from(factor, value, flow):
+        if factor in flow.batch and value in flow.behind(factor):
             return Crossing(value, needed=True, clips=True)
         return None
     if op in ("Add", "Sum", "Sub"):
@@ -258,22 +258,6 @@ def _completes(factor: float | None, node: ir.Node, flow: Flow) -> bool:
             kept = next((flow.number(part) for part in operands(producer) if flow.is_number(part)), None)
             if kept is not None and abs(kept + factor - 1.0) < NEARLY:
                 return True
-    return False
-
-
-def _computed_from(factor: ir.Value, value: ir.Value, flow: Flow) -> bool:
-    """Say whether a number, such as a norm, is computed from a gradient."""
-    stack: list[ir.Value] = [factor]
-    seen: set[ir.Value] = set()
-    while stack:
-        item = stack.pop()
-        if item is value:
-            return True
-        node = item.producer()
-        if item in seen or node is None or item not in flow.batch or item in flow.forward:
-            continue
-        seen.add(item)
-        stack.extend(operands(node))
     return False
 
 

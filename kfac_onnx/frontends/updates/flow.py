@@ -53,6 +53,7 @@ class Flow:
         self.held = set[ir.Value]()
         self.tuned = set[ir.Value]()
         self._numbers: dict[ir.Value, bool] = {}
+        self._behind: dict[ir.Value, set[ir.Value]] = {}
 
     def mark(self, parameters: Collection[ir.Value]) -> None:
         """Say which values are the trained parameters; every other input of the loss is the batch's."""
@@ -104,6 +105,21 @@ class Flow:
         if node is not None and node.op_type in FILLS - {"ConstantOfShape"} | VIEWS:
             return self.number(node.inputs[0])
         return None
+
+    def behind(self, value: ir.Value) -> set[ir.Value]:
+        """Return what a value, such as a norm of gradients, is computed from, as far as the forward part."""
+        if value not in self._behind:
+            seen: set[ir.Value] = set()
+            stack = [value]
+            while stack:
+                item = stack.pop()
+                node = item.producer()
+                if item in seen or item not in self.batch or item in self.forward or node is None:
+                    continue
+                seen.add(item)
+                stack.extend(operands(node))
+            self._behind[value] = seen
+        return self._behind[value]
 
     def is_float(self, value: ir.Value) -> bool:
         """Say whether a value holds floating-point numbers, or may."""

@@ -84,6 +84,9 @@ def optimizer_inside(exported: Exported) -> Interface | Miss:
     news = [*pairs.news.values(), *_all(pairs)]
     if exported.keep_optimizer:
         held, states = kept(pairs.news, updates, exported, flow)
+        for item in states:  # so that nobody takes their first values for constants
+            if not values[item.input].is_graph_input():
+                model.graph.inputs.append(values[item.input])
     else:
         held, states = (), ()
         notes = [*_notes(updates), *notes]

@@ -82,7 +82,7 @@ def from_jax():
     for kind, optimizer in optimizers.items():
         leaves, tree = jax.tree_util.tree_flatten(optimizer.init(start))
 
-        def step(*given):
+        def step(*given, tree=tree, optimizer=optimizer):
             p = dict(zip(names, given[: len(names)], strict=True))
             ids, labels = given[len(names) : len(names) + 2]
             held = jax.tree_util.tree_unflatten(tree, given[len(names) + 2 :])
@@ -139,7 +139,7 @@ def from_torch():
         held = [torch.full_like(item, 0.01) for _ in range(states) for item in start]
         more = [torch.tensor(3.0)] if states == 2 else []
 
-        def step(*given):
+        def step(*given, states=states, update=update):
             p = [item.detach().requires_grad_() for item in given[:count]]
             loss = loss_of(dict(zip(names, p, strict=True)), *given[count : count + 2])
             gradients = torch.autograd.grad(loss, p)

@@ -87,6 +87,7 @@ def _sweep(model: ir.Model, counts: dict[str, int]) -> list[str]:
     names = Names(model)
     missing: list[str] = []
     for graph in list(all_graphs(model.graph)):
+        retired: list[ir.Node] = []
         for node in list(graph):
             domain = "" if node.domain in ONNX_DOMAINS else node.domain
             rule = TABLE.get((domain, node.op_type))
@@ -99,8 +100,9 @@ def _sweep(model: ir.Model, counts: dict[str, int]) -> list[str]:
             if isinstance(results, Miss):
                 missing.append(f"{_label(node)}: {domain}::{node.op_type}: {results.reason}")
                 continue
-            replace_node(node, emit, results)
+            replace_node(node, emit, results, retired)
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        graph.remove(retired)
     return missing
 
 

@@ -172,8 +172,8 @@ def replace_node(
     """Put the emitted nodes where `node` was; each result takes the name and the readers of its output.
 
     A result that is no output of an emitted node (an input passed through) goes through an Identity,
-    because the output's name must stay. With `retired` the node is taken off its inputs and put there instead of
-    being removed: the caller removes many at once, since each removal looks at all outputs of the graph.
+    because the output's name must stay. With `retired` the node is taken off its inputs and put there instead
+    of being removed: the caller removes many at once, since each removal looks at all outputs of the graph.
     """
     graph = node.graph
     if graph is None:
@@ -193,7 +193,8 @@ def replace_node(
         return
     for given, made in zip(old, new, strict=True):
         made.name = given.name or made.name
-        made.type, made.shape = given.type or made.type, given.shape or made.shape
+        made.type = made.type if given.type is None else given.type
+        made.shape = made.shape if given.shape is None else given.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     graph.insert_after(node, emit.nodes)
     for index in range(len(node.inputs)):

@@ -83,13 +83,14 @@ def optimizer_inside(exported: Exported) -> Interface | Miss:
     notes = [f"'{item.name}' is changed by no gradient: it stays as it is" for item in still]
     news = [*pairs.news.values(), *_all(pairs)]
     if exported.keep_optimizer:
+        notes = [*_notes(updates, "kept"), *notes]
         held, states = kept(pairs.news, updates, exported, flow)
         for item in states:  # so that nobody takes their first values for constants
             if not values[item.input].is_graph_input():
                 model.graph.inputs.append(values[item.input])
     else:
         held, states = (), ()
-        notes = [*_notes(updates), *notes]
+        notes = [*_notes(updates, "taken out"), *notes]
         dropped = _take_out(exported, flow, news, gradients, losses)
         if dropped:
             more = "" if len(dropped) <= NAMED else f" and {len(dropped) - NAMED} more"
@@ -266,8 +267,8 @@ def _take_out(
     return [str(value.name) for value in gone]
 
 
-def _notes(updates: Collection[Update]) -> list[str]:
-    """Say which optimizers were found, one sentence per kind with its parameters counted."""
+def _notes(updates: Collection[Update], what: str) -> list[str]:
+    """Say which optimizers were found and what becomes of them, one sentence per kind."""
     kinds: dict[str, int] = {}
     for item in updates:
         text = item.kind if item.rate is None else f"{item.kind}, learning rate {item.rate:.6g}"
@@ -275,6 +276,6 @@ def _notes(updates: Collection[Update]) -> list[str]:
         text += ", with gradients clipped" if item.clipped else ""
         kinds[text] = kinds.get(text, 0) + 1
     return [
-        f"the graph's own optimizer is taken out ({text}): {count} parameter{'' if count == 1 else 's'}"
+        f"the graph's own optimizer is {what} ({text}): {count} parameter{'' if count == 1 else 's'}"
         for text, count in kinds.items()
     ]

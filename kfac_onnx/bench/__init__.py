@@ -1,7 +1,7 @@
 """What a step costs, measured beside what a user would pick instead: `kfac-onnx bench`.
 
-`workloads` are training graphs with their batches, `arms` ways to train them, `measure` times the arms step by
-step in turn, `memory` each in a process of its own, `roofline` says what the machine could do at best, and
+`workloads` are training graphs with their batches, `arms` ways to train them, `measure` times the arms step
+by step in turn, `memory` each in a process of its own, `roofline` says what the machine could do at best, and
 `results` is what comes out: JSON, a table (`report`) and pictures (`pictures`).
 """
 

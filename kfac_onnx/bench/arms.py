@@ -27,8 +27,10 @@ REST_LR: Final = 1e-3
 class Trainee(Protocol):
     """A model that is being trained by one arm."""
 
-    state_bytes: int
-    """What the optimizer keeps for the tables."""
+    @property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps for the tables, in bytes."""
+        ...
 
     def step(self, batch: Mapping[str, np.ndarray]) -> float:
         """Make one step; return the batch's loss before it."""
@@ -56,7 +58,7 @@ class Arm:
     """An optimizer of the tables.
 
     `held` is how many times the tables are in memory while a step runs (values, state, gradient), to tell
-    what fits. `dense` arms touch every row in every step. `rates` are tried where steps to a loss are counted.
+    what fits. `dense` arms touch every row in each step. `rates` are tried where steps to a loss are counted.
     """
 
     name: str
@@ -70,10 +72,10 @@ class Arm:
         return self.name.startswith("torch-")
 
 
-_SGD = (0.5, 1.0, 2.0, 4.0, 8.0)
-_ADAM = (0.001, 0.002, 0.005, 0.01, 0.02)
-_ADAGRAD = (0.02, 0.05, 0.1, 0.2, 0.5)
-_BLOCK = (0.002, 0.005, 0.01, 0.02, 0.05)
+_SGD = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_ADAM = (0.005, 0.01, 0.02, 0.05, 0.1)
+_ADAGRAD = (0.05, 0.1, 0.2, 0.5, 1.0)
+_BLOCK = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 ARMS: Final = {
     arm.name: arm
@@ -84,7 +86,7 @@ ARMS: Final = {
         Arm("adaptive", 1.1, _BLOCK),
         Arm("r1.7", 1.1, _BLOCK),
         Arm("plain-adam", 7.0, _ADAM, dense=True),
-        Arm("plain-adagrad", 5.0, _ADAGRAD, dense=True),
+        Arm("plain-adagrad", 3.0, _ADAGRAD),
         Arm("torch-sgd", 1.0, _SGD),
         Arm("torch-sparse-adam", 3.0, _ADAM),
         Arm("torch-sparse-adagrad", 2.0, _ADAGRAD),
@@ -142,8 +144,7 @@ class OurTrainee:
         from kfac_onnx.passes.inspect import inspect
         from kfac_onnx.runtime import TrainingSession
 
-        options = {"grad_scale": float(max(case.lookups.values()))} if preset == "r1.7" else {}
-        model = transform(case.graph(), preset=preset, lr=lr, rest="adam", rest_lr=REST_LR, **options)
+        model = transform(case.graph(), preset=preset, lr=lr, rest="adam", rest_lr=REST_LR)
         self._threads = threads
         self._session: TrainingSession | None = TrainingSession(model, parameters=parameters, threads=threads)
         self.state_bytes = sum(site.state_bytes for site in inspect(model).sites)

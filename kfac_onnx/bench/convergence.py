@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVEL", "converge"]
 
-LEVEL: Final = 0.95
+LEVEL: Final = 0.94
 """Held-out RMSE, in stars, that arms are compared at."""
 EPOCHS: Final = 12
+_WORSE: Final = 0.05
+"""Training ends when the RMSE is this far above its lowest."""
 _EVALUATIONS: Final = 4
 """In an epoch."""
 
@@ -53,7 +55,7 @@ def converge(
 
 def _order(run: Convergence) -> tuple[float, float]:
     reached = math.inf if run.steps_to_level is None else run.steps_to_level
-    return reached, run.best if math.isfinite(run.best) else math.inf
+    return reached, run.best
 
 
 def _train(
@@ -72,21 +74,21 @@ def _train(
         trainee.step(batch)
         spent.append(spent[-1] + time.perf_counter() - start)
         if step % every == 0:
-            error = math.sqrt(max(0.0, trainee.evaluate([data.held_out])))
+            loss = trainee.evaluate([data.held_out])
+            error = math.sqrt(loss) if math.isfinite(loss) else math.inf
             at.append(step)
             rmse.append(error)
-            if not math.isfinite(error) or error > 2 * min(rmse):
-                break  # it diverges
+            if math.isinf(error) or error > min(rmse) + _WORSE:
+                break  # it diverges, or learns the training part by heart
     trainee.close()
-    finite = [value if math.isfinite(value) else math.inf for value in rmse]
-    reached = Curve(tuple(at), tuple(finite)).first_below(LEVEL)
+    reached = Curve(tuple(at), tuple(rmse)).first_below(LEVEL)
     return Convergence(
         arm=arm.name,
         lr=lr,
-        best=min(finite),
+        best=min(rmse),
         steps_to_level=reached,
         seconds_to_level=None if reached is None else spent[min(len(spent) - 1, math.ceil(reached))],
         seconds=spent[-1],
-        at=tuple(at),
-        rmse=tuple(rmse),
+        at=tuple(step for step, error in zip(at, rmse, strict=True) if math.isfinite(error)),
+        rmse=tuple(error for error in rmse if math.isfinite(error)),
     )

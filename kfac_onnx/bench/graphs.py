@@ -60,9 +60,12 @@ def factorisation(parameters: Mapping[str, tuple[int, ...]]) -> ir.Model:
 
 
 def ratings(parameters: Mapping[str, tuple[int, ...]]) -> ir.Model:
-    """Return matrix factorisation with a bias for each user and item."""
+    """Return matrix factorisation with a bias for each user and item, and a penalty on what was looked up.
+
+    The loss is the mean of error² + penalty · (|user|² + |item|² + biases²), `penalty` float[N] of the batch.
+    """
     return training_graph(
-        "int64[N] users, int64[N] items, float[N] ratings",
+        "int64[N] users, int64[N] items, float[N] ratings, float[N] penalty",
         parameters,
         """p = Gather(user, users)
         q = Gather(item, items)
@@ -76,7 +79,12 @@ def ratings(parameters: Mapping[str, tuple[int, ...]]) -> ir.Model:
         rating = Add(offset, bias)
         error = Sub(rating, ratings)
         square = Mul(error, error)
-        loss = ReduceMean<keepdims=0>(square)""",
+        rows = Concat<axis=1>(p, q, bu, bi)
+        rows_square = Mul(rows, rows)
+        size = ReduceSum<keepdims=0>(rows_square, last)
+        penalized = Mul(size, penalty)
+        each = Add(square, penalized)
+        loss = ReduceMean<keepdims=0>(each)""",
     )
 
 

@@ -120,9 +120,7 @@ def measure(
     return {arm.name: found[arm.name] for arm in arms}
 
 
-def _interleave(
-    case: Case, opened: dict[str, Trainee], steps: int, seconds: float
-) -> dict[str, list[float]]:
+def _interleave(case: Case, opened: dict[str, Trainee], steps: int, seconds: float) -> dict[str, list[float]]:
     """Return milliseconds of each arm's steps, warm-up left out."""
     times: dict[str, list[float]] = {name: [] for name in opened}
     spent = dict.fromkeys(opened, 0.0)

@@ -7,6 +7,7 @@ input), because memory that one arm freed would hide what the next one takes.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -28,7 +29,8 @@ _STEPS = 12
 def peak_bytes() -> int:
     """Return the most that this process has had in memory.
 
-    Linux: `VmHWM`, which starts anew in a new program; `ru_maxrss` does not (a child begins with its parent's).
+    Linux: `VmHWM`, which starts anew in a new program. `ru_maxrss` does not: a child begins with its
+    parent's.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -57,7 +59,7 @@ def measure_memory(
         "parameters": str(parameters),
         "threads": threads,
     }
-    done = subprocess.run(  # noqa: S603  our own module, no shell
+    done = subprocess.run(
         [sys.executable, "-m", "kfac_onnx.bench.memory"],
         input=json.dumps(task),
         capture_output=True,
@@ -88,10 +90,8 @@ def _task(task: dict[str, Any]) -> Memory:
         if case.name == task["name"]
     )
     arm = ARMS[task["arm"]]
-    if arm.torch:
-        import torch as _  # noqa: F401  its libraries are no part of what training takes
-    else:
-        import kfac_onnx.runtime as _  # noqa: F401  the same for onnxruntime's
+    # Libraries are no part of what training takes.
+    importlib.import_module("kfac_onnx.bench.torch_arms" if arm.torch else "kfac_onnx.runtime")
     parameters = Path(task["parameters"])
     batches = case.batches(0)
     first = next(batches)

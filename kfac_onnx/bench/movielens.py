@@ -1,6 +1,6 @@
 """MovieLens-100k, from a file of the user's: ratings, their split, and batches of them.
 
-The data (Harper & Konstan 2015, The MovieLens Datasets) may not be redistributed, so it is not part of this
+The data (Harper & Konstan 2015, The MovieLens Datasets) may not be redistributed and is no part of the
 package: `u.data` of https://grouplens.org/datasets/movielens/100k/, or `ml-100k.inter` of the wheel `recbole`.
 """
 
@@ -23,9 +23,16 @@ _HELD_OUT: Final = 0.1
 """Share of the ratings that are held out, drawn once with a fixed seed."""
 
 
+_PENALTY: Final = 0.05
+"""Weight of the squares of what was looked up, in the loss of training."""
+
+
 @dataclass(frozen=True)
 class Ratings:
-    """Ratings as ids and numbers: `train` and `held_out` map users, items (int64[N]) and ratings (float32[N])."""
+    """Ratings: `train` and `held_out` map users, items (int64[N]), ratings and penalty (float32[N]).
+
+    The penalty on the looked-up rows is that of training; a held-out loss has none.
+    """
 
     users: int
     items: int
@@ -69,17 +76,18 @@ def read_ratings(path: Path) -> Ratings:
     cut = max(1, int(_HELD_OUT * len(order)))
     mean = float(ratings[order[cut:]].mean())
 
-    def part(chosen: np.ndarray) -> dict[str, np.ndarray]:
+    def part(chosen: np.ndarray, penalty: float) -> dict[str, np.ndarray]:
         return {
             "users": users[chosen].astype(np.int64),
             "items": items[chosen].astype(np.int64),
             "ratings": ratings[chosen] - np.float32(mean),
+            "penalty": np.full(len(chosen), penalty, np.float32),
         }
 
     return Ratings(
         users=len(user_ids),
         items=len(item_ids),
         mean=mean,
-        train=part(order[cut:]),
-        held_out=part(order[:cut]),
+        train=part(order[cut:], _PENALTY),
+        held_out=part(order[:cut], 0.0),
     )

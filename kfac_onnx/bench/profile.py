@@ -2,8 +2,8 @@
 
 Every stage of a step has a session of its own. Once sessions that only count the time of their runs give the
 phases; then sessions that profile their nodes give the operators, since profiling itself takes time. A node
-belongs to the operator of `ai.kfac` that it was inlined from (`_inlfunc_<Operator>_...`), else to the pass that
-added it (`kfac/<pass>/...`: `plumbing`), else to the user's graph.
+belongs to the operator of `ai.kfac` that it was inlined from (`_inlfunc_<Operator>_...`), else to the pass
+that added it (`kfac/<pass>/...`: `plumbing`), else to the user's graph.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import json
 import re
 import tempfile
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.bench.arms import open_arm
@@ -50,64 +52,62 @@ def operator_of(node: str) -> str:
 
 
 def read_events(events: Iterable[Mapping[str, Any]]) -> tuple[list[float], dict[str, tuple[float, int]]]:
-    """Return the milliseconds of each run of a profile, and per operator (milliseconds in all, nodes).
+    """Return the milliseconds of each run of a profile, and per operator (median milliseconds a run, nodes).
 
     A node with a body (Loop, If) holds the time of the nodes in it, which are left out.
     """
-    runs: list[float] = []
+    runs: list[tuple[int, int]] = []
     nodes: list[tuple[int, int, str]] = []
     for event in events:
-        name, duration = str(event.get("name", "")), int(event.get("dur", 0))
+        name, start, duration = str(event.get("name", "")), int(event.get("ts", 0)), int(event.get("dur", 0))
         if event.get("cat") == "Session" and name == "model_run":
-            runs.append(duration / 1e3)
+            runs.append((start, duration))
         elif event.get("cat") == "Node" and name.endswith(_SUFFIX):
-            nodes.append((int(event.get("ts", 0)), duration, name.removesuffix(_SUFFIX)))
-    total: defaultdict[str, float] = defaultdict(float)
+            nodes.append((start, duration, name.removesuffix(_SUFFIX)))
+    runs.sort()
+    starts = [start for start, _ in runs]
+    totals: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * len(runs))
     names: defaultdict[str, set[str]] = defaultdict(set)
     end = -1
     for start, duration, name in sorted(nodes, key=lambda node: (node[0], -node[1])):
-        if start + duration <= end:
-            continue  # inside the body of the node before
+        place = bisect_right(starts, start) - 1
+        if start + duration <= end or place < 0:
+            continue  # inside the body of the node before, or in a run that is not looked at
         end = max(end, start + duration)
-        total[operator_of(name)] += duration / 1e3
+        totals[operator_of(name)][place] += duration / 1e3
         names[operator_of(name)].add(name)
-    return runs, {operator: (total[operator], len(names[operator])) for operator in total}
+    found = {operator: (median(each), len(names[operator])) for operator, each in totals.items()}
+    return [duration / 1e3 for _, duration in runs], found
 
 
 @dataclass
 class _Watched:
-    """A session of a step: its phase, and the seconds of its runs."""
+    """A session of a step: its phase, and the milliseconds of its runs."""
 
     phase: str
-    session: Any
     runs: list[float] = field(default_factory=list[float])
 
 
 def profile(case: Case, arm: Arm, parameters: Path, *, steps: int, threads: int | None) -> Profile:
     """Return where the steps of one of our arms go, per step, over `steps` steps after a warm-up."""
     batches = case.batches(0)
-    watched, times = _timed(case, arm, parameters, batches, steps, threads)
+    timed, host = _timed(case, arm, parameters, batches, steps, threads)
     kernels, profiled = _profiled(case, arm, parameters, batches, steps, threads)
-    runs: defaultdict[str, list[float]] = defaultdict(list)
-    for item in watched:
-        runs[item.phase] += item.runs
     phases: list[PhaseTime] = []
     operators: list[OperatorTime] = []
     for phase, found in kernels.items():
-        spent = runs[phase] or profiled[phase]
-        inside = sum(total for total, _ in found.values())
-        phases.append(
-            PhaseTime(phase, sum(spent) / steps, inside / steps, min(1.0, len(spent) / steps))
-        )
+        spent = timed[phase] or profiled[phase]
+        share = min(1.0, len(spent) / steps)
+        inside = share * sum(each for each, _ in found.values())
+        phases.append(PhaseTime(phase, share * median(spent), inside, share))
         operators += [
-            OperatorTime(phase, operator, total / steps, count)
-            for operator, (total, count) in sorted(found.items(), key=lambda item: -item[1][0])
+            OperatorTime(phase, operator, share * each, count)
+            for operator, (each, count) in sorted(found.items(), key=lambda item: -item[1][0])
         ]
-    step_ms = 1e3 * sum(times) / steps
     return Profile(
         arm=arm.name,
-        step_ms=step_ms,
-        host_ms=max(0.0, step_ms - sum(phase.ms for phase in phases)),
+        step_ms=host + sum(phase.ms for phase in phases),
+        host_ms=host,
         phases=tuple(phases),
         operators=tuple(operators),
     )
@@ -120,8 +120,8 @@ def _timed(
     batches: Iterator[dict[str, np.ndarray]],
     steps: int,
     threads: int | None,
-) -> tuple[list[_Watched], list[float]]:
-    """Return the sessions of a step with the milliseconds of their runs, and the seconds of the steps."""
+) -> tuple[defaultdict[str, list[float]], float]:
+    """Return the milliseconds of each phase's runs, and those of a step outside of all phases (median)."""
     import onnxruntime as ort
 
     from kfac_onnx.runtime.tensors import session_maker
@@ -131,12 +131,12 @@ def _timed(
     class Timed(ort.InferenceSession):
         def __init__(self, model: bytes, options: ort.SessionOptions, **others: Any) -> None:
             super().__init__(model, options, **others)
-            self._watched = _Watched(_phase_of(model), self)
+            self._watched = _Watched(_phase_of(model))
             watched.append(self._watched)
 
         def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:
             start = time.perf_counter()
-            super().run_with_iobinding(iobinding, run_options)
+            super().run_with_iobinding(iobinding, run_options)  # pyright: ignore[reportCallIssue]  typed in part
             self._watched.runs.append(1e3 * (time.perf_counter() - start))
 
     token = session_maker.set(Timed)
@@ -148,14 +148,21 @@ def _timed(
         trainee.step(next(batches))
     for item in watched:
         item.runs.clear()
-    times: list[float] = []
+    outside: list[float] = []
+    inside = 0.0
     for _ in range(steps):
         batch = next(batches)
         start = time.perf_counter()
         trainee.step(batch)
-        times.append(time.perf_counter() - start)
+        taken = 1e3 * (time.perf_counter() - start)
+        before, inside = inside, sum(sum(item.runs) for item in watched)
+        outside.append(taken - (inside - before))
     trainee.close()
-    return [item for item in watched if item.runs and item.phase not in _HELPERS], times
+    runs: defaultdict[str, list[float]] = defaultdict(list)
+    for item in watched:
+        if item.phase not in _HELPERS:
+            runs[item.phase] += item.runs
+    return runs, max(0.0, median(outside))
 
 
 def _profiled(
@@ -171,7 +178,7 @@ def _profiled(
 
     from kfac_onnx.runtime.tensors import session_maker
 
-    opened: list[tuple[str, ort.InferenceSession]] = []
+    opened: list[tuple[str, Any]] = []  # onnxruntime's sessions are typed in part
     kernels: dict[str, dict[str, tuple[float, int]]] = {}
     runs: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +201,7 @@ def _profiled(
         for _ in range(steps):
             trainee.step(next(batches))
         for phase, session in opened:
-            offset = session.get_profiling_start_time_ns()
+            offset = int(session.get_profiling_start_time_ns())
             now = min(began.values(), key=lambda at: abs(at - offset))  # by the clock that it uses
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
             late = [event for event in events if offset + 1_000 * int(event.get("ts", 0)) >= now]

@@ -17,7 +17,9 @@ __all__ = ["Sheet", "markdown", "sheets"]
 class Sheet:
     """A table: title, columns (a blank at the end aligns to the right), rows of cells, and a line below."""
 
-    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    def __init__(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = ""
+    ) -> None:
         self.title = title
         self.columns = tuple(columns)
         self.rows = tuple(tuple(row) for row in rows)
@@ -27,7 +29,9 @@ class Sheet:
         """Return the table as Markdown."""
         lines = [f"### {self.title}", ""]
         lines.append("| " + " | ".join(column.rstrip() for column in self.columns) + " |")
-        lines.append("|" + "|".join("---:" if column.endswith(" ") else "---" for column in self.columns) + "|")
+        lines.append(
+            "|" + "|".join("---:" if column.endswith(" ") else "---" for column in self.columns) + "|"
+        )
         lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in self.rows]
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
@@ -89,9 +93,19 @@ def _steps(results: Results) -> Sheet:
             rows.append(row)
     return Sheet(
         "A step",
-        ("workload", "V ", "tables by", "ms ", "p10 – p90 ", "/ SGD ", "/ torch SGD ", "state ", "peak memory "),
+        (
+            "workload",
+            "V ",
+            "tables by",
+            "ms ",
+            "p10 – p90 ",
+            "/ SGD ",
+            "/ torch SGD ",
+            "state ",
+            "peak memory ",
+        ),
         rows,
-        "ms: median; / SGD: to plain-sgd of the same minutes; state: kept for the tables beside their values; "
+        "ms: median; / SGD: to plain-sgd of the same minutes; state: kept for the tables beside them; "
         "peak memory: resident, of a process that opens, steps, saves and resumes.",
     )
 
@@ -124,7 +138,9 @@ def _profiles(case: CaseResult) -> Sheet:
     rows: list[tuple[str, ...]] = []
     for item in case.profiles:
         for phase in item.phases:
-            rows.append((item.arm, phase.phase, "all", _number(phase.ms), "", _number(phase.ms / item.step_ms)))
+            rows.append(
+                (item.arm, phase.phase, "all", _number(phase.ms), "", _number(phase.ms / item.step_ms))
+            )
             rows += [
                 (
                     item.arm,
@@ -137,14 +153,16 @@ def _profiles(case: CaseResult) -> Sheet:
                 for operator in item.operators
                 if operator.phase == phase.phase and operator.ms >= 0.005 * item.step_ms
             ]
-        rows.append((item.arm, "host", "all", _number(item.host_ms), "", _number(item.host_ms / item.step_ms)))
+        rows.append(
+            (item.arm, "host", "all", _number(item.host_ms), "", _number(item.host_ms / item.step_ms))
+        )
         rows.append((item.arm, "step", "all", _number(item.step_ms), "", "1"))
     return Sheet(
         f"Where a step goes: {case.name}, V={case.vocab_size:,}",
         ("tables by", "phase", "operator", "ms ", "nodes ", "of the step "),
         rows,
-        "Phases are timed without a profiler, operators with it: their sum may exceed the phase. Means, so a "
-        "refresh at each tenth step counts a tenth.",
+        "Medians of runs; a phase that each tenth step runs counts a tenth. Phases are timed without a "
+        "profiler and operators with it, so operators may add up to more than their phase.",
     )
 
 

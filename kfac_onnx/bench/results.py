@@ -45,7 +45,7 @@ class Settings:
     torch: bool = False
     memory: bool = False
     profile: bool = False
-    seconds: float = 20.0
+    seconds: float = 4.0
 
     def command(self) -> str:
         """Return the command that makes this run; files are left for the reader to fill in."""
@@ -126,9 +126,9 @@ class OperatorTime:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """Milliseconds per step in one phase: whole, and within its operators.
+    """Milliseconds per step in one phase: whole, and within its operators as a profiler sees them.
 
-    `share_of_steps` is the part of steps that run the phase.
+    The median of its runs times `share_of_steps`, the part of the steps that run the phase.
     """
 
     phase: str
@@ -139,7 +139,7 @@ class PhaseTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where one arm's step goes; `host_ms` is the time of a step outside all phases."""
+    """Where one arm's step goes: all phases and, outside of them, `host_ms` make up `step_ms`."""
 
     arm: str
     step_ms: float
@@ -220,8 +220,11 @@ T = TypeVar("T")
 def _made(kind: type[T], data: dict[str, Any]) -> T:
     """Return a dataclass of JSON data; lists become tuples."""
     names = {item.name for item in fields(kind)}  # pyright: ignore[reportArgumentType]  a dataclass
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]  JSON
-    return kind(**{name: value for name, value in known.items() if name in names})
+    known: dict[str, Any] = {}
+    for name in names & set(data):
+        value: Any = data[name]
+        known[name] = tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]  JSON
+    return kind(**known)
 
 
 def _case(data: dict[str, Any]) -> CaseResult:

@@ -9,9 +9,9 @@ For each table with N lookups of width D the block adds, counted once each:
     row scaling   read and write N·D floats
     finite check  read N·D floats
 
-Random access and matrix products are measured at these very shapes, copies at N·D floats; each rate is the
-best of what NumPy and ONNX Runtime reach. The root itself (each tenth step) is not in a median step, and is not
-counted.
+Random access and matrix products are measured at these very shapes, copies at N·D floats; each rate is
+the best of what NumPy and ONNX Runtime reach. The root itself (each tenth step) is in no median step, and
+is not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ _ID_SETS: Final = 8
 
 def floor_of(case: Case, machine: Machine) -> Roofline:
     """Return the floor for the work that `half` adds to the SGD step of a case."""
-    parts = dict.fromkeys(("gather a", "count", "gᵀg", "rows · root", "row scaling", "finite check"), 0.0)
+    parts: dict[str, float] = dict.fromkeys(
+        ("gather a", "count", "gᵀg", "rows · root", "row scaling", "finite check"), 0.0
+    )
     rates: dict[str, float] = {}
     for name, (V, D) in case.tables.items():
         N = case.lookups[name]
@@ -183,8 +185,11 @@ class Machine:
             )
             with ThreadPoolExecutor(self._threads) as pool:
 
+                def one(pair: tuple[np.ndarray, np.ndarray]) -> None:
+                    np.copyto(pair[1], pair[0])
+
                 def together(_: int) -> None:
-                    list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pieces))
+                    list(pool.map(one, pieces))
 
                 return _best(lambda _: np.copyto(target, source), together)
 

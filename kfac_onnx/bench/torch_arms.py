@@ -6,11 +6,10 @@ Sparse arms use sparse gradients of `embedding` and `embedding_bag`; dense arms 
 from __future__ import annotations
 
 import gc
+import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 from kfac_onnx.bench.arms import REST_LR
 from kfac_onnx.runtime.weights import stored_weights
@@ -23,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchTrainee"]
 
-# PyTorch's signatures are partly untyped; its values are `Any` here.
+# PyTorch is an extra, and its signatures are partly untyped: it and its values are `Any` here.
+torch: Any = importlib.import_module("torch")
+functional: Any = importlib.import_module("torch.nn.functional")
 Tensors = dict[str, Any]
 
 
@@ -35,11 +36,15 @@ def _mf(p: Tensors, batch: Tensors, sparse: bool) -> Any:
 
 def _movielens(p: Tensors, batch: Tensors, sparse: bool) -> Any:
     rows = {
-        name: functional.embedding(batch["users" if name.startswith("user") else "items"], p[name], sparse=sparse)
+        name: functional.embedding(
+            batch["users" if name.startswith("user") else "items"], p[name], sparse=sparse
+        )
         for name in ("user", "item", "user_bias", "item_bias")
     }
     offset = (rows["user_bias"] + rows["item_bias"]).squeeze(-1) + p["bias"]
-    return functional.mse_loss((rows["user"] * rows["item"]).sum(-1) + offset, batch["ratings"])
+    error = (rows["user"] * rows["item"]).sum(-1) + offset - batch["ratings"]
+    size = torch.cat(list(rows.values()), 1).square().sum(-1)
+    return (error.square() + batch["penalty"] * size).mean()
 
 
 def _lm(p: Tensors, batch: Tensors, sparse: bool) -> Any:
@@ -52,7 +57,9 @@ def _lm(p: Tensors, batch: Tensors, sparse: bool) -> Any:
 def _dlrm(p: Tensors, batch: Tensors, sparse: bool) -> Any:
     tables = sorted(name for name in p if name.startswith("table_"))
     bags = [
-        functional.embedding_bag(batch[f"ids_{name.removeprefix('table_')}"], p[name], mode="sum", sparse=sparse)
+        functional.embedding_bag(
+            batch[f"ids_{name.removeprefix('table_')}"], p[name], mode="sum", sparse=sparse
+        )
         for name in tables
     ]
     features = torch.cat([*bags, batch["numbers"]], 1)
@@ -93,8 +100,11 @@ class TorchTrainee:
         self._values: Tensors = {}
         for key, stored in stored_weights(parameters).items():
             array = np.empty(stored.shape, np.float32)
-            stored.read_into(array) if not isinstance(stored, np.ndarray) else np.copyto(array, stored)
-            self._values[key] = torch.from_numpy(array).requires_grad_()  # pyright: ignore[reportUnknownMemberType]
+            if isinstance(stored, np.ndarray):
+                array[...] = stored
+            else:
+                stored.read_into(array)
+            self._values[key] = torch.from_numpy(array).requires_grad_()
         self._open()
 
     def _open(self) -> None:
@@ -116,7 +126,7 @@ class TorchTrainee:
         )
 
     def _tensors(self, batch: Mapping[str, np.ndarray]) -> Tensors:
-        return {name: torch.from_numpy(array) for name, array in batch.items()}  # pyright: ignore[reportUnknownMemberType]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def step(self, batch: Mapping[str, np.ndarray]) -> float:
         """Make one step; return the batch's loss before it."""
@@ -141,12 +151,12 @@ class TorchTrainee:
     def save(self, path: Path) -> None:
         """Write a checkpoint."""
         optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
-        torch.save({"values": self._values, "optimizers": optimizers}, path)  # pyright: ignore[reportUnknownMemberType]
+        torch.save({"values": self._values, "optimizers": optimizers}, path)
 
     def resume(self, path: Path) -> None:
         """Forget everything, then go on from a checkpoint."""
         self.close()
-        stored: Any = torch.load(path, weights_only=True)  # pyright: ignore[reportUnknownMemberType]
+        stored: Any = torch.load(path, weights_only=True)
         self._values = {name: value.detach().requires_grad_() for name, value in stored["values"].items()}
         self._open()
         for optimizer, state in zip(self._optimizers, stored["optimizers"], strict=True):

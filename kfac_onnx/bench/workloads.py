@@ -14,7 +14,6 @@ import json
 import struct
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -24,6 +23,7 @@ from kfac_onnx.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     import onnx
     import onnx_ir as ir

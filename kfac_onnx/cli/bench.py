@@ -26,7 +26,7 @@ _MEASURED = (
 """What a run to compare with has settled."""
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[Any]):
     """Whole numbers between commas; `1e6` is one too."""
 
     name = "numbers"
@@ -43,7 +43,7 @@ class Numbers(click.ParamType):
                 number = float(word)
             except ValueError:
                 number = 0.5
-            if number != int(number):
+            if not number.is_integer():
                 self.fail(f"'{word}' is not a whole number", param, ctx)
             numbers.append(int(number))
         return tuple(numbers)

@@ -9,6 +9,7 @@ from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
+from kfac_onnx.passes.collector import collector_paused
 from kfac_onnx.passes.why import Verdicts, why
 
 if TYPE_CHECKING:
@@ -260,13 +261,14 @@ def transform(
     )
     passes = parse_pipeline(text)
     dense = any(getattr(item, "shape", None) == "dense" for item in passes.passes)
-    model = _canonical(source, loss, gradients, keep_optimizer=dense)
-    first: Mapping[str, Any] = _first_values(source) if initialize else {}
-    if first or parameters:
-        from kfac_onnx.passes.values import give_values
+    with collector_paused():
+        model = _canonical(source, loss, gradients, keep_optimizer=dense)
+        first: Mapping[str, Any] = _first_values(source) if initialize else {}
+        if first or parameters:
+            from kfac_onnx.passes.values import give_values
 
-        give_values(model, {**first, **(parameters or {})})
-    passes.run(model, log=log)
+            give_values(model, {**first, **(parameters or {})})
+        passes.run(model, log=log)
     return model
 
 

@@ -1,7 +1,7 @@
 """MovieLens-100k, from a file of the user's: ratings, their split, and batches of them.
 
 The data (Harper & Konstan 2015, The MovieLens Datasets) may not be redistributed and is no part of the
-package: `u.data` of https://grouplens.org/datasets/movielens/100k/, or `ml-100k.inter` of the wheel `recbole`.
+package: `u.data` of https://grouplens.org/datasets/movielens/100k/, or the wheel `recbole`'s `ml-100k.inter`.
 """
 
 from __future__ import annotations

@@ -93,6 +93,8 @@ class TorchTrainee:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        # As by default, but said, which spares the user a warning about it.
+        torch.sparse.check_sparse_tensor_invariants.disable()
         self._make, default, self._sparse = _OPTIMIZERS[name]
         self._lr = default if lr is None else lr
         self._case = case

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.bench.workloads import Case
 
-Small = "Callable[[str], tuple[Case, Path]]"
+    Small = Callable[[str], tuple[Case, Path]]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

@@ -85,7 +85,7 @@ ARMS: Final = {
         Arm("adagrad", 1.1, _ADAGRAD),
         Arm("adaptive", 1.1, _BLOCK),
         Arm("r1.7", 1.1, _BLOCK),
-        Arm("plain-adam", 7.0, _ADAM, dense=True),
+        Arm("plain-adam", 14.0, _ADAM, dense=True),
         Arm("plain-adagrad", 3.0, _ADAGRAD),
         Arm("torch-sgd", 1.0, _SGD),
         Arm("torch-sparse-adam", 3.0, _ADAM),

@@ -1,7 +1,8 @@
 """Time arms step by step in turn, on the same batches, in one process.
 
 Arms are opened in groups that fit into memory together; each group has the arm that ratios are to, so that a
-ratio is always between times of the same minutes. The order within a step rotates, so that no arm always
+ratio is always between times of the same minutes. Arms that touch every row are groups apart, since they leave
+nothing of the others' rows in the caches. The order within a step rotates, so that no arm always
 finds the caches as the same other one left them.
 """
 
@@ -59,12 +60,12 @@ def groups_that_fit(
     left_out: dict[str, str] = {}
     groups: list[list[Arm]] = []
     used = 0.0
-    for arm in arms:
+    for arm in sorted(arms, key=lambda arm: arm.dense):
         if arm is not reference and need(arm) + need(reference) > budget:
             wanted, there = need(arm) + need(reference), max(budget, 0.0)
             left_out[arm.name] = f"needs about {wanted / 1e9:.0f} GB, {there / 1e9:.0f} GB are free"
             continue
-        if not groups or used + need(arm) > budget:
+        if not groups or used + need(arm) > budget or (arm.dense and not groups[-1][-1].dense):
             groups.append([reference])
             used = need(reference)
         if arm is not reference:

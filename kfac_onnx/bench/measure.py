@@ -1,8 +1,8 @@
 """Time arms step by step in turn, on the same batches, in one process.
 
 Arms are opened in groups that fit into memory together; each group has the arm that ratios are to, so that a
-ratio is always between times of the same minutes. Arms that touch every row are groups apart, since they leave
-nothing of the others' rows in the caches. The order within a step rotates, so that no arm always
+ratio is always between times of the same minutes. Arms that touch every row are a group apart, since they
+leave nothing of the others' rows in the caches. The order within a step rotates, so that no arm always
 finds the caches as the same other one left them.
 """
 

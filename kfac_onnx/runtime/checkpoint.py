@@ -9,9 +9,10 @@ Tensors go from their buffers to the file and back in pieces: a table is never i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
@@ -70,6 +71,12 @@ class Checkpoint:
     checksums: dict[str, str] = field(default_factory=dict[str, str])
 
 
+_HEADER: Final = tuple(
+    item.name for item in dataclasses.fields(Checkpoint) if item.name not in ("model", "states", "constants")
+)
+"""The fields that go into the JSON entry."""
+
+
 def model_bytes(plan: Plan, entries: Mapping[str, str]) -> bytes:
     """Return the whole-step model without the values of states and constants."""
     source = plan.source
@@ -117,9 +124,8 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     named |= {f"constant/{name}": array for name, array in checkpoint.constants.items()}
     named["model"] = np.frombuffer(checkpoint.model, np.uint8)
     tensors = {name: _plain(array) for name, array in named.items()}
-    header = asdict(checkpoint)
-    for key in ("model", "states", "constants"):
-        del header[key]
+    # Not asdict: it would copy every array.
+    header = {key: getattr(checkpoint, key) for key in _HEADER}
     header["model_hash"] = model_hash(checkpoint.model)
     header["dtypes"] = {name: str(array.dtype) for name, array in named.items()}
     header["checksums"] = {name: _checksum(array) for name, array in tensors.items()}

@@ -220,7 +220,16 @@ def _by_reference(proto: onnx.ModelProto) -> Callable[[dict[str, Array]], Array]
                 return (x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
             return (x * 0.5 * (1 + erf(x / math.sqrt(2))),)
 
-    evaluator: Any = ReferenceEvaluator(proto, new_ops=[Erf, Gelu])
+    class OneHot(OpRun):  # its own takes no depth of shape [1]
+        """`values[1]` at the index along a new axis, `values[0]` elsewhere and for an index out of range."""
+
+        def _run(self, indices: Array, depth: Array, values: Array, axis: int = -1) -> tuple[Array]:
+            size = int(depth.reshape(-1)[0])
+            place = np.expand_dims(np.where(indices < 0, indices + size, indices), axis)
+            classes = np.arange(size).reshape([-1 if dim == axis % place.ndim else 1 for dim in range(place.ndim)])
+            return (np.where(place == classes, values[1], values[0]),)
+
+    evaluator: Any = ReferenceEvaluator(proto, new_ops=[Erf, Gelu, OneHot])
 
     def run(feeds: dict[str, Array]) -> Array:
         with warnings.catch_warnings(), np.errstate(all="ignore"):

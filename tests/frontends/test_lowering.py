@@ -98,7 +98,8 @@ def test_rule_gives_the_gradient_of_autograd(
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {(case["domain"], case["op"]) for case in CASES.values()} == set(TABLE)
+    elsewhere = {key for key in TABLE if key[0] == "ai.onnx.preview.training"}  # test_optimizer_lowering
+    assert {(case["domain"], case["op"]) for case in CASES.values()} == set(TABLE) - elsewhere
 
 
 def test_every_missing_operator_is_listed_at_once(build: Callable[[str], ir.Model]) -> None:

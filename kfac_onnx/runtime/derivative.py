@@ -226,7 +226,9 @@ def _by_reference(proto: onnx.ModelProto) -> Callable[[dict[str, Array]], Array]
         def _run(self, indices: Array, depth: Array, values: Array, axis: int = -1) -> tuple[Array]:
             size = int(depth.reshape(-1)[0])
             place = np.expand_dims(np.where(indices < 0, indices + size, indices), axis)
-            classes = np.arange(size).reshape([-1 if dim == axis % place.ndim else 1 for dim in range(place.ndim)])
+            classes = np.arange(size).reshape(
+                [-1 if dim == axis % place.ndim else 1 for dim in range(place.ndim)]
+            )
             return (np.where(place == classes, values[1], values[0]),)
 
     evaluator: Any = ReferenceEvaluator(proto, new_ops=[Erf, Gelu, OneHot])

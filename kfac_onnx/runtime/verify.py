@@ -8,11 +8,11 @@ For a parameter W with gradient g, and a direction v over W's entries (a row tha
     error    = |found - expected| / |g|                     entries of v have size 1
 
 Two directions are tried, along g (a wrong scale shows) and a random one (a missing part shows), and the
-larger error counts. The loss runs in float64 where its operators can be had in float64, else in float32 with a
-longer step and a tolerance that allows for rounding. There the curvature of the loss shows in the difference
-d(h) between the steps h and 2h: it is taken off, (4 d(h) - d(2h)) / 3 being exact to h⁴, and the step is
-halved where it is large. Where the loss has a kink, as ReLU at 0, any slope between those on its two sides is
-right in float64; in float32 the verdict is `unclear` there.
+larger error counts. The loss runs in float64 where its operators can be had in float64, else in float32
+with a longer step and a tolerance that allows for rounding. In float32 the curvature of the loss shows in
+the difference of the slopes d(h) and d(2h): it is taken off, (4 d(h) - d(2h)) / 3 being exact to h⁴, and
+the step is halved where it is large. Where the loss has a kink, as ReLU at 0, any slope between those on
+its two sides is right in float64; in float32 the verdict is `unclear` there.
 """
 
 from __future__ import annotations
@@ -220,14 +220,15 @@ def _check(
     if padded is not None:
         _hold_still(random, padded)
     directions: list[Array] = [random] if norm == 0.0 else [gradient * (np.sqrt(start.size) / norm), random]
-    error = 0.0
-    middle = loss.at(pair.name, start)
     if rough:
-        return verdict(*_rough_verdict(pair.name, start, gradient, directions, scale, loss, _TOLERANCE[digits]))
+        return verdict(
+            *_rough_verdict(pair.name, start, gradient, directions, scale, loss, _TOLERANCE[digits])
+        )
+    error, middle = 0.0, loss.at(pair.name, start)
     for direction in directions:
-        up, down = (loss.at(pair.name, start + sign * scale * direction) for sign in (1.0, -1.0))
+        ahead, behind = _sides(loss, pair.name, start, direction, scale, middle)
         found = float(np.vdot(gradient, direction))
-        error = max(error, _distance(found, up - middle, middle - down, scale) / max(norm, 1e-30))
+        error = max(error, _distance(found, ahead, behind) / max(norm, 1e-30))
     if error <= _TOLERANCE[digits]:
         return verdict("ok", error, _TOLERANCE[digits])
     return verdict("wrong", error, _TOLERANCE[digits], _WRONG)
@@ -247,40 +248,46 @@ def _rough_verdict(
     The worst of the directions counts.
     """
     norm = max(float(np.linalg.norm(gradient)), 1e-30)
-    rounding = 8 * float(np.finfo(np.float32).eps) * abs(loss.at(name, start)) / norm
+    middle = loss.at(name, start)
+    rounding = 8 * float(np.finfo(np.float32).eps) * abs(middle) / norm
     found: list[tuple[int, float, float]] = []
     for direction in directions:
-        slope, h = float(np.vdot(gradient, direction)), step
-        far = _central(loss, name, start, direction, 2 * h)
-        for halvings in range(_HALVINGS + 1):
-            near = _central(loss, name, start, direction, h)
+        slope, h, halvings = float(np.vdot(gradient, direction)), step, 0
+        far = sum(_sides(loss, name, start, direction, 2 * h, middle)) / 2
+        while True:
+            ahead, behind = _sides(loss, name, start, direction, h, middle)
+            near = (ahead + behind) / 2
             allowed = max(tolerance, _TOLERANCE_FLOAT32) + rounding / h
             error = abs(slope - (4 * near - far) / 3) / norm
-            bent = abs(near - far) / norm > _BENT * allowed
+            kink = _distance(slope, ahead, behind) / norm <= allowed
+            bent = kink or abs(near - far) / norm > _BENT * allowed
             if error <= allowed or not bent or halvings == _HALVINGS:
                 break
-            h, far = h / 2, near
-        clear = allowed <= _UNCLEAR and (error <= allowed or not bent)
-        found.append((0 if clear and error <= allowed else 1 if not clear else 2, error, allowed))
+            h, far, halvings = h / 2, near, halvings + 1
+        right = error <= allowed
+        unclear = allowed > _UNCLEAR or (bent and not right)
+        found.append((1 if unclear else 0 if right else 2, error, allowed))
     rank, error, allowed = max(found)
     reasons = ("", "float32 has too few digits for this parameter", _WRONG)
     statuses: tuple[Status, ...] = ("ok", "unclear", "wrong")
     return statuses[rank], error, allowed, reasons[rank]
 
 
-def _central(loss: LossFunction, name: str, start: Array, direction: Array, h: float) -> float:
-    """Return the slope of the loss between h before and h behind this value of a parameter."""
+def _sides(
+    loss: LossFunction, name: str, start: Array, direction: Array, h: float, middle: float
+) -> tuple[float, float]:
+    """Return the slopes of the loss from a parameter's value, where it is `middle`, to h ahead and behind."""
     up, down = (loss.at(name, start + sign * h * direction) for sign in (1.0, -1.0))
-    return (up - down) / (2 * h)
+    return (up - middle) / h, (middle - down) / h
 
 
-def _distance(found: float, ahead: float, behind: float, step: float) -> float:
-    """Return how far `found` is from the slope of the loss.
+def _distance(found: float, ahead: float, behind: float) -> float:
+    """Return how far `found` is from the slopes of the loss on both sides.
 
     At a kink (ReLU at 0, a maximum of equals) a gradient may be anything between the slopes on both sides;
     in float64 the two agree elsewhere.
     """
-    low, high = sorted((ahead / step, behind / step))
+    low, high = sorted((ahead, behind))
     return max(low - found, found - high, 0.0)
 
 

@@ -14,6 +14,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.frontends import read_training_graph
 from kfac_onnx.metadata import Parameter
 from kfac_onnx.passes.api import scan
+from kfac_onnx.runtime import derivative
 from kfac_onnx.runtime.double import narrowest, only_for, widened
 from kfac_onnx.runtime.verify import GradientCheck, verify_gradients
 
@@ -162,3 +163,36 @@ def test_a_widened_graph_has_no_narrow_float() -> None:
     np.testing.assert_allclose(found, [1.1 * 0.1, 2.2 * 0.1 * 2], rtol=1e-7)
     assert narrowest(onnx.parser.parse_model(MIXED)) == "FLOAT16"
     assert narrowest(proto) == "DOUBLE"
+
+
+def test_a_one_hot_of_tensorflow_is_run_in_float64() -> None:
+    found = check("tf2onnx_in__nplm")  # its depth has shape [1], and ONNX Runtime has no float64 OneHot
+    assert {(item.status, item.arithmetic) for item in found.values()} == {("ok", "float64")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tf2onnx_in__nplm",  # the loss bends within the first step
+        "tf2onnx_in__bag_sum",
+        "tf2onnx_sparse__twotower",  # ReLU's kinks
+        "ortart_dyncore__lookup_index",
+    ],
+)
+def test_float32_never_calls_a_right_gradient_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivative, "_WAYS", [way for way in derivative._WAYS if way[0] == "float32"])  # pyright: ignore[reportPrivateUsage]  no public graph is slow enough
+    found = check(name)
+    assert {item.arithmetic for item in found.values()} == {"float32"}
+    assert {item.status for item in found.values()} <= {"ok", "unclear"}
+    assert sum(item.status == "ok" for item in found.values()) >= len(found) / 2
+
+
+@pytest.mark.parametrize("gradient", ["emb_grad", "fc_w_grad", "out_b_grad"])
+def test_float32_finds_a_scaled_gradient(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivative, "_WAYS", [way for way in derivative._WAYS if way[0] == "float32"])  # pyright: ignore[reportPrivateUsage]  as above
+    name = "tf2onnx_in__nplm"
+    # 1.05: beyond the tolerance of float32, 5e-3 and rounding
+    model = scaled(read_training_graph(GRAPHS / f"{name}.onnx"), gradient, 1.05)
+    found = check(name, model)
+    wrong = {item.gradient for item in found.values() if item.status == "wrong"}
+    assert wrong == {gradient}

@@ -229,7 +229,8 @@ def _by_reference(proto: onnx.ModelProto) -> Callable[[dict[str, Array]], Array]
             classes = np.arange(size).reshape(
                 [-1 if dim == axis % place.ndim else 1 for dim in range(place.ndim)]
             )
-            return (np.where(place == classes, values[1], values[0]),)
+            chosen: Array = np.where(place == classes, values[1], values[0])
+            return (chosen,)
 
     evaluator: Any = ReferenceEvaluator(proto, new_ops=[Erf, Gelu, OneHot])
 

@@ -20,10 +20,10 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.frontends.numbering import Numbering
-from kfac_onnx.frontends.values import dtype_of, static_shape
+from kfac_onnx.frontends.values import ancestors, dtype_of, static_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["FlowPairs", "owners_by_flow", "pair_by_flow"]
 
@@ -56,7 +56,7 @@ def pair_by_flow(model: ir.Model, loss: ir.Value) -> FlowPairs:
 
     Inputs are taken for parameters only where no initializer is one: else they are the batch.
     """
-    forward = _ancestors([loss])
+    forward = ancestors([loss])
     held = [value for value in model.graph.initializers.values() if value in forward and _is_tensor(value)]
     fed = [value for value in model.graph.inputs if value in forward and _is_tensor(value)]
     outputs = [value for value in dict.fromkeys(model.graph.outputs) if value not in forward]
@@ -74,7 +74,7 @@ def owners_by_flow(model: ir.Model, loss: ir.Value, pairs: Mapping[str, ir.Value
     """
     known = {str(value.name): value for value in (*model.graph.inputs, *model.graph.initializers.values())}
     parameters = {name: known[name] for name in pairs if name in known}
-    evidence = _Evidence(_ancestors([loss]))
+    evidence = _Evidence(ancestors([loss]))
     result: dict[str, list[str]] = {}
     for name, output in pairs.items():
         alike = [item for item in parameters.values() if _is_like(item, output)]
@@ -143,20 +143,6 @@ def _all(proven: dict[ir.Value, list[ir.Value]]) -> list[ir.Value]:
 def _is_float(value: ir.Value) -> bool:
     dtype = dtype_of(value)
     return dtype is not None and dtype.is_floating_point()
-
-
-def _ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
-    seen: set[ir.Value] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        node = value.producer()
-        if node is not None:
-            stack.extend(item for item in node.inputs if item is not None)
-    return seen
 
 
 class _Evidence:

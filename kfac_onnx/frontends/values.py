@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "ONNX_DOMAINS",
     "all_graphs",
+    "ancestors",
     "bodies_of",
     "constant",
     "dtype_of",
@@ -172,6 +173,26 @@ def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
             if node.op_type in WITH_BODIES or node.domain not in ONNX_DOMAINS:
                 found.extend(bodies_of(node))
     yield from found
+
+
+def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
+    """Return the values and everything that they are computed from, the insides of nested graphs included."""
+    seen: set[ir.Value] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        node = value.producer()
+        if node is None:
+            continue
+        stack.extend(item for item in node.inputs if item is not None)
+        for body in bodies_of(node):
+            for graph in all_graphs(body):
+                stack.extend(item for inner in graph for item in inner.inputs if item is not None)
+                stack.extend(graph.outputs)
+    return seen
 
 
 def bodies_of(node: ir.Node) -> list[ir.Graph]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from kfac_onnx.frontends.autodiff.backward import captured_values
 from kfac_onnx.frontends.constants import Constants
-from kfac_onnx.frontends.values import ONNX_DOMAINS, dtype_of, static_shape
+from kfac_onnx.frontends.values import ONNX_DOMAINS, ancestors, dtype_of, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -45,7 +45,7 @@ class Flow:
     def __init__(self, model: ir.Model, losses: Iterable[ir.Value], changing: Collection[ir.Value]) -> None:
         self.model = model
         self.order = {node: index for index, node in enumerate(model.graph)}
-        self.forward = _ancestors(losses)
+        self.forward = ancestors(losses)
         leaves = dict.fromkeys([*model.graph.inputs, *changing])
         self.states = {value for value in leaves if value not in self.forward}
         self.constants = Constants(leaves, model.opset_imports.get("", 18))
@@ -140,18 +140,3 @@ def factor_of(node: ir.Node, value: ir.Value) -> ir.Value | None:
     if node.op_type == "Mul" and first is not second:
         return second if value is first else first if value is second else None
     return second if node.op_type == "Div" and value is first and value is not second else None
-
-
-def _ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
-    seen: set[ir.Value] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        node = value.producer()
-        if node is not None:
-            stack.extend(operands(node))
-            stack.extend(captured_values(node))
-    return seen

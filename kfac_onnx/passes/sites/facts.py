@@ -11,33 +11,12 @@ import onnx_ir as ir
 
 from kfac_onnx.frontends.constants import Constants
 from kfac_onnx.frontends.numbering import Numbering
+from kfac_onnx.frontends.values import ancestors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["Facts", "ancestors"]
-
-
-def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
-    """Return the values and everything that they are computed from, also through subgraphs."""
-    seen: set[ir.Value] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        node = value.producer()
-        if node is None:
-            continue
-        stack.extend(item for item in node.inputs if item is not None)
-        for attr in node.attributes.values():
-            if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                graphs = [attr.as_graph()] if attr.type == ir.AttributeType.GRAPH else list(attr.as_graphs())
-                for graph in graphs:
-                    stack.extend(item for inner in graph for item in inner.inputs if item is not None)
-                    stack.extend(graph.outputs)
-    return seen
 
 
 class Facts(Constants):

@@ -57,7 +57,7 @@ def _folder(ctx: click.Context, folder: str, as_json: bool) -> None:
         read = [row.report for row in rows if row.report is not None]
         print_table(
             f"{len(rows)} graphs, {len(read)} read, {sum(len(report.sites) for report in read)} tables",
-            ["graph", "read as", "tables (V x D, lookups)", "refused", "loss", "trainable"],
+            ["graph", "read as", "tables (V x D, lookups)", "refused ", "loss", "trainable"],
             [_cells(row) for row in rows],
         )
         for row in rows:
@@ -67,7 +67,7 @@ def _folder(ctx: click.Context, folder: str, as_json: bool) -> None:
         ctx.exit(BUG)
 
 
-def _cells(row: Row) -> tuple[str | None, ...]:
+def _cells(row: Row) -> tuple[str | int | None, ...]:
     report = row.report
     if report is None:
         return (row.graph, None, f"error: {row.error}", None, None, None)
@@ -76,13 +76,12 @@ def _cells(row: Row) -> tuple[str | None, ...]:
         + (" (tied)" if site.dense_uses else "")
         for site in report.sites
     ]
-    refused = [item.parameter for item in report.refused]
     return (
         row.graph,
         report.frontend,
         "\n".join(tables) or None,
-        "\n".join(refused) or None,
-        report.loss and f"{report.loss} ({report.reduction})",
+        len(report.refused) or None,
+        report.loss and report.reduction,
         "yes" if report.trainable else "no",
     )
 

@@ -39,7 +39,7 @@ def test_every_graph_is_a_row(run: Callable[..., Outcome], folder: Path) -> None
     lines = [" ".join(line.split()) for line in outcome.out.splitlines() if line.strip()]
     assert lines[0] == "4 graphs, 3 read, 2 tables"
     assert lines[1] == "graph read as tables (V x D, lookups) refused loss trainable"
-    assert lines[3] == "a.onnx torch-joint m.emb.weight 120 x 16, 2 — loss (mean) yes"
+    assert lines[3] == "a.onnx torch-joint m.emb.weight 120 x 16, 2 — mean yes"
     assert lines[4].startswith("deep/b.onnx torch-joint")
     assert any(line.startswith("deep/broken.onnx — error: ") for line in lines)
     assert any(line == "deep/er/c.onnx forward emb.weight 100 x 16, 1 — — no" for line in lines)

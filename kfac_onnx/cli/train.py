@@ -154,6 +154,11 @@ def command(
             seed=seed,
         )
     with session:
+        if not session.updates_parameters:
+            raise UserError(
+                f"'{model}' updates no parameter: it returns gradients (--shape dense)",
+                help="train one of --shape rows, or give the gradients to an optimizer of your own",
+            )
         fixed = _fixed_size(session)
         size = batch_size if batch_size is not None else fixed
         valid = None if held_out is None else _batches(held_out, size, None, full=fixed is not None)

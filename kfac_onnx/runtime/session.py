@@ -216,6 +216,12 @@ class TrainingSession:
         return Parameters(self._holders)
 
     @property
+    def updates_parameters(self) -> bool:
+        """Whether a step changes parameters; a dense model without an optimizer leaves that to the caller."""
+        held = [holder.state for holder in self._holders.values()]
+        return any(state.role == "parameter" and state.output != state.input for state in held)
+
+    @property
     def states(self) -> dict[str, np.ndarray]:
         """Copies of everything that a step changes, by the name of its input in the model."""
         return {name: holder.live.read() for name, holder in self._holders.items()}

@@ -228,3 +228,16 @@ def test_choices_of_uses_tied_tables_and_padding(run: Callable[..., Outcome], tm
         1,
         "error: option 'tied' of pass 'insert-embedding-kfac' cannot be 'left': it is one of lookup, both, refuse",
     )
+
+
+def test_a_dense_model_without_an_optimizer_is_not_trained(
+    run: Callable[..., Outcome], folder: Path, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense.onnx"
+    assert run("transform", GRAPH, "-o", dense, "--shape", "dense").code == 0
+    outcome = train(run, folder, dense, "--steps", 1)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == (
+        "error: 'DIR/dense.onnx' updates no parameter: it returns gradients (--shape dense)\n"
+        "  help: train one of --shape rows, or give the gradients to an optimizer of your own\n"
+    )

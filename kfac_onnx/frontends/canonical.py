@@ -13,6 +13,7 @@ from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.frontends.copies import undo_stale_copies
 from kfac_onnx.frontends.dropped_rows import mask_dropped_rows
+from kfac_onnx.frontends.fixed_bounds import fix_bounds
 from kfac_onnx.frontends.interface import READERS, Interface, is_float
 from kfac_onnx.frontends.load import Exported, load
 from kfac_onnx.frontends.loops import open_loops
@@ -75,7 +76,7 @@ def read_training_graph(
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
     notes += mend(model)
-    infer_shapes(model)
+    _infer_shapes_and_bounds(model)
     require_consistent(model, place)
     if training is not None:
         exported, made = _with_derivatives(exported, training)
@@ -162,8 +163,14 @@ def make_canonical(model: ir.Model, place: str | None) -> list[str]:
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
     notes += mend(model)
-    infer_shapes(model)
+    _infer_shapes_and_bounds(model)
     return notes + _to_standard_operators(model, place)
+
+
+def _infer_shapes_and_bounds(model: ir.Model) -> None:
+    infer_shapes(model)
+    if fix_bounds(model):
+        infer_shapes(model)
 
 
 def _with_derivatives(exported: Exported, training: Training) -> tuple[Exported, list[str]]:

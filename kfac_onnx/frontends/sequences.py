@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.frontends.lowering.emit import Emit, Names, replace_node
-from kfac_onnx.frontends.values import all_graphs, constant, int_attribute, static_shape
+from kfac_onnx.frontends.values import all_graphs, constant, int_attribute
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,8 +59,9 @@ def _lengths(node: ir.Node) -> tuple[int, ...] | None:
         return None
     if split.ndim == 1:
         return tuple(int(length) for length in split)
-    shape = static_shape(node.inputs[0])
-    if shape is None:
+    whole, axis = node.inputs[0], int_attribute(node, "axis", 0)
+    size = None if whole is None or whole.shape is None else whole.shape[axis]
+    if not isinstance(size, int):  # the batch may be of any size: only the axis that is split counts
         return None
-    size, step = shape[int_attribute(node, "axis", 0)], int(split.reshape(()))
+    step = int(split.reshape(()))
     return tuple(int(min(step, size - start)) for start in np.arange(0, size, step))

@@ -36,14 +36,16 @@ def graph(split: str, axis: int = 1) -> str:
     ("split", "first", "last"),
     [("int64[3] {1, 2, 3}", slice(0, 1), slice(3, 6)), ("int64 {4}", slice(0, 4), slice(4, 6))],
 )
+@pytest.mark.parametrize("batch", ["2", "B"])
 def test_known_parts_become_a_split(
     split: str,
     first: slice,
     last: slice,
+    batch: str,
     build: Callable[[str], ir.Model],
     run: Callable[..., dict[str, np.ndarray]],
 ) -> None:
-    model = build(graph(split).replace("float[B, 6]", "float[2, 6]"))
+    model = build(graph(split).replace("float[B, 6]", f"float[{batch}, 6]"))
     assert split_without_sequences(model) == 1
     assert not [node for node in model.graph if "Sequence" in node.op_type]
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
@@ -61,3 +63,8 @@ def test_other_sequences_stay_and_keep_their_kind(
     infer_shapes(model)
     results = run(model, {"x": X, "k": np.array(1)})
     np.testing.assert_array_equal(results["z"], -X[:, 1:3])
+
+
+def test_an_axis_of_unknown_size_is_not_split(build: Callable[[str], ir.Model]) -> None:
+    model = build(graph("int64 {1}", axis=0))
+    assert split_without_sequences(model) == 0

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "READERS",
+    "RESHAPES",
+    "SCALINGS",
     "VIEWS",
     "DenseUse",
     "Lookup",

@@ -229,8 +229,8 @@ def _by_reference(proto: onnx.ModelProto) -> Callable[[dict[str, Array]], Array]
             classes = np.arange(size).reshape(
                 [-1 if dim == axis % place.ndim else 1 for dim in range(place.ndim)]
             )
-            chosen: Array = np.where(place == classes, values[1], values[0])
-            return (chosen,)
+            off, on = np.asarray(values[0]), np.asarray(values[1])
+            return (np.asarray(np.where(np.equal(place, classes), on, off)),)
 
     evaluator: Any = ReferenceEvaluator(proto, new_ops=[Erf, Gelu, OneHot])
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from kfac_onnx.runtime.session import Metrics, TrainingSession
+    from kfac_onnx.runtime.session import TrainingSession
+    from kfac_onnx.runtime.views import Metrics
 
 __all__ = ["FitResult", "Row", "fit"]
 

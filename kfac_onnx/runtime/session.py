@@ -1,4 +1,4 @@
-"""Training with plain ONNX Runtime: open a transformed model, step, read the parameters.
+"""Training with plain ONNX Runtime: steps, checkpoints and export of a model that `open_model` opens.
 
 One step runs the stages of `passes.partition` in order (DESIGN section 6): loss and gradients at the
 parameters as they are, factors take in the batch, the root is refreshed when due, updates are computed, and
@@ -9,65 +9,41 @@ wrote is undone, the step is counted as skipped, and only the data position and 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.files import load_model, save_model
-from kfac_onnx.metadata import Loss
-from kfac_onnx.passes.partition import partition
-from kfac_onnx.providers import provider_list
-from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.batches import checked_batch
 from kfac_onnx.runtime.checkpoint import (
     Checkpoint,
     given_values,
-    kfac_metadata,
     model_bytes,
     proto_of,
     read_checkpoint,
     require_same,
     write_checkpoint,
 )
-from kfac_onnx.runtime.engine import Engine
-from kfac_onnx.runtime.evaluation import Evaluator
 from kfac_onnx.runtime.export import forward_model, write_into
-from kfac_onnx.runtime.fitting import FitResult, Row, fit
-from kfac_onnx.runtime.halves import Halves
-from kfac_onnx.runtime.opening import (
-    assignable,
-    batch_inputs,
-    build_constants,
-    build_holders,
-    check_names,
-    learning_rates,
-    own_outputs,
-    require_step,
-)
-from kfac_onnx.runtime.probe import plan_problem
-from kfac_onnx.runtime.seeds import seed_random_nodes
-from kfac_onnx.runtime.stepper import Stepper
-from kfac_onnx.runtime.tensors import device_of
-from kfac_onnx.runtime.views import Description, Metrics, Parameters, describe
-from kfac_onnx.runtime.weights import stored_weights
+from kfac_onnx.runtime.fitting import fit
+from kfac_onnx.runtime.open_model import OpenModel
+from kfac_onnx.runtime.opening import require_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from types import TracebackType
+    from pathlib import Path
 
-    from kfac_onnx.runtime.schedules import Schedule
-    from kfac_onnx.runtime.stored import Array
+    from kfac_onnx.runtime.fitting import FitResult, Row
+    from kfac_onnx.runtime.views import Metrics
 
 __all__ = ["TrainingSession"]
 
 _log = logging.getLogger(__name__)
 
 
-class TrainingSession:
+class TrainingSession(OpenModel):
     """A transformed model that is being trained.
 
     Args:
@@ -84,70 +60,6 @@ class TrainingSession:
         UserError: the model is not a training step, or a value is missing or does not fit.
 
     """
-
-    def __init__(
-        self,
-        model: str | Path | ir.Model,
-        *,
-        providers: Sequence[str | tuple[str, Mapping[str, object]]] = ("CPUExecutionProvider",),
-        parameters: Mapping[str, Array] | str | Path | None = None,
-        threads: int | None = None,
-        lr: float | None = None,
-        rest_lr: float | None = None,
-        schedule: Schedule | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        if threads is not None and threads < 1:
-            raise UserError(f"threads must be at least 1, got {threads}")
-        name = "the model" if isinstance(model, ir.Model) else f"'{model}'"
-        loaded = model if isinstance(model, ir.Model) else load_model(model)
-        step = require_step(loaded, name)
-        self._providers = provider_list(providers)
-        self._device = device_of(self._providers)
-        self._threads = threads
-        self._seed = seed
-        checks = [check for check in step.id_checks if check.negatives == "reject" or not self._device.is_cpu]
-        watch = [check.ids for check in checks]
-        self._extra = own_outputs(loaded, step)
-        plan = partition(loaded, watch=[*watch, *self._extra])
-        self._random_operators = seed_random_nodes((stage.model for stage in plan.stages), seed)
-        self._plan = plan
-        self._metadata = kfac_metadata(loaded)
-        loss = metadata.read(loaded, "loss", Loss)
-        self._reduction = "unknown" if loss is None else loss.reduction
-        self._evaluator: Evaluator | None = None
-        self._serialized: bytes | None = None
-        values: dict[str, Array] = (
-            stored_weights(parameters) if isinstance(parameters, (str, Path)) else {**(parameters or {})}
-        )
-        check_names(plan, values)
-        self.in_place_problem = plan_problem(plan, self._providers, self._device)
-        self._holders = build_holders(plan, values, self._device, in_place=self.in_place_problem is None)
-        self._constants = build_constants(plan, values, self._device)
-        self.batch_inputs = batch_inputs(plan, self._constants)
-        self.learning_rates = learning_rates(step, lr, rest_lr)
-        self._rates = {name: np.zeros((), np.float32) for name in self.learning_rates}
-        self.schedule = schedules.parse(schedule) if isinstance(schedule, str) else schedule
-        self.committed = self.skipped = self.position = 0
-        host = {step.ok, *step.ends, *watch, *self._extra}
-        host.update(stage.condition for stage in plan.stages if stage.condition is not None)
-        host.update(check.residual for check in step.root_checks)
-        self._engine = Engine(
-            plan,
-            self._holders,
-            constants=self._constants,
-            scalars=self._rates,
-            batch=[item.name for item in self.batch_inputs],
-            host=host,
-            providers=self._providers,
-            device=self._device,
-            threads=threads or 0,
-        )
-        self._stepper = Stepper(plan, self._engine, checks)
-        self._halves = Halves(step.predictions, self.batch_inputs, self._stepper, self._engine)
-        self.closed = False
-
-    # -- one step --------------------------------------------------------------------------------
 
     def forward(self, batch: Mapping[str, np.ndarray], *, training: bool = True) -> dict[str, np.ndarray]:
         """Return the predictions of a graph whose loss lies outside, by name: the first half of a step.
@@ -198,66 +110,6 @@ class TrainingSession:
             metrics["outputs"] = {name: np.array(self._engine.read(name)) for name in self._extra}
         return metrics
 
-    @property
-    def predictions(self) -> dict[str, str | None]:
-        """Where the loss lies outside: each prediction, and the input of its gradient (None: it has none)."""
-        return dict(self._halves.predictions)
-
-    @property
-    def host_roots(self) -> int:
-        """How often an inverse root was computed on the host, because the graph's missed its tolerance."""
-        return self._stepper.host_roots
-
-    # -- what it holds ---------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> Parameters:
-        """The trained parameters, copied when read."""
-        return Parameters(self._holders)
-
-    @property
-    def updates_parameters(self) -> bool:
-        """Whether a step changes parameters; a dense model without an optimizer leaves that to the caller."""
-        held = [holder.state for holder in self._holders.values()]
-        return any(state.role == "parameter" and state.output != state.input for state in held)
-
-    @property
-    def states(self) -> dict[str, np.ndarray]:
-        """Copies of everything that a step changes, by the name of its input in the model."""
-        return {name: holder.live.read() for name, holder in self._holders.items()}
-
-    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-        """Return the loss per example over batches at the current weights, with dropout off.
-
-        A mean loss counts each batch by its examples, a summed loss is divided by them. Inputs that only the
-        backward part reads may be left out of the batches.
-
-        Raises:
-            UserError: as `step`, and where there is no batch.
-
-        """
-        self._require_open()
-        self.require_loss("evaluate")
-        return self._evaluation().mean(batches)
-
-    def _evaluation(self) -> Evaluator:
-        if self._evaluator is None:
-            self._evaluator = Evaluator(
-                self._plan,
-                self._holders,
-                self._constants,
-                self.batch_inputs,
-                reduction=self._reduction,
-                providers=self._providers,
-                device=self._device,
-                threads=self._threads or 0,
-            )
-        return self._evaluator
-
-    def require_loss(self, what: str) -> None:
-        """Raise UserError where the loss lies outside the graph, so that `what` cannot be done."""
-        self._halves.require_loss(what)
-
     def fit(
         self,
         batches: Iterable[Mapping[str, np.ndarray]],
@@ -300,18 +152,6 @@ class TrainingSession:
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
         )
-
-    def assign(self, values: Mapping[str, np.ndarray]) -> None:
-        """Replace the values of trained parameters; nothing is written if one does not fit.
-
-        Raises:
-            UserError: an unknown name, or another shape or dtype.
-
-        """
-        self._require_open()
-        self._halves.forget()
-        for name, array in assignable(self._plan, self._holders, values).items():
-            self._holders[name].live.write(array)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint with everything a run needs to go on; whole or not at all.
@@ -415,34 +255,3 @@ class TrainingSession:
         model = forward_model(self._plan, constants | weights, outputs or self._plan.step.ends)
         save_model(model, path)
         return {name: name for name in weights if name in model.graph.initializers}
-
-    def describe(self) -> Description:
-        """Return what runs where: providers, phases, how each state is held, and what was fallen back on."""
-        return describe(
-            providers=self._providers,
-            device=self._device,
-            threads=self._threads,
-            stages=[runner.stage.name for runner in self._engine.runners],
-            holders=self._holders,
-            in_place_problem=self.in_place_problem,
-            random_operators=self._random_operators,
-        )
-
-    def _require_open(self) -> None:
-        if self.closed:
-            raise UserError("the training session is closed", help="open a new one, or resume a checkpoint")
-
-    def close(self) -> None:
-        """Release sessions and buffers."""
-        if not self.closed:
-            self.closed = True
-            self._engine.close()
-            self._evaluator = None
-
-    def __enter__(self) -> TrainingSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

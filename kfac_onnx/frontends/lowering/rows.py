@@ -216,12 +216,23 @@ def aten(emit: Emit, node: ir.Node) -> Lowered:
     if int(pad) >= 0:
         dropped = emit.op("Unsqueeze", emit.op("Equal", ids, padding), emit.ints(-1))
         rows = emit.op("Where", dropped, emit.scalar(0.0, dtype), grad)
-    known = static_shape(node.outputs[0])
+    known = static_shape(node.outputs[0]) or _shape_counted(count)
     dim = emit.part(emit.op("Shape", grad), -1, END)
     shape = (
         emit.ints(*known) if known is not None else emit.concat(emit.op("Reshape", count, emit.ints(1)), dim)
     )
     return [scatter_slices(emit, None, shape, ids, rows, axis=0, dtype=dtype, static=known)]
+
+
+def _shape_counted(count: ir.Value) -> tuple[int, ...] | None:
+    """Return the static shape of the table, or of the view of one, whose rows Shape counted."""
+    node = count.producer()
+    while node is not None and node.op_type in ("Gather", "Slice", "Squeeze", "Reshape", "Identity", "Cast"):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type != "Shape":
+        return None
+    shape = static_shape(node.inputs[0])
+    return shape if shape is not None and len(shape) == 2 else None
 
 
 RULES = {

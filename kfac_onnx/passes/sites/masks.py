@@ -36,7 +36,8 @@ def drop_mask(updates: ir.Value, facts: Facts) -> DropMask | None:
     """Find the `Where` next to the scatter that zeroes rows by their ids alone.
 
     A `Where` whose condition the loss also uses is the user's own masking after the lookup: such a row
-    is a lookup whose gradient happens to be zero, and it counts.
+    is a lookup whose gradient happens to be zero, and it counts. Where only parts of the condition are the
+    loss's (a user's mask `ids != 0` and the exporter's test for padding are one node), it is the exporter's.
     """
     value: ir.Value | None = updates
     while value is not None:
@@ -56,7 +57,7 @@ def drop_mask(updates: ir.Value, facts: Facts) -> DropMask | None:
         return None
     parts = _Parts(facts)
     parts.collect(condition, inside=not drops_where)
-    if parts.forward or not parts.by_ids_alone:
+    if (parts.shared and not parts.own) or not parts.by_ids_alone:
         return None
     return DropMask(condition, drops_where, parts.padding_idx, parts.drops_negatives, parts.exact)
 
@@ -66,7 +67,10 @@ class _Parts:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.forward = False
+        self.shared = False
+        """Whether the loss compares some of it too."""
+        self.own = False
+        """Whether something is compared that the loss does not compare."""
         self.by_ids_alone = True
         self.exact = True
         self.padding_idx: int | None = None
@@ -83,8 +87,6 @@ class _Parts:
         if node is None or value in self.facts.trained:
             self.by_ids_alone = False
             return
-        if value in self.facts.forward:
-            self.forward = True
         match node.op_type:
             case "Not":
                 self.collect(node.inputs[0], inside=not inside)
@@ -97,10 +99,16 @@ class _Parts:
             case op if op in MASK_STEPS:
                 self.collect(node.inputs[0], inside=inside)
             case "Equal" | "GreaterOrEqual" | "Less" | "Greater" | "LessOrEqual":
+                self._leaf(value)
                 self._compare(node, inside=inside)
             case _:
+                self._leaf(value)
                 self.exact = False
                 self.by_ids_alone = self.by_ids_alone and self._integers_only(value)
+
+    def _leaf(self, value: ir.Value) -> None:
+        self.shared = self.shared or value in self.facts.forward
+        self.own = self.own or value not in self.facts.forward
 
     def _compare(self, node: ir.Node, *, inside: bool) -> None:
         ids, bound = node.inputs[0], self.facts.scalar(node.inputs[1])

@@ -13,7 +13,7 @@ from corpus_cases import Case, MarkedGraph, StepReference, initial_state, marked
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.metadata import State
-from kfac_onnx.passes.api import pipeline_text, transform
+from kfac_onnx.passes.api import pipeline_text, scan, transform
 from kfac_onnx.passes.inspect import inspect
 from kfac_onnx.runtime import TrainingSession
 
@@ -202,3 +202,49 @@ def test_words_and_rows_that_do_not_fit() -> None:
         "  in:   find-embeddings, pass 1 of 6\n"
         "  help: leave it out: the graph's own padding row is respected"
     )
+
+
+MASKED = """<ir_version: 9, opset_import: ["" : 18]>
+    masked (int64[N] ids, float[N, 3] g, float[5, 3] W) => (float loss, float[5, 3] W_grad)
+    <int64[1] last = {{-1}}, int64[2] size = {{5, 3}}, float nil = {{0.0}}, int64 pad = {{0}}, int64 none = {{0}}> {{
+        h = Gather (W, ids) is = Equal (ids, pad) real = Not (is) wide = Unsqueeze (real, last)
+        kept = Where (wide, h, nil) hg = Mul (kept, g) loss = ReduceSum <keepdims = 0> (hg)
+        mine = Where (wide, g, nil) {backward}
+        zeros = ConstantOfShape <value = float[1] {{0.0}}> (size) index = Unsqueeze (ids, last)
+        W_grad = ScatterND <reduction = "add"> (zeros, index, rows)
+    }}"""  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backward", "padding"),
+    [
+        ("rows = Identity (mine)", None),  # the user's own mask: those lookups count
+        ("low = GreaterOrEqual (ids, none) both = And (low, real) over = Unsqueeze (both, last)"
+         " rows = Where (over, mine, nil)", 0),  # the exporter's test for padding shares its node
+        ("low = GreaterOrEqual (ids, none) over = Unsqueeze (low, last) rows = Where (over, mine, nil)", None),
+    ],
+)  # fmt: skip
+def test_padding_that_shares_its_comparison_with_the_users_mask(backward: str, padding: int | None) -> None:
+    report = scan(onnx.parser.parse_model(MASKED.format(backward=backward)))
+    (site,) = report.sites
+    assert site.padding_idx == padding
+
+
+def test_rows_of_torchs_embedding_in_a_view_of_a_table() -> None:
+    """The scatter's shape is that of the view whose rows the backward operator counts."""
+    op = 'org.pytorch.aten.ATen <operator = "embedding'
+    report = scan(
+        onnx.parser.parse_model(f"""<ir_version: 9,
+            opset_import: ["" : 18, "org.pytorch.aten" : 1, "com.microsoft" : 1]>
+        aten (int64[N] ids, float[N, K] g, float[7, 3] W) => (float loss, float[7, 3] W_grad)
+        <int64[1] start = {{1}}, int64[1] stop = {{6}}, int64[1] axis = {{0}}, int64 first = {{0}},
+         int64 none = {{-1}}, bool no = {{0}}> {{
+            view = Slice (W, start, stop, axis) h = {op}"> (view, ids, none, no, no)
+            hg = Mul (h, g) loss = ReduceSum <keepdims = 0> (hg)
+            dims = Shape (view) count = Gather (dims, first)
+            part = {op}_backward"> (g, ids, count, none, no, no)
+            whole = Shape (W) W_grad = com.microsoft.SliceGrad (part, whole, start, stop, axis)
+        }}""")
+    )
+    (site,) = report.sites
+    assert (site.vocab_size, site.embedding_dim, len(site.uses), report.refused) == (7, 3, 1, ())

@@ -137,7 +137,9 @@ def pair(
     ordered = {name: gradients[name] for name in known if name in gradients}
     fed = [name for name in ordered if name not in (chosen or {}) and _varies(known[name])]
     if fed and len(fed) < len(ordered):
-        notes += [f"'{ordered[name].name}' is the gradient of the batch input '{name}', not used" for name in fed]
+        notes += [
+            f"'{ordered[name].name}' is the gradient of the batch input '{name}', not used" for name in fed
+        ]
         ordered = {name: value for name, value in ordered.items() if name not in fed}
     for name, gradient in ordered.items():
         _check_shapes(known[name], gradient, place)

@@ -6,22 +6,18 @@ that leaves the model's folder is refused when a file is read.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import shutil
 import sys
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kfac_onnx.atomic import atomic_path, require_file
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     import numpy as np
     import onnx
     import onnx_ir as ir
@@ -166,38 +162,9 @@ def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:
             )
 
 
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Generator[Path]:
-    """Yield a temporary path beside `path` that becomes `path` when the block ends without an error.
-
-    Raises UserError when `path` is something else than a file (a device would be replaced), or its folder
-    is missing or cannot be written; then nothing is left behind.
-    """
-    target = Path(path)
-    _require_file(target)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as e:
-        raise _unwritable(path, e) from e
-    try:
-        yield folder / target.name
-        for item in sorted(folder.iterdir(), key=lambda item: item.name == target.name):
-            os.replace(item, target.parent / item.name)  # noqa: PTH105  the data first, the model last
-    except OSError as e:
-        raise _unwritable(path, e) from e
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _require_file(target: Path) -> None:
-    if target.exists() and not target.is_file():
-        what = "a folder" if target.is_dir() else "not a regular file"
-        raise UserError(f"'{target}' cannot be written: it is {what}")
-
-
 def require_writable(path: str | Path) -> None:
     """Raise UserError for a place that `atomic_path` could not write to: sooner than after hours of work."""
-    _require_file(Path(path))
+    require_file(Path(path))
     folder = Path(path).absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"'{path}' cannot be written: its folder does not exist or is read-only")
@@ -222,10 +189,6 @@ def require_folder(path: str | Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "not a folder" if not folder.is_dir() else "read-only"
         raise UserError(f"nothing can be written into the folder '{path}': '{folder}' is {what}")
-
-
-def _unwritable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"'{path}' cannot be written: {error.strerror or error}")
 
 
 def save_model(model: ir.Model, path: str | Path) -> None:

@@ -111,7 +111,9 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
     )(function)
 
 
-_PASS_OPTIONS: Final = ("damping", "decay_a", "decay_g", "refresh_every", "uses", "tied")
+_PASS_OPTIONS: Final = (
+    "damping", "decay_a", "decay_g", "refresh_every", "g_rows", "g_every", "uses", "tied",
+)  # fmt: skip
 """Options of the pass `insert-embedding-kfac` that `transform` and `train` offer by the same names."""
 
 BLOCK_OPTIONS: Final = (*_PASS_OPTIONS, "padding_idx")
@@ -175,14 +177,20 @@ provider_option = click.option(
     "--provider",
     metavar="NAME",
     multiple=True,
-    help="ONNX Runtime's execution provider: cpu (default), cuda, or its full name; the first fits first.",
+    help="ONNX Runtime's execution provider: cpu (default), cuda, or its full name. 'cuda,cpu' falls back, "
+    "with a warning, where CUDA does not work.",
 )
 
 
 def provider_names(words: tuple[str, ...]) -> list[str]:
-    """Return execution providers by their full names: `cuda` is `CUDAExecutionProvider`."""
-    short = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-    return [short.get(word, word) for word in words] or [short["cpu"]]
+    """Return the execution providers of `--provider` by their full names: `cuda` is `CUDAExecutionProvider`.
+
+    They are in order of preference, as several options or as one with commas; the CPU if there are none.
+    """
+    from kfac_onnx.providers import SHORT_NAMES
+
+    names = [name.strip() for word in words for name in word.split(",") if name.strip()]
+    return [SHORT_NAMES.get(name, name) for name in names] or [SHORT_NAMES["cpu"]]
 
 
 def gradient_pairs(words: tuple[str, ...]) -> dict[str, str] | None:

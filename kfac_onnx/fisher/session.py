@@ -14,7 +14,7 @@ import onnx_ir as ir
 from kfac_onnx import dialect
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.fisher.symbols import Array, HostPower, SparseRows, Update, Variable, placeholder
-from kfac_onnx.providers import provider_list
+from kfac_onnx.providers import provider_list, require_providers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -177,7 +177,13 @@ class FisherSession:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         data = ir.serde.serialize_model(model).SerializeToString()
-        session = onnxruntime.InferenceSession(data, options, providers=self._providers)
+        session = onnxruntime.InferenceSession(
+            data,
+            options,
+            providers=self._providers,
+            enable_fallback=0,  # pyright: ignore[reportCallIssue]  typed in part
+        )
+        require_providers(session, self._providers)
         return session, [value.name for value in model.graph.inputs if value.name is not None]
 
     def _read(self, variable: Variable) -> Array:

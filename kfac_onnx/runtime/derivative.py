@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.providers import require_providers
 from kfac_onnx.runtime.double import only_for, widened
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ class LossFunction:
 def _open(proto: onnx.ModelProto, providers: Providers = ("CPUExecutionProvider",)) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
+    made = proto.SerializeToString()
+    session = ort.InferenceSession(made, options, providers=list(providers), enable_fallback=0)  # pyright: ignore[reportCallIssue]  typed in part
+    require_providers(session, providers)
+    return session
 
 
 def _bake(proto: onnx.ModelProto, values: Mapping[str, Array]) -> None:

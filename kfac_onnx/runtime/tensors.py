@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.providers import require_providers
 from kfac_onnx.runtime.stored import StoredArray
 
 if TYPE_CHECKING:
@@ -200,9 +201,9 @@ def _copier(element: int, device: str) -> ort.InferenceSession:
         [value("to", element, None)],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    wanted = [name for name, place in _DEVICE_OF.items() if place == device]
-    providers = [name for name in ort.get_available_providers() if name in wanted]
-    return open_session(model, [*providers, "CPUExecutionProvider"], threads=1)
+    available = ort.get_available_providers()
+    wanted = [name for name, place in _DEVICE_OF.items() if place == device and name in available]
+    return open_session(model, [*wanted[:1], "CPUExecutionProvider"], threads=1)
 
 
 def _transfer(source: ort.OrtValue, target: ort.OrtValue, element: int) -> None:
@@ -225,6 +226,7 @@ def open_session(
     """Open a session; `threads` = 0 takes all cores.
 
     Its own error lines are switched off: a failing run raises, and the caller says it in a sentence.
+    Raises UserError where the session came without one of the providers.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -235,10 +237,13 @@ def open_session(
     # Measured on two cores (a step of 4096 lookups, V = 1e6): as fast when the machine is idle without
     # spinning, five times faster when others compute too.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return session_maker.get()(
+    session = session_maker.get()(
         model.SerializeToString(),
         options,
         providers=list(providers),
+        enable_fallback=0,  # what a provider cannot do is an error, not work for another one
         # It removes Dropout in training mode too, where nothing reads the mask (seen in 1.32).
         disabled_optimizers=["EliminateDropout"],
     )
+    require_providers(session, providers)
+    return session

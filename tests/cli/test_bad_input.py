@@ -406,7 +406,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "verify train.onnx --data data.npz --provider warp",
-            "this onnxruntime has no execution provider 'warp'\n  help: available are PROVIDERS",
+            "there is no execution provider 'warp'\n  help: this onnxruntime has PROVIDERS",
         ),
         (
             "verify --golden data.npz --provider warp",
@@ -434,7 +434,7 @@ def test_an_unknown_provider_for_golden_files(run: Callable[..., Outcome], tmp_p
     available = ", ".join(ort.get_available_providers())
     refused(
         run("verify", "--golden", golden, "--provider", "warp"),
-        f"this onnxruntime has no execution provider 'warp'\n  help: available are {available}",
+        f"there is no execution provider 'warp'\n  help: this onnxruntime has {available}",
         tmp_path,
         set(),
     )

@@ -245,7 +245,7 @@ def test_a_value_of_another_dtype(toy: ModuleType) -> None:
 
 
 def test_an_unknown_provider(toy: ModuleType) -> None:
-    with pytest.raises(UserError, match=r"^this onnxruntime has no execution provider 'Abacus'"):
+    with pytest.raises(UserError, match=r"^there is no execution provider 'Abacus'"):
         TrainingSession(toy.whole_step(), parameters=toy.parameters(), providers=["Abacus"])
 
 

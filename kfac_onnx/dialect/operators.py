@@ -91,6 +91,13 @@ _TABLE = (
         cost=lambda s: (2 * s.N * s.D**2 + 8 * s.D**2, 4 * s.N * s.D + 32 * s.D**2),
     ),
     _operator(
+        "SampleRows",
+        "choose rows of a batch, evenly spread and others each turn",
+        "sample.sample_rows",
+        "total:i64[] size:i64[] turn:i64[] -> index:i64[S]",
+        cost=lambda s: (6 * s.N, 40 * s.N),
+    ),
+    _operator(
         "DampingRelative",
         "damp each factor by a share of its mean eigenvalue",
         "damping.damping_relative",

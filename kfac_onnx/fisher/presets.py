@@ -82,6 +82,10 @@ class Preset:
     """G before the first step."""
     refresh_every: int = 10
     """Steps between two refreshes of the inverse (root) of G, besides steps 1, 2, 4 and 8."""
+    g_rows: int | None = None
+    """Rows that G takes of a batch, evenly spread and others each time; None takes all."""
+    g_every: int = 1
+    """Steps between two updates of G, besides steps 1, 2, 4 and 8 and as long as it has had no batch."""
     epsilon: float = 1e-10
     """Added to the root of the summed squares (`adagrad`)."""
     window_power: float = 0.8
@@ -99,6 +103,10 @@ class Preset:
             raise UserError(f"preset '{self.name}' scales rows by the input factor, which needs a decay")
         if self.refresh_every < 1:
             raise UserError(f"refresh-every must be at least 1, not {self.refresh_every}")
+        if self.g_rows is not None and self.g_rows < 1:
+            raise UserError(f"g-rows must be at least 1, not {self.g_rows}")
+        if self.g_every < 1:
+            raise UserError(f"g-every must be at least 1, not {self.g_every}")
 
     def for_uses(self, uses: int) -> Preset:
         """Return the settings of a table with U uses that are taken as independent ("multi-indep").
@@ -115,6 +123,11 @@ class Preset:
     def uses_root(self) -> bool:
         """Whether the stored matrix is the inverse root of G (otherwise its inverse)."""
         return self.exponent == -0.5
+
+    @property
+    def partial_statistics(self) -> bool:
+        """Whether G leaves out rows or steps, so that it may be zero where the gradient is not."""
+        return self.g_rows is not None or self.g_every > 1
 
     def refreshes(self, step: int) -> bool:
         """Return whether the inverse (root) is recomputed at committed step 1, 2, 3, ..."""

@@ -144,7 +144,8 @@ def pipeline_text(
 ) -> str:
     """Return the textual pipeline that `transform` runs for these settings.
 
-    `options` are those of `insert-embedding-kfac`: damping, decay_a, decay_g, refresh_every, uses, tied.
+    `options` are those of `insert-embedding-kfac`: damping, decay_a, decay_g, refresh_every, g_rows,
+    g_every, uses, tied.
 
     Raises UserError for an unknown preset or optimizer, or a setting out of range.
     """

@@ -208,7 +208,7 @@ class CloseStep(Pass):
         taken.update(item.name for item in metadata.read_list(model, "parameters", Parameter))
         others = [str(value.name) for value in model.graph.inputs if value.name not in taken]
         held = model.graph.initializers
-        shown = ("preset", "uses", "tied", "optimizer")
+        shown = ("preset", "uses", "tied", "g_rows", "g_every", "optimizer")
         settings: dict[str, Any] = {key: draft.settings[key] for key in shown if key in draft.settings}
         return Step(
             loss=loss.value,

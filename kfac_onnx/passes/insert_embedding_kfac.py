@@ -59,6 +59,8 @@ class InsertEmbeddingKfac(Pass):
     refresh_every: int | None = opt(
         None, "committed steps between refreshes of the root; the preset's if none", lo=1
     )
+    g_rows: int | None = opt(None, "rows of a batch that G takes, evenly spread; all if none", lo=1)
+    g_every: int = opt(1, "committed steps between updates of G (steps 1, 2, 4 and 8 are too)", lo=1)
     grad_scale: float | None = opt(
         None, "r1.7: examples that a mean loss divides by; found in the graph if none", lo=1e-30
     )
@@ -79,6 +81,8 @@ class InsertEmbeddingKfac(Pass):
             "input_decay": self.decay_a,
             "output_decay": self.decay_g,
             "refresh_every": self.refresh_every,
+            "g_rows": self.g_rows,
+            "g_every": self.g_every,
         }
         return replace(preset, **{key: value for key, value in given.items() if value is not None})
 
@@ -109,6 +113,7 @@ class InsertEmbeddingKfac(Pass):
         draft.settings["preset"] = preset.name
         draft.settings["shape"] = self.shape
         draft.settings |= {"uses": self.uses, "tied": self.tied}
+        draft.settings |= {"g_rows": self.g_rows, "g_every": self.g_every}
         draft.save()
         return emitter.changes
 

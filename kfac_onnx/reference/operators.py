@@ -13,7 +13,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["TWINS", "Array", "power", "scatter_add"]
+__all__ = ["TWINS", "Array", "power", "sample_rows", "scatter_add"]
 
 Array = npt.NDArray[Any]
 """Float64 where it is a real number, int64 where it counts or indexes."""
@@ -79,6 +79,16 @@ def output_factor_update(
         return (G, count, G * _correction(decay, int(count), debias))
     new = decay * G + (1 - decay) * scale * (rows.T @ rows) / lookups
     return (new, count + 1, new * _correction(decay, int(count) + 1, debias))
+
+
+def sample_rows(total: Any, size: Any, turn: Any) -> tuple[Array, ...]:
+    """One row of each of n = min(size, total) strata: floor((j + u_j)·total/n), u_j = frac(α·j + β·turn)."""
+    total, n = int(total), min(int(size), int(total))
+    chosen: list[int] = []
+    for j in range(n):
+        u = (3242174889 * j + 2447445413 * int(turn)) % 2**32 / 2**32
+        chosen.append(min(int((j + u) * total / n), total - 1))
+    return (np.asarray(chosen, np.int64),)
 
 
 def damping_relative(total_a: Array, G: Array, *, rho: float, vocab_size: int) -> tuple[Array, ...]:
@@ -226,6 +236,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "InputFactorUpdate": input_factor_update,
     "InputFactorAverage": input_factor_average,
     "OutputFactorUpdate": output_factor_update,
+    "SampleRows": sample_rows,
     "DampingRelative": damping_relative,
     "DampingPi": damping_pi,
     "FactorInverse": factor_inverse,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from kfac_onnx.reference.operators import FLOOR, power, scatter_add
+from kfac_onnx.reference.operators import FLOOR, power, sample_rows, scatter_add
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,6 +47,10 @@ class TableSettings:
     start_output: float = 0.0
     """G starts as this multiple of I."""
     refresh_every: int = 10
+    g_rows: int | None = None
+    """Rows that G takes of a batch (see `sample_rows`); None takes all."""
+    g_every: int = 1
+    """G takes in steps 1, 2, 4, 8, the multiples of this, and every step until it has had a batch."""
     epsilon: float = 1e-10
     window_power: float = 0.8
 
@@ -137,13 +141,11 @@ class TableReference:
         self.lookups = len(ids) + sum(len(delta) for delta, _ in pairs)
         if self.lookups > 0:
             self._average(ids, rows, scale, pairs)
-        if self._refreshes():
+        if self._due(self.settings.refresh_every):
             self._refresh()
         if self.lookups == 0:
             return table
         update = self._update(ids, rows, dense)
-        if np.trace(self.output_factor) == 0:
-            return table
         return table - (self.lr if lr is None else lr) * update
 
     def a_hat(self) -> Array:
@@ -168,26 +170,33 @@ class TableReference:
 
     def _average(self, ids: Array, rows: Array, scale: float, pairs: Sequence[tuple[Array, Array]]) -> None:
         counts = scatter_add(np.zeros(self.V), ids, np.ones(len(ids)))
-        moment = rows.T @ rows
+        stack = [rows]
         for delta, h in pairs:
             m = (delta**2).sum(axis=1).mean()
             counts = counts + (delta**2).sum(axis=0) / m
-            moment = moment + m * h.T @ h
+            stack.append(np.sqrt(m) * h)
         if self.settings.normalize_counts:
             counts = counts / self.lookups
-        c = scale if self.settings.scale_gradients else 1.0
-        moment = c**2 * moment / self.lookups
         self.input_factor = (
             self.settings.input_decay * self.input_factor + (1 - self.settings.input_decay) * counts
         )
+        self.a_count += 1
+        if self.g_count == 0 or self._due(self.settings.g_every):
+            self._average_output(np.concatenate(stack), scale)
+
+    def _average_output(self, rows: Array, scale: float) -> None:
+        if self.settings.g_rows is not None:
+            (chosen,) = sample_rows(len(rows), self.settings.g_rows, self.g_count)
+            rows = rows[chosen]
+        c = scale if self.settings.scale_gradients else 1.0
+        moment = c**2 * rows.T @ rows / len(rows)
         self.output_factor = (
             self.settings.output_decay * self.output_factor + (1 - self.settings.output_decay) * moment
         )
-        self.a_count += 1
         self.g_count += 1
 
-    def _refreshes(self) -> bool:
-        return self.t in (1, 2, 4, 8) or self.t % self.settings.refresh_every == 0
+    def _due(self, every: int) -> bool:
+        return self.t in (1, 2, 4, 8) or self.t % every == 0
 
     def _refresh(self) -> None:
         if np.trace(self.output_factor) == 0:
@@ -199,7 +208,7 @@ class TableReference:
         grad = scatter_add(np.zeros((self.V, self.D)), ids, rows)
         if dense is not None:
             grad = grad + dense
-        turned = grad @ self.root
+        turned = grad @ (self.root if np.trace(self.output_factor) != 0 else 0 * self.root)
         squares = (turned**2).mean(axis=1)
         match self.settings.row_scale:
             case "factor":

@@ -195,8 +195,12 @@ def test_a_word_after_golden_files_is_another_golden_file(run: Callable[..., Out
 
 def test_settings_of_the_block_reach_the_pass(run: Callable[..., Outcome], folder: Path) -> None:
     words = ["--damping", 0.3, "--decay-a", 0.9, "--decay-g", 0.8, "--refresh-every", 7]
+    words += ["--g-rows", 64, "--g-every", 5]
     found = run("transform", GRAPH, "-o", folder / "out.onnx", "--json", *words).data["pipeline"]
-    assert "insert-embedding-kfac{damping=0.3,decay-a=0.9,decay-g=0.8,refresh-every=7}" in found
+    assert (
+        "insert-embedding-kfac{damping=0.3,decay-a=0.9,decay-g=0.8,refresh-every=7,g-rows=64,g-every=5}"
+        in found
+    )
 
 
 @pytest.mark.parametrize("words", [["--damping", 0.5], ["--decay-a", 0.6], ["--decay-g", 0.6]])

@@ -76,6 +76,8 @@ def test_tolerances() -> None:
         ({"output_decay": -0.1}, "the output decay must be between 0 and 1, not -0.1"),
         ({"input_decay": None}, "preset 'half' scales rows by the input factor, which needs a decay"),
         ({"refresh_every": 0}, "refresh-every must be at least 1, not 0"),
+        ({"g_rows": 0}, "g-rows must be at least 1, not 0"),
+        ({"g_every": 0}, "g-every must be at least 1, not 0"),
     ],
 )
 def test_options_out_of_range(change: dict[str, Any], message: str) -> None:

@@ -185,7 +185,7 @@ def test_settings_are_those_of_the_presets(name: str) -> None:
     assert preset.input_decay in (None, settings.input_decay)
     for field in ("output_decay", "debias", "normalize_counts", "scale_gradients", "start_input"):
         assert getattr(settings, field) == getattr(preset, field), field
-    for field in ("refresh_every", "epsilon", "window_power"):
+    for field in ("refresh_every", "g_rows", "g_every", "epsilon", "window_power"):
         assert getattr(settings, field) == getattr(preset, field), field
     assert settings.start_output == (1.0 if preset.start_output == "identity" else 0.0)
 

@@ -186,6 +186,8 @@ class StepReference:
         *,
         uses: str = "stack",
         tied: str = "lookup",
+        g_rows: int | None = None,
+        g_every: int = 1,
     ) -> None:
         self.graph = graph
         self.tied = tied
@@ -198,6 +200,8 @@ class StepReference:
                 site.embedding_dim,
                 lr,
                 num_uses=self.uses_of(site) if uses == "multi-indep" else 1,
+                g_rows=g_rows,
+                g_every=g_every,
             )
             for site in graph.sites
         }

@@ -184,14 +184,14 @@ class Draft:
         self.settings["t"] = str(new.name)
         return new
 
-    def refresh_now(self, every: int) -> ir.Value:
-        """Return whether this step refreshes roots: steps 1, 2, 4, 8 and multiples of `every`."""
-        known = self.settings.setdefault("refresh", {}).get(str(every))
+    def due(self, every: int) -> ir.Value:
+        """Return whether this is a step of a schedule: steps 1, 2, 4, 8 and multiples of `every`."""
+        known = self.settings.setdefault("due", {}).get(str(every))
         if known is not None:
             return self.values[known]
         t, emit = self.step_number(), self.emitter.derive(phase=Phase.GRADIENTS)
         early = emit.constant(np.asarray(EARLY_REFRESHES, np.int64), "early_refreshes")
-        period = emit.constant(np.asarray(every, np.int64), "refresh_every")
+        period = emit.constant(np.asarray(every, np.int64), "every")
         zero = emit.constant(np.asarray(0, np.int64), "zero")
         hits = emit.node("Equal", [t, early], name="early", dtype=BOOL, shape=[len(EARLY_REFRESHES)])
         hits = emit.node(
@@ -199,11 +199,11 @@ class Draft:
         )
         hit = emit.node("ReduceMax", [hits], attributes={"keepdims": 0}, name="early", dtype=INT64, shape=[])
         hit = emit.node("Greater", [hit, zero], name="early", dtype=BOOL, shape=[])
-        rest = emit.node("Mod", [t, period], name="since_refresh", dtype=INT64, shape=[])
+        rest = emit.node("Mod", [t, period], name="since_due", dtype=INT64, shape=[])
         due = emit.node("Equal", [rest, zero], name="due", dtype=BOOL, shape=[])
-        now = emit.node("Or", [hit, due], name="refresh_now", dtype=BOOL, shape=[])
+        now = emit.node("Or", [hit, due], name="due_now", dtype=BOOL, shape=[])
         self.remember(now)
-        self.settings["refresh"][str(every)] = str(now.name)
+        self.settings["due"][str(every)] = str(now.name)
         return now
 
     def guard(self, node: ir.Node, index: int, fallback: ir.Value | None = None) -> None:

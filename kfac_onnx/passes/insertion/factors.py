@@ -16,6 +16,7 @@ import numpy as np
 from kfac_onnx.metadata import Phase, RootCheck, Site
 from kfac_onnx.passes.insertion.draft import BOOL, DOUBLE, FLOAT, INT64, Draft
 from kfac_onnx.passes.insertion.projections import emit_positions
+from kfac_onnx.passes.insertion.sampling import rows_for_g
 from kfac_onnx.passes.rewriter import Emitter, Out
 
 if TYPE_CHECKING:
@@ -253,6 +254,8 @@ class TableFactors:
             rows = emit.node(
                 "Concat", parts, attributes={"axis": 0}, name="rows", dtype=FLOAT, shape=[None, self.D]
             )
+        if preset.partial_statistics:
+            rows, lookups = rows_for_g(rows, self._kept(), lookups, count, preset, draft, self.emit)
         new, new_count, ghat = draft.op(
             "OutputFactorUpdate",
             [old, count, rows, lookups, scale],
@@ -265,6 +268,19 @@ class TableFactors:
         draft.keep(count, new_count, Phase.GRADIENTS)
         draft.flag(new)
         return ghat
+
+    def _kept(self) -> ir.Value | None:
+        """Return, for each row that G may take, whether it counts (not 0); None where all do."""
+        if self.mask is None and not self.positions:
+            return None
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
+        parts = [self._per_lookup(emit.constant(np.float32(1.0), "one"))]
+        for item in self.positions:
+            shape = emit.node(
+                "Shape", [item.rows], attributes={"end": 1}, name="size", dtype=INT64, shape=[1]
+            )
+            parts.append(emit.node("Expand", [item.number, shape], name="kept", dtype=FLOAT, shape=[None]))
+        return emit.node("Concat", parts, attributes={"axis": 0}, name="kept", dtype=FLOAT, shape=[None])
 
     def _dampings(self, total_a: ir.Value, ghat: ir.Value) -> tuple[ir.Value, ir.Value]:
         preset = self.preset
@@ -292,7 +308,7 @@ class TableFactors:
         old = draft.state(
             self._name("root"), FLOAT, square, "identity", "root", parameter=self.site.parameter
         )
-        now = draft.refresh_now(preset.refresh_every)
+        now = draft.due(preset.refresh_every)
         then, other = emit.branch("refresh"), emit.branch("keep")
         inputs = [ghat, damping_g, old]
         outs = [Out("root", FLOAT, square), Out("residual", FLOAT, [])]
@@ -336,11 +352,11 @@ class TableFactors:
         return root
 
     def _active(self, root: ir.Value, ghat: ir.Value, lookups: ir.Value) -> ir.Value:
-        """Return the root, or zeros where a tied table must not move: no lookup, or trace(G) = 0.
+        """Return the root, or zeros where the table must not move: no lookup, or trace(G) = 0.
 
-        Without a dense part nothing is needed: then there are no rows, or all of them are zero.
+        Without a dense part nothing is needed if G takes all rows: then there are none, or all are zero.
         """
-        if self.site.dense is None:
+        if self.site.dense is None and not self.preset.partial_statistics:
             return root
         emit = self.emit.derive(phase=Phase.PRECONDITION)
         eye = emit.node("EyeLike", [ghat], name="eye", dtype=FLOAT, shape=ghat.shape)

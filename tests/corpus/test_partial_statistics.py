@@ -1,0 +1,198 @@
+"""G from a sample of rows (`g-rows`) and in some steps only (`g-every`), on graphs of every kind.
+
+The reference takes the same rows in the same steps, so steps agree to rounding; a session, a plain host and a
+session that was stopped and resumed agree with each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from corpus_cases import StepReference, initial_state, marked
+from corpus_steps import compare, rest_of
+from plain_host import Host
+
+from kfac_onnx import metadata
+from kfac_onnx.metadata import State, Step
+from kfac_onnx.passes.api import transform
+from kfac_onnx.runtime import TrainingSession
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLAIN = "torchjoint_in__nplm"
+PADDED = ("torchjoint_in__nplm_pad0", "ortart_leg14loss__nplm_pad0", "torchjoint_in__dlrm_offsets_mean")
+TIED = "ortart_legloss__gpt_tied"
+TWICE = "ortart_legcore__siamese"
+FEW: dict[str, Any] = {"g_rows": 6}
+RARE: dict[str, Any] = {"g_every": 3}
+BOTH: dict[str, Any] = {"g_rows": 6, "g_every": 3}
+
+
+@pytest.mark.parametrize("options", [FEW, RARE, BOTH], ids=str)
+@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+def test_twenty_steps_equal_the_reference(preset: str, options: dict[str, Any]) -> None:
+    compare(PLAIN, preset, threads=2, steps=20, **options)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("name", [*PADDED, TWICE])
+def test_masks_bags_and_several_uses(name: str, threads: int) -> None:
+    """Rows that padding drops are never taken: a sample is of the rows that count."""
+    compare(name, "half", threads=threads, steps=12, rest=rest_of(name), **BOTH)
+
+
+@pytest.mark.parametrize("preset", ["half", "r1.7"])
+def test_independent_uses(preset: str) -> None:
+    compare(TWICE, preset, threads=2, steps=12, rest="sgd", uses="multi-indep", **BOTH)
+
+
+@pytest.mark.parametrize("tied", ["lookup", "both"])
+@pytest.mark.parametrize("preset", ["half", "adaptive"])
+def test_tied_tables(preset: str, tied: str) -> None:
+    compare(TIED, preset, threads=2, steps=12, rest="sgd", tied=tied, **BOTH)
+
+
+def test_more_rows_than_there_are_is_all_of_them() -> None:
+    """Not to tolerance: bit by bit, since the rows are taken in order."""
+    case, graph = marked(PLAIN)
+    weights, found = graph.initial(case), []
+    for options in ({}, {"g_rows": 10_000, "g_every": 1}):
+        with TrainingSession(transform(case.path, **options), parameters=weights, threads=1) as session:
+            for which in ("in", "in2", "in"):
+                session.step({item.name: case.feed(which)[item.name] for item in session.batch_inputs})
+            found.append({key: np.array(value) for key, value in session.states.items()})
+    for key in found[0]:
+        np.testing.assert_array_equal(found[0][key], found[1][key], err_msg=key)
+
+
+def test_defaults_leave_the_graph_as_it_was() -> None:
+    case, _ = marked(PLAIN)
+    operators = {node.op_type for node in transform(case.path, g_rows=None, g_every=1).graph}
+    assert "SampleRows" not in operators
+    assert "SampleRows" in {node.op_type for node in transform(case.path, g_rows=6).graph}
+
+
+@pytest.mark.parametrize("options", [FEW, {"g_every": 10}], ids=str)
+def test_the_options_make_a_difference(options: dict[str, Any]) -> None:
+    """The reference without the option is far off."""
+    case, graph = marked(PLAIN)
+    weights = graph.initial(case)
+    reference = StepReference(graph, weights, "half", 0.01, "sgd", 1e-3)
+    with TrainingSession(transform(case.path, rest="sgd", **options), parameters=weights) as session:
+        for t in range(4):  # at step 3 the second leaves a batch out, at step 4 the root sees it
+            feed = case.feed("in2" if t % 2 else "in")
+            reference.step(graph.run(reference.feed(feed)))
+            session.step({item.name: feed[item.name] for item in session.batch_inputs})
+        (site,) = graph.sites
+        want, got = reference.weights[site.parameter], session.parameters[site.parameter]
+        moved = np.abs(want - weights[site.parameter]).max()
+        assert np.abs(got - want).max() > 0.01 * moved
+
+
+def test_g_is_updated_on_schedule_alone() -> None:
+    """Steps 1, 2, 4, 8 and the multiples of 5; counts of A in every step."""
+    case, graph = marked(PLAIN)
+    seen, rows = [], []
+    model = transform(case.path, g_every=5)
+    with TrainingSession(model, parameters=graph.initial(case)) as session:
+        for _ in range(16):
+            before = np.array(session.states["kfac/m.emb.weight/G"])
+            session.step({item.name: case.feed()[item.name] for item in session.batch_inputs})
+            seen.append(int(session.states["kfac/m.emb.weight/G.count"]))
+            rows.append(int(session.states["kfac/m.emb.weight/A.count"]))
+            unchanged = np.array_equal(before, session.states["kfac/m.emb.weight/G"])
+            assert unchanged == (seen[-1] == (seen[-2] if len(seen) > 1 else 0))
+    assert seen == [1, 2, 2, 3, 4, 4, 4, 5, 5, 6, 6, 6, 6, 6, 7, 7]
+    assert rows == list(range(1, 17))
+
+
+def test_a_skipped_step_is_not_counted() -> None:
+    """The step after it is the same step, with the same rows."""
+    case, graph = marked("torchjoint_in__dlrm_offsets_mean")
+    model = transform(case.path, **BOTH)
+    runs = []
+    for skipped in (set[int](), {2, 5}):
+        with TrainingSession(model, parameters=graph.initial(case), threads=1) as session:
+            names = [item.name for item in session.batch_inputs]
+            for t in range(8):
+                feed = case.feed("in2" if t % 2 else "in")
+                batch = {name: feed[name] for name in names}
+                if t in skipped:
+                    broken = {
+                        key: array * np.nan if array.dtype.kind == "f" else array
+                        for key, array in batch.items()
+                    }
+                    assert session.step({k: np.asarray(v, batch[k].dtype) for k, v in broken.items()})[
+                        "skipped"
+                    ]
+                assert not session.step(batch)["skipped"]
+            runs.append({key: np.array(value) for key, value in session.states.items()})
+    for key in runs[0]:
+        np.testing.assert_array_equal(runs[0][key], runs[1][key], err_msg=key)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_a_resumed_run_takes_the_same_rows(stop: int, tmp_path: Path) -> None:
+    case, graph = marked(PLAIN)
+    model = transform(case.path, g_rows=6, g_every=3)
+    feeds = [case.feed("in2" if t % 2 else "in") for t in range(14)]
+
+    def run(session: TrainingSession, first: int, last: int) -> dict[str, np.ndarray]:
+        for feed in feeds[first:last]:
+            session.step({item.name: feed[item.name] for item in session.batch_inputs})
+        return {key: np.array(value) for key, value in session.states.items()}
+
+    with TrainingSession(model, parameters=graph.initial(case), threads=1) as session:
+        whole = run(session, 0, 14)
+    with TrainingSession(model, parameters=graph.initial(case), threads=1) as session:
+        run(session, 0, stop)
+        session.save(tmp_path / "run.ckpt")
+    with TrainingSession.resume(tmp_path / "run.ckpt", threads=1) as session:
+        resumed = run(session, stop, 14)
+    for key in whole:
+        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+
+
+def test_a_plain_host_gets_the_same_numbers() -> None:
+    case, graph = marked(PADDED[0])
+    weights = graph.initial(case)
+    model = transform(case.path, rest="sgd", **BOTH)
+    states = metadata.read_list(model, "state", State)
+    step = metadata.read(model, "step", Step)
+    assert step is not None
+    assert (step.settings["g_rows"], step.settings["g_every"]) == (6, 3)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 4
+    host = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
+    held = {state.input: initial_state(state, weights) for state in states}
+    with TrainingSession(model, parameters=weights, threads=2) as session:
+        for t in range(10):
+            feed = case.feed("in2" if t % 2 else "in")
+            batch = {key: feed[key] for key in step.batch}
+            session.step(batch)
+            news = host.run([state.output for state in states], {**batch, **held})
+            held = {state.input: new for state, new in zip(states, news, strict=True)}
+        for key, value in session.parameters.items():  # ten steps of float32, on other numbers of threads
+            np.testing.assert_allclose(held[key], value, rtol=0, atol=2e-6 * np.abs(value).max())
+
+
+def test_the_dense_shape() -> None:
+    case, graph = marked(PADDED[0])
+    weights = graph.initial(case)
+    reference = StepReference(graph, weights, "half", 1.0, "sgd", 0.0, **BOTH)
+    host = Host(transform(case.path, shape="dense", **BOTH), weights)
+    gradient = next(item.gradient for item in graph.parameters if item.name == graph.sites[0].parameter)
+    for t in range(9):
+        batch = case.feed("in2" if t % 2 else "in") | graph.fed_back(case)
+        reference.weights = {key: np.asarray(value, np.float64) for key, value in weights.items()}
+        reference.step(graph.run(reference.feed(batch)))
+        found = host.run({**batch, **weights})[str(gradient)]
+        name = graph.sites[0].parameter
+        want = weights[name] - reference.weights[name]
+        np.testing.assert_allclose(found, want, rtol=0, atol=5e-5 * np.abs(want).max())
+        weights[name] = (weights[name] - 0.01 * found).astype(np.float32)

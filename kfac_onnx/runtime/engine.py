@@ -37,6 +37,10 @@ _log = logging.getLogger(__name__)
 class StageError(Exception):
     """ONNX Runtime could not run a stage; the text is the first line of its own."""
 
+    def __init__(self, text: str, stage: str = "") -> None:
+        super().__init__(text)
+        self.stage = stage
+
 
 @dataclass
 class Holder:
@@ -254,7 +258,7 @@ class Engine:
         try:
             runner.session.run_with_iobinding(binding)
         except Exception as e:  # ONNX Runtime's exceptions share no class of their own
-            raise StageError(first_line(e)) from e
+            raise StageError(first_line(e), stage.name) from e
         if not self._device.is_cpu:
             binding.synchronize_outputs()
         if runner.loose:
@@ -336,6 +340,15 @@ class Engine:
         """Skip the step: double states keep their current buffer, copied ones follow the undo."""
         for index in self._copies:
             self._holders[index].current = self._location[index]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether some state has one buffer only, so that writing it cannot be taken back by not swapping."""
+        return any(len(holder.buffers) == 1 for holder in self._holders)
+
+    def overwrites(self, runner: Runner) -> bool:
+        """Say whether a stage writes such a state."""
+        return any(len(self._holders[self._index[s]].buffers) == 1 for s in runner.stage.writes.values())
 
     def stages(self, keep: Callable[[Slot], bool]) -> list[Runner]:
         """Return the runners of some stages, in order."""

@@ -129,6 +129,7 @@ class OpenModel:
     @property
     def parameters(self) -> Parameters:
         """The trained parameters, copied when read."""
+        self._require_whole()
         return Parameters(self._holders)
 
     @property
@@ -140,6 +141,7 @@ class OpenModel:
     @property
     def states(self) -> dict[str, np.ndarray]:
         """Copies of everything that a step changes, by the name of its input in the model."""
+        self._require_whole()
         return {name: holder.live.read() for name, holder in self._holders.items()}
 
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
@@ -201,6 +203,15 @@ class OpenModel:
     def _require_open(self) -> None:
         if self.closed:
             raise UserError("the training session is closed", help="open a new one, or resume a checkpoint")
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        """Raise UserError where a step failed half-way through its writes."""
+        if self._stepper.broken:
+            raise UserError(
+                "the parameters and states of this session are half written: onnxruntime failed in a step",
+                help="go on from the last checkpoint: TrainingSession.resume(...), or train --resume",
+            )
 
     def close(self) -> None:
         """Release sessions and buffers."""

@@ -28,6 +28,7 @@ from kfac_onnx.runtime.checkpoint import (
 )
 from kfac_onnx.runtime.export import forward_model, write_into
 from kfac_onnx.runtime.fitting import fit
+from kfac_onnx.runtime.interrupts import uninterrupted
 from kfac_onnx.runtime.open_model import OpenModel
 from kfac_onnx.runtime.opening import require_step
 
@@ -88,7 +89,8 @@ class TrainingSession(OpenModel):
         the loss of the metrics is None.
 
         Raises:
-            UserError: a name, dtype, shape or id of the batch is wrong; nothing was written.
+            UserError: a name, dtype, shape or id of the batch is wrong; nothing was written. Or onnxruntime
+                failed: where it failed while it wrote, the session says so and refuses to go on.
 
         """
         self._require_open()
@@ -97,12 +99,14 @@ class TrainingSession(OpenModel):
         factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
         for name, rate in self.learning_rates.items():
             self._rates[name][...] = rate * factor
-        loss, kept = self._stepper.step({**ready, **(half or {})}, forwarded=half is not None)
-        self.position += 1
-        if kept:
-            self.committed += 1
-        else:
-            self.skipped += 1
+        with uninterrupted():  # Ctrl-C comes before the step or after it
+            loss, kept = self._stepper.step({**ready, **(half or {})}, forwarded=half is not None)
+            self.position += 1
+            if kept:
+                self.committed += 1
+            else:
+                self.skipped += 1
+        if not kept:
             _log.info("batch %d was skipped: a gradient, factor or update is not finite", self.position)
         first = next(iter(self.learning_rates.values()), 0.0) * factor
         metrics: Metrics = {"loss": loss, "skipped": not kept, "step": self.committed, "lr": first}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -28,11 +28,15 @@ __all__ = ["Stepper"]
 
 _log = logging.getLogger(__name__)
 
+_UNDONE: Final = "nothing of the step was kept, and the session can go on"
+_BROKEN: Final = "parameters and states are half written: go on from the last checkpoint"
+
 
 class Stepper:
     """Runs steps; `checks` are the lookups whose ids are looked at in every step.
 
-    `host_roots` counts the inverse roots that were computed on the host.
+    `host_roots` counts the inverse roots that were computed on the host. `broken` says that a step failed
+    while it was being written, so that what the buffers hold belongs to no step.
     """
 
     def __init__(self, plan: Plan, engine: Engine, checks: Sequence[IdCheck]) -> None:
@@ -44,6 +48,7 @@ class Stepper:
         self._keep = engine.stages(lambda slot: Slot.PRECONDITION < slot <= Slot.RENORMALIZE)
         self._undo = engine.stages(lambda slot: slot >= Slot.UNDO_READ)
         self.host_roots = 0
+        self.broken = False
 
     def forward(self, batch: Batch) -> None:
         """Run the half of a step that leads to the predictions, and check the ids that reached the tables."""
@@ -55,14 +60,27 @@ class Stepper:
         """Make one step; return the loss (None if it is outside) and whether the step was kept.
 
         With `forwarded`, `forward` was the last call and ran on this batch: its half is not run again.
-        Whatever interrupts the step, parameters and states are as before or as after it, never between.
+        Whatever interrupts the step, parameters and states are as before or as after it; where that cannot be
+        had, because ONNX Runtime failed while it wrote them, the stepper is `broken`.
 
-        Raises UserError when the batch cannot be run; nothing was written then.
+        Raises UserError when the batch, or a stage, cannot be run; it says what was written.
         """
-        engine = self._engine
         if not forwarded:
             self.forward(batch)
-        counted = kept = settled = False
+        try:
+            kept = self._step(batch)
+        except StageError as e:
+            message = f"onnxruntime failed in stage '{e.stage}' of a step: {e}"
+            raise UserError(message, help=_BROKEN if self.broken else _UNDONE) from e
+        loss = self._plan.step.loss
+        if loss is None:
+            return None, kept
+        return float(np.asarray(self._engine.read(loss), np.float64).reshape(())), kept
+
+    def _step(self, batch: Batch) -> bool:
+        """Run the second half of a step; return whether it was kept."""
+        engine = self._engine
+        counted = settled = False
         try:
             for runner in self._before:
                 slot = runner.stage.slot
@@ -78,20 +96,25 @@ class Stepper:
                 self._restore(batch)
             settled = True
         finally:
-            if counted and not kept and not settled:
+            if counted and not settled and not self.broken and self._engine.in_place:
                 self._restore(batch)
-        loss = self._plan.step.loss
-        return None if loss is None else float(np.asarray(engine.read(loss), np.float64).reshape(())), kept
+        return kept
 
     def _commit(self, batch: Batch) -> None:
+        """Write what lasts; from the first write in place on, nothing can be undone."""
         for runner in self._keep:
+            self.broken = self.broken or self._engine.overwrites(runner)
             self._engine.run(runner, batch)
         self._engine.swap()
+        self.broken = False
 
     def _restore(self, batch: Batch) -> None:
+        """Undo what the step counted in place."""
+        self.broken = self._engine.in_place
         for runner in self._undo:
             self._engine.run(runner, batch)
         self._engine.settle()
+        self.broken = False
 
     def _run_first(self, runner: Runner, batch: Batch) -> bool:
         """Run the gradients, which write nothing, and check the ids that reached the tables."""

@@ -56,6 +56,8 @@ def _print_site(site: SiteReport, lookups: int | None) -> None:
     )
     click.echo(f"  each step         {_cost(site.step_cost, lookups)}")
     click.echo(f"  each refresh      {_cost(site.refresh_cost, lookups)}")
+    if site.statistics_cost.flops:
+        click.echo(f"  each update of G  {_cost(site.statistics_cost, lookups)}")
     print_table(
         "",
         ["phase", "operator", "nodes ", "what it does", "cost"],

@@ -29,6 +29,8 @@ _FLOAT: Final = 4
 _PLUMBING: Final = "shape and copy values between the operators above"
 _EACH_STEP: Final = (Phase.GRADIENTS, Phase.COUNT, Phase.PRECONDITION, Phase.COMMIT)
 """Phases that run at every step that is kept."""
+_STATISTICS: Final = ("SampleRows", "OutputFactorUpdate")
+"""Operators that run on the rows that G takes in, if it takes in this step."""
 _PHASE_ORDER: Final = {str(phase): index for index, phase in enumerate(Phase)}
 
 
@@ -84,7 +86,8 @@ class SiteReport:
     `lookups` is the number of lookups per step as an expression in the graph's dimensions,
     `factors` maps each factor to its shape, `state_bytes` is everything kept for the table besides the
     table, `adam_bytes` what Adam would keep (two tables). `step_cost` is paid at each step,
-    `refresh_cost` at refresh steps only.
+    `refresh_cost` at refresh steps only, `statistics_cost` (part of neither) at steps that update G, where
+    these are not all.
     """
 
     parameter: str
@@ -103,6 +106,7 @@ class SiteReport:
     groups: tuple[Group, ...]
     step_cost: LinearCost
     refresh_cost: LinearCost
+    statistics_cost: LinearCost = LinearCost()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""
@@ -191,6 +195,19 @@ def _name(node: ir.Node) -> str:
 
 def _statistics(site: Site, settings: Mapping[str, Any]) -> str:
     """Return in words what the factors of a table take in, and how its uses are put together."""
+    return "; ".join(part for part in (_uses(site, settings), _sample(settings)) if part)
+
+
+def _sample(settings: Mapping[str, Any]) -> str:
+    """Return in words which rows G takes in, and when; empty where it is all rows of each step."""
+    rows, every = settings.get("g_rows"), settings.get("g_every", 1)
+    if rows is None and every == 1:
+        return ""
+    of = "G from all rows" if rows is None else f"G from at most {rows} rows"
+    return of if every == 1 else f"{of}, in steps 1, 2, 4, 8 and multiples of {every}"
+
+
+def _uses(site: Site, settings: Mapping[str, Any]) -> str:
     both = settings.get("tied") == "both" and bool(site.projections)
     count = len(site.uses) + (len(site.projections) if both else 0)
     of = "lookups and projection" if both else "lookups"
@@ -207,7 +224,12 @@ def _site(
     settings: Mapping[str, Any],
 ) -> SiteReport:
     mine = [state for state in states if state.parameter == site.parameter and state.role != "parameter"]
-    groups = _groups([node for node in nodes if node.metadata_props.get("kfac.site") == site.parameter], site)
+    groups = _groups(
+        [node for node in nodes if node.metadata_props.get("kfac.site") == site.parameter],
+        site,
+        settings.get("g_rows"),
+    )
+    rare = _STATISTICS if settings.get("g_every", 1) > 1 else ()
     return SiteReport(
         parameter=site.parameter,
         vocab_size=site.vocab_size,
@@ -223,8 +245,11 @@ def _site(
         state_bytes=_bytes(mine),
         adam_bytes=2 * _FLOAT * site.vocab_size * site.embedding_dim,
         groups=groups,
-        step_cost=sum((group.cost for group in groups if group.phase in _EACH_STEP), LinearCost()),
+        step_cost=sum(
+            (g.cost for g in groups if g.phase in _EACH_STEP and g.operator not in rare), LinearCost()
+        ),
         refresh_cost=sum((group.cost for group in groups if group.phase == Phase.REFRESH), LinearCost()),
+        statistics_cost=sum((group.cost for group in groups if group.operator in rare), LinearCost()),
     )
 
 
@@ -255,7 +280,7 @@ def _lookups(site: Site, model: ir.Model) -> str:
     return " + ".join(f"{count}*{term}" if count > 1 else term for term, count in Counter(terms).items())
 
 
-def _groups(nodes: list[ir.Node], site: Site) -> tuple[Group, ...]:
+def _groups(nodes: list[ir.Node], site: Site, g_rows: int | None) -> tuple[Group, ...]:
     members: dict[tuple[str, str, str], list[ir.Node]] = {}
     for node in nodes:
         phase = node.metadata_props.get("kfac.phase", str(Phase.GRADIENTS))
@@ -272,14 +297,17 @@ def _groups(nodes: list[ir.Node], site: Site) -> tuple[Group, ...]:
         Group(
             *key,
             tuple(_name(node) for node in found),
-            sum((_cost(node, site) for node in found), LinearCost()),
+            sum((_cost(node, site, g_rows) for node in found), LinearCost()),
         )
         for key, found in ordered
     )
 
 
-def _cost(node: ir.Node, site: Site) -> LinearCost:
-    """Return a dialect node's cost on this table; standard operators around it count as free."""
+def _cost(node: ir.Node, site: Site, g_rows: int | None) -> LinearCost:
+    """Return a dialect node's cost on this table; standard operators around it count as free.
+
+    What sees a sample of at most `g_rows` rows is priced for that many.
+    """
     operator = dialect.OPERATORS.get(node.op_type) if node.domain == dialect.DOMAIN else None
     if operator is None:
         return LinearCost()
@@ -289,6 +317,9 @@ def _cost(node: ir.Node, site: Site) -> LinearCost:
         return LinearCost(fixed.flops, fixed.bytes)
     iterations = node.attributes.get("iterations")
     count = 15 if iterations is None else iterations.as_int()
+    if g_rows is not None and operator.name in _STATISTICS:
+        most = operator.cost(dialect.Sizes(site.vocab_size, site.embedding_dim, g_rows, count))
+        return LinearCost(most.flops, most.bytes)
     none, one = (
         operator.cost(dialect.Sizes(site.vocab_size, site.embedding_dim, lookups, count))
         for lookups in (0, 1)

@@ -9,6 +9,7 @@ import pytest
 
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.reference import SETTINGS, BlockReference, BlockSettings, TableReference
+from kfac_onnx.reference.operators import sample_rows
 
 V, D = 7, 3
 LR = 0.1
@@ -268,3 +269,70 @@ def test_statistics_of_both_sides_by_hand() -> None:
     expected = start() - LR * ((A + 0.01 * A.mean()) ** -0.5)[:, None] * (grad @ P)
     np.testing.assert_allclose(found, expected, atol=ATOL)
     assert table.lookups == 10
+
+
+def test_a_sample_is_unbiased_and_takes_every_row_equally_often() -> None:
+    """However the rows repeat: over the turns the mean over the sample tends to the mean over all rows."""
+    rng = np.random.default_rng(4)
+    for total, size in ((96, 12), (97, 12), (50, 49), (90, 3)):
+        rows = rng.normal(size=(total, D)) * np.where(np.arange(total) % 8 == 0, 10.0, 1.0)[:, None]
+        full = rows.T @ rows / total
+        found, taken, turns = np.zeros((D, D)), np.zeros(total), 4000
+        for turn in range(turns):
+            (chosen,) = sample_rows(total, size, turn)
+            assert len(chosen) == size
+            assert (np.diff(chosen) >= 0).all()
+            assert chosen[0] >= 0
+            assert chosen[-1] < total
+            np.add.at(taken, chosen, 1)
+            found += rows[chosen].T @ rows[chosen] / size / turns
+        # Evenly filling sequences err by about 1/turns; independent draws would by 1/sqrt(turns · size/total).
+        np.testing.assert_allclose(found, full, atol=0.01 * np.abs(full).max())
+        np.testing.assert_allclose(taken * total / (turns * size), 1.0, atol=0.1)
+
+
+def test_a_sample_of_all_rows_is_all_of_them_in_order() -> None:
+    for turn in (0, 1, 10**6):
+        for size in (40, 41, 10**9):
+            assert sample_rows(40, size, turn)[0].tolist() == list(range(40))
+    assert sample_rows(0, 5, 1)[0].size == 0
+
+
+def test_partial_statistics_by_hand() -> None:
+    """G from 2 of 6 rows in steps 1, 2, 4, 5, 8, 10; A from all of them in each."""
+    table, reference = start(), TableReference("half", V, D, LR, g_rows=2, g_every=5)
+    A, G, count, P = np.zeros(V), np.zeros((D, D)), 0, np.eye(D)
+    for t in range(1, 13):
+        ids, rows = batch(t)
+        A = 0.99 * A + 0.01 * np.bincount(ids, minlength=V)
+        if t in (1, 2, 4, 5, 8, 10):
+            some = rows[sample_rows(6, 2, count)[0]]
+            G, count = 0.95 * G + 0.05 * some.T @ some / 2, count + 1
+        a, g = A / (1 - 0.99**t), G / (1 - 0.95**count)
+        if t in (1, 2, 4, 8, 10):
+            P = root_of(g + 0.01 * np.trace(g) / D * np.eye(D), -0.5)
+        scale = (a + 0.01 * a.mean()) ** -0.5
+        expected = table - LR * scale[:, None] * (merged(ids, rows) @ P)
+        table = reference.step(table, ids, rows)
+        np.testing.assert_allclose(table, expected, atol=ATOL)
+
+
+def test_a_table_without_lookups_on_schedule_takes_its_first_batch_at_once() -> None:
+    reference = TableReference("half", V, D, LR, g_every=100)
+    none = np.zeros(0, np.int64), np.zeros((0, D))
+    counts = []
+    for t in range(1, 14):
+        reference.step(start(), *(batch(t) if t in (11, 12) else none))
+        counts.append(reference.g_count)
+    assert counts == [0] * 10 + [1, 1, 1]
+
+
+def test_a_table_does_not_move_while_g_is_zero() -> None:
+    """A sample may hold zero rows only; without a scale for its update the table waits."""
+    ids, rows = np.arange(6), np.zeros((6, D))
+    (chosen,) = sample_rows(6, 2, 0)
+    rows[[row for row in range(6) if row not in chosen]] = 1.0
+    for preset in ("half", "adagrad", "adaptive"):
+        reference = TableReference(preset, V, D, LR, g_rows=2)
+        np.testing.assert_array_equal(reference.step(start(), ids, rows), start())
+        assert not reference.history.any()

@@ -28,9 +28,9 @@ from kfac_onnx.runtime.checkpoint import (
 )
 from kfac_onnx.runtime.export import forward_model, write_into
 from kfac_onnx.runtime.fitting import fit
-from kfac_onnx.runtime.interrupts import uninterrupted
 from kfac_onnx.runtime.open_model import OpenModel
 from kfac_onnx.runtime.opening import require_step
+from kfac_onnx.runtime.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kfac_onnx.runtime.engine import Holder
+    from kfac_onnx.runtime.skips import Cause
     from kfac_onnx.runtime.tensors import Device
 
 __all__ = ["Description", "Metrics", "Parameters", "describe"]
@@ -19,14 +20,16 @@ __all__ = ["Description", "Metrics", "Parameters", "describe"]
 class Metrics(TypedDict):
     """What a step reports: `step` counts kept steps, `lr` is the tables' rate times the schedule's factor.
 
-    `loss` is None where it lies outside the graph. `outputs` is there for drop-in graphs only: their own
-    outputs, such as the preconditioned gradients.
+    `loss` is None where it lies outside the graph. `skip` is there for skipped steps only: what was not
+    finite, the earliest in the graph first. `outputs` is there for drop-in graphs only: their own outputs,
+    such as the preconditioned gradients.
     """
 
     loss: float | None
     skipped: bool
     step: int
     lr: float
+    skip: NotRequired[tuple[Cause, ...]]
     outputs: NotRequired[dict[str, np.ndarray]]
 
 

@@ -6,6 +6,7 @@ integer is widened; nothing else is converted, because a silent cast hides mista
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.runtime.tensors import BFLOAT16, dtype_name, host_value, numpy_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import onnxruntime as ort
 
@@ -40,6 +41,9 @@ def checked_batch(
     disagree about a dimension that the graph gives one name.
     """
     known = [item.name for item in inputs]
+    if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  it comes from the user
+        message = f"a batch is a dict of arrays by input name, not of type {type(batch).__name__}"
+        raise UserError(message, help=f"the graph's batch inputs are {_listed(known)}")
     for name in batch:
         if name not in known and name not in allowed:
             message = f"the batch has an unknown input '{name}'{did_you_mean(name, known)}"

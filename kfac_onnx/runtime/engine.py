@@ -347,8 +347,15 @@ class Engine:
         return any(len(holder.buffers) == 1 for holder in self._holders)
 
     def overwrites(self, runner: Runner) -> bool:
-        """Say whether a stage writes such a state."""
-        return any(len(self._holders[self._index[s]].buffers) == 1 for s in runner.stage.writes.values())
+        """Say whether a stage, run now, writes where a state's value before the step lies.
+
+        It does in place; in two buffers, the second version of a state in one step does.
+        """
+        written = [self._index[state] for state in runner.stage.writes.values()]
+        return any(
+            len(self._holders[index].buffers) == 1 or self._location[index] != self._holders[index].current
+            for index in written
+        )
 
     def stages(self, keep: Callable[[Slot], bool]) -> list[Runner]:
         """Return the runners of some stages, in order."""

@@ -101,20 +101,22 @@ class Stepper:
         return kept
 
     def _commit(self, batch: Batch) -> None:
-        """Write what lasts; from the first write in place on, nothing can be undone."""
-        for runner in self._keep:
-            self.broken = self.broken or self._engine.overwrites(runner)
-            self._engine.run(runner, batch)
+        """Write what lasts."""
+        self._write(self._keep, batch)
         self._engine.swap()
         self.broken = False
 
     def _restore(self, batch: Batch) -> None:
-        """Undo what the step counted in place."""
-        self.broken = self._engine.in_place
-        for runner in self._undo:
-            self._engine.run(runner, batch)
+        """Undo what the step counted."""
+        self._write(self._undo, batch)
         self._engine.settle()
         self.broken = False
+
+    def _write(self, runners: Sequence[Runner], batch: Batch) -> None:
+        """Run stages that write; from the first on that writes over a value, nothing can be undone."""
+        for runner in runners:
+            self.broken = self.broken or self._engine.overwrites(runner)
+            self._engine.run(runner, batch)
 
     def _run_first(self, runner: Runner, batch: Batch) -> bool:
         """Run the gradients, which write nothing, and check the ids that reached the tables."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import onnxruntime as ort
 
-__all__ = ["BatchInput", "checked_batch", "examples_in"]
+__all__ = ["BatchInput", "as_inputs", "checked_batch", "examples_in"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,23 @@ def checked_batch(
         _check_shape(array, item, sizes)
         result[item.name] = host_value(array, item.element) if item.element == BFLOAT16 else array
     return result
+
+
+def as_inputs(batch: Mapping[str, np.ndarray], inputs: Sequence[BatchInput]) -> Mapping[str, np.ndarray]:
+    """Return the batch with its arrays as `checked_batch` makes them, as far as that can be done.
+
+    What is wrong with a batch stays as it is, for `checked_batch` to name. Order and further names are kept.
+    """
+    if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  it comes from the user
+        return batch
+    ready = dict(batch)
+    for item in inputs:
+        if item.name in batch:
+            try:
+                ready[item.name] = _typed(np.asarray(batch[item.name]), item)
+            except UserError:
+                return batch
+    return ready
 
 
 def _listed(names: Sequence[str]) -> str:

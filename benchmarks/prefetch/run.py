@@ -1,0 +1,92 @@
+"""Milliseconds per step with batches made ahead or not: matrix factorisation from `.npz` files.
+
+    OMP_NUM_THREADS=1 python benchmarks/prefetch/run.py [--rounds 15] [--steps 40]
+
+Users and items are int32 in the files, so making a batch is shuffling, indexing and widening. In each round
+every depth trains the same batches, one depth after the other in a rotating order.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy
+
+import argparse
+import statistics
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from kfac_onnx import TrainingSession, transform
+from kfac_onnx.runtime.batches import as_inputs
+from kfac_onnx.runtime.data import Batches
+from kfac_onnx.runtime.prefetch import prefetched
+
+GRAPH = Path(__file__).parents[1] / "step_cost" / "mf_100000.onnx"
+VOCABULARY, WIDTH, EXAMPLES = 100_000, 64, 1_000_000
+DEPTHS = (0, 1, 2, 4)
+
+
+def write_data(folder: Path, shards: int) -> Path:
+    """Write the examples into so many files."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for shard in range(shards):
+        count = EXAMPLES // shards
+        np.savez(
+            folder / f"{shard:03}.npz",
+            users=rng.integers(0, VOCABULARY, count, dtype=np.int32),
+            items=rng.integers(0, VOCABULARY, count, dtype=np.int32),
+            ratings=rng.standard_normal(count, dtype=np.float32),
+        )
+    return folder
+
+
+def main() -> None:
+    """Print one row per case: median ms per step at each depth, and the ratio to none."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    values = {
+        name: 0.1 * rng.standard_normal((VOCABULARY, WIDTH), dtype=np.float32)
+        for name in ("user.weight", "item.weight")
+    }
+    values["bias"] = np.zeros((), np.float32)
+    model = transform(GRAPH, lr=1e-3)
+    names = " | ".join(f"depth {depth}" for depth in DEPTHS)
+    print(f"| examples | files | threads | {names} | depth 2 / 0 |")
+    print("|---" * (len(DEPTHS) + 4) + "|")
+    with tempfile.TemporaryDirectory() as place:
+        for shards in (1, 20):
+            folder = write_data(Path(place) / str(shards), shards)
+            for size, threads in ((4096, 2), (4096, 1), (16384, 2)):
+                with TrainingSession(model, parameters=values, threads=threads) as session:
+                    times = measure(session, folder, size, options.rounds, options.steps)
+                cells = " | ".join(f"{times[depth]:.2f}" for depth in DEPTHS)
+                print(f"| {size} | {shards} | {threads} | {cells} | {times[2] / times[0]:.2f} |", flush=True)
+
+
+def measure(session: TrainingSession, folder: Path, size: int, rounds: int, steps: int) -> dict[int, float]:
+    """Return the median over rounds of the milliseconds per step, by depth."""
+    batches = Batches(folder, size, seed=0)
+    times: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+    for turn in range(rounds):
+        for shift in range(len(DEPTHS)):
+            depth = DEPTHS[(turn + shift) % len(DEPTHS)]
+            supply = islice(batches.since(turn * steps), steps)
+            with prefetched(supply, depth, lambda batch: as_inputs(batch, session.batch_inputs)) as ready:
+                start = time.perf_counter()
+                for batch in ready:
+                    session.step(batch)
+                times[depth].append(1e3 * (time.perf_counter() - start) / steps)
+    return {depth: statistics.median(found[1:]) for depth, found in times.items()}
+
+
+if __name__ == "__main__":
+    main()

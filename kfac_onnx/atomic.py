@@ -25,7 +25,7 @@ except ImportError:  # Windows: the folders of killed runs stay
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["atomic_path", "require_file", "sync", "unwritable"]
+__all__ = ["atomic_path", "remove_stale", "require_file", "sync", "unwritable"]
 
 _TRIES: Final = 10
 """How often a temporary folder is made anew that another process took for that of a killed run."""
@@ -43,8 +43,7 @@ def atomic_path(path: str | Path) -> Generator[Path]:
     target = Path(path)
     require_file(target)
     try:
-        with contextlib.suppress(OSError):  # a folder that cannot be listed may still take a file
-            _remove_stale(target)
+        remove_stale(target.parent, re.escape(target.name))
         folder, lock = _locked_folder(target)
     except OSError as e:
         raise unwritable(path, e) from e
@@ -108,19 +107,23 @@ def _lock(folder: Path) -> int | None:
     return place
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove what killed runs left behind while they wrote this file."""
+def remove_stale(folder: Path, names: str) -> None:
+    """Remove what killed runs left in a folder while they wrote files whose names match a regular expression.
+
+    A folder that cannot be listed is left as it is: it may still take a file.
+    """
     if fcntl is None:
         return
-    pattern = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.tmp")
-    for item in target.parent.iterdir():
-        if not pattern.fullmatch(item.name) or item.is_symlink() or not item.is_dir():
-            continue
-        with contextlib.suppress(OSError):  # it vanished, or it is somebody else's
-            lock = _lock(item)
-            if lock is not None:
-                shutil.rmtree(item, ignore_errors=True)
-                os.close(lock)
+    pattern = re.compile(rf"\.(?:{names})\.[a-z0-9_]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for item in [item for item in folder.iterdir() if pattern.fullmatch(item.name)]:
+            if item.is_symlink() or not item.is_dir():
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                lock = _lock(item)
+                if lock is not None:
+                    shutil.rmtree(item, ignore_errors=True)
+                    os.close(lock)
 
 
 def require_file(target: Path) -> None:

@@ -24,7 +24,7 @@ from kfac_onnx.cli.options import (
     provider_option,
     reading_options,
 )
-from kfac_onnx.cli.output import print_json
+from kfac_onnx.cli.output import print_json, say
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_CHECKPOINT = "run.ckpt"
 _log = logging.getLogger(__name__)
 _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule", "parameters", *BLOCK_OPTIONS)
 """What a checkpoint already says."""
@@ -79,11 +78,36 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule", "parameters", *BLOCK
 )
 @click.option("--eval-every", type=int, metavar="N", help="Evaluate every N steps (default: at the end).")
 @click.option("--metrics", metavar="FILE", help="Add one JSON line per step to this file.")
-@click.option("--checkpoint", metavar="DIR", help="Keep a checkpoint in this folder.")
 @click.option(
-    "--checkpoint-every", type=int, metavar="N", help="Save it every N steps (default: at the end)."
+    "--checkpoint",
+    metavar="PATH",
+    help="Save checkpoints in this folder, or one checkpoint in this FILE.ckpt.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint.")
+@click.option("--checkpoint-every", type=int, metavar="N", help="Save every N steps (default: at the end).")
+@click.option("--keep", type=int, metavar="N", help="How many checkpoints the folder keeps (default: 3).")
+@click.option(
+    "--skip-limit",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Stop after so many steps in a row that were skipped because something was not finite; 0: never.",
+)
+@click.option(
+    "--prefetch",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Make so many batches ahead, in a thread of their own; 0: none.",
+)
+@click.option(
+    "--resume",
+    metavar="[PATH]",
+    is_flag=False,
+    flag_value="",
+    help="Go on from the newest checkpoint of a folder, or from a file; without PATH from --checkpoint's.",
+)
 @click.option("--export", "export", metavar="OUT", help="Write a forward model with the trained weights.")
 @click.option(
     "--into", metavar="FORWARD", help="Put the weights into this model of yours and write it to --export."
@@ -111,7 +135,10 @@ def command(
     metrics: str | None,
     checkpoint: str | None,
     checkpoint_every: int | None,
-    resume: bool,
+    keep: int | None,
+    skip_limit: int,
+    prefetch: int,
+    resume: str | None,
     export: str | None,
     into: str | None,
     threads: int | None,
@@ -129,18 +156,21 @@ def command(
 
     Ids, shapes and dtypes of every batch are checked before anything is written.
     """
-    _check(export, into, checkpoint, resume, [model, data, *(p for p in (parameters, held_out, into) if p)])
+    begun = resume or checkpoint
+    place = checkpoint or begun
+    _check(export, into, place, resume, [model, data, *(p for p in (parameters, held_out, into) if p)])
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.export import filled
+    from kfac_onnx.runtime.source import require_source, source_hash
 
     providers = provider_names(provider)
-    saved = None if checkpoint is None else Path(checkpoint) / _CHECKPOINT
-    if resume and saved is not None:
-        session = TrainingSession.resume(saved, providers=providers, threads=threads)
-        steps = None if steps is None else max(steps - session.position, 0)
+    if resume is not None and begun is not None:
+        session = TrainingSession.resume(begun, providers=providers, threads=threads)
+        require_source(session, model)
         ignored = given_options(ctx, _SETTINGS)
         if ignored:
             _log.warning("%s is not read on --resume: the run goes on as it was begun", ", ".join(ignored))
+        batch_size, seed, no_shuffle = _data_settings(ctx, session, batch_size, seed, no_shuffle)
     else:
         made, values = _prepared(ctx, model, parameters, loss, gradients, preset, lr, rest, rest_lr)
         session = TrainingSession(
@@ -153,6 +183,7 @@ def command(
             schedule=schedule,
             seed=seed,
         )
+        session.source = source_hash(model)
     with session:
         if not session.updates_parameters:
             raise UserError(
@@ -166,37 +197,95 @@ def command(
             session.evaluate(itertools.islice(valid, 1))  # what is wrong with it shows before training
         if into is not None:
             filled(session.parameters, into)  # and so does a model that the weights do not fit
-        result = session.fit(
-            _batches(data, size, None if no_shuffle else seed, full=fixed is not None),
+        batches = _batches(data, size, None if no_shuffle else seed, full=fixed is not None)
+        if resume is not None:
+            steps, epochs = _remaining(session, batches, steps, epochs), None
+        result = _fit(
+            ctx,
+            session,
+            batches,
             steps=steps,
             epochs=epochs,
             held_out=valid,
             eval_every=eval_every,
             metrics=metrics,
             progress=not (as_json or is_quiet()),
-            checkpoint=saved,
+            checkpoint=place,
             checkpoint_every=checkpoint_every,
+            keep=keep,
+            skip_limit=skip_limit or None,
+            prefetch=prefetch,
         )
         if export is not None:
             session.export(export, into=into)
         _print(session, result, as_json)
 
 
+def _data_settings(
+    ctx: click.Context, session: TrainingSession, batch_size: int | None, seed: int, no_shuffle: bool
+) -> tuple[int | None, int, bool]:
+    """Return the batch size, the seed and whether not to shuffle: as the run was begun, unless given."""
+    before = session.data
+    if before is None:
+        return batch_size, seed, no_shuffle
+    if batch_size is None:
+        batch_size = before.get("batch_size")
+    if not given_options(ctx, ("seed", "no_shuffle")):
+        seed, no_shuffle = before.get("seed") or 0, before.get("seed") is None
+    return batch_size, seed, no_shuffle
+
+
+def _remaining(session: TrainingSession, batches: Batches, steps: int | None, epochs: int | None) -> int:
+    """Return how many steps of the whole run are still to be made."""
+    for name, value in (("steps", steps), ("epochs", epochs)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    size = len(batches)
+    ends = [n for n in (steps, None if epochs is None else epochs * size) if n is not None]
+    return max(0, min(ends or [size]) - session.position)
+
+
+def _fit(
+    ctx: click.Context, session: TrainingSession, batches: Batches, *, steps: int | None, **options: Any
+) -> FitResult:
+    """Train; where nothing is left to be done, only evaluate. A signal ends the command with 130 or 143."""
+    from kfac_onnx.runtime.fitting import FitResult
+    from kfac_onnx.runtime.stopping import Interrupted, Terminated
+
+    if steps == 0 and session.position:
+        _log.info("the run is complete: it was saved after batch %d", session.position)
+        valid = options["held_out"]
+        return FitResult(held_out={} if valid is None else {session.position: session.evaluate(valid)})
+    try:
+        return session.fit(batches, steps=steps, **options)
+    except (Interrupted, Terminated) as e:
+        place = options["checkpoint"]
+        more = "with --checkpoint it could go on" if place is None else f"`--resume {place}` goes on"
+        say(f"{e}; {more}", err=True)
+        ctx.exit(e.status)
+
+
 def _check(
-    export: str | None, into: str | None, checkpoint: str | None, resume: bool, inputs: list[str]
+    export: str | None, into: str | None, checkpoint: str | None, resume: str | None, inputs: list[str]
 ) -> None:
     """Raise UserError for what would fail after hours of training: options, places, a wrong --into."""
     from kfac_onnx.files import load_proto, refuse_overwrite, require_folder, require_writable
+    from kfac_onnx.runtime.checkpoint_folder import is_folder
 
     if into is not None and export is None:
         raise UserError("--into says where the weights go, but there is no --export to write")
-    if resume and checkpoint is None:
-        raise UserError("--resume needs --checkpoint DIR, the folder to go on from")
+    if resume is not None and checkpoint is None:
+        raise UserError(
+            "--resume needs a checkpoint to go on from", help="give --resume PATH or --checkpoint PATH"
+        )
     if export is not None:
         refuse_overwrite(export, *inputs)
         require_writable(export)
-    if checkpoint is not None:
+    if checkpoint is not None and is_folder(checkpoint):
         require_folder(checkpoint)
+    elif checkpoint is not None:
+        refuse_overwrite(checkpoint, *inputs)
+        require_folder(Path(checkpoint).parent)
     if into is not None:
         load_proto(into, external=False)
 
@@ -253,24 +342,29 @@ def _batches(path: str, size: int | None, seed: int | None, *, full: bool) -> Ba
 
 
 def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
+    from kfac_onnx.runtime.skips import reasons
+
     milliseconds = 1000 * result.seconds / max(1, result.steps)
     if as_json:
         print_json(
             {
                 "steps": result.steps,
                 "skipped": result.skipped,
+                "last_skip": [cause.to_json() for cause in result.last_skip],
                 "position": session.position,
                 "examples": result.examples,
                 "seconds": result.seconds,
                 "ms_per_step": milliseconds,
-                "loss": result.loss,
+                "loss": result.loss if result.steps else None,
                 "held_out": result.held_out,
                 "host_roots": session.host_roots,
             }
         )
         return
     skipped = f" ({result.skipped} skipped: not finite)" if result.skipped else ""
-    click.echo(f"{result.steps} steps{skipped}, {result.examples} examples, last loss {result.loss:.6f}")
-    click.echo(f"{result.seconds:.1f} s, {milliseconds:.2f} ms per step")
+    say(f"{result.steps} steps{skipped}, {result.examples} examples, last loss {result.loss:.6f}")
+    if result.last_skip:
+        say(f"not finite in the last skipped step: {reasons(result.last_skip)}")
+    say(f"{result.seconds:.1f} s, {milliseconds:.2f} ms per step")
     for at, loss in result.held_out.items():
-        click.echo(f"held-out loss at step {at}: {loss:.6f}")
+        say(f"held-out loss at step {at}: {loss:.6f}")

@@ -8,15 +8,14 @@ and the epoch alone, so a run that is resumed at batch p sees what the uninterru
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.files import read_npz
+from kfac_onnx.errors import UserError
+from kfac_onnx.npz import npz_headers, read_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -41,21 +40,9 @@ def _lengths(arrays: Arrays, place: str) -> int:
 
 def _stored_length(path: Path) -> int:
     """Return the number of examples in an `.npz` file, from the arrays' headers alone."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as file:
-                    version = np.lib.format.read_magic(file)
-                    read = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
-                    shape = read(file)[0]
-                    if shape:
-                        return int(shape[0])
-    except (OSError, ValueError, zipfile.BadZipFile) as e:
-        raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
+    for header in npz_headers(path):
+        if header.shape:
+            return header.shape[0]
     raise UserError(f"'{path}' holds no examples: no array has a dimension")
 
 
@@ -130,6 +117,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.epoch(0)
+
+    def describe(self) -> dict[str, int | bool | None]:
+        """Return what decides which batch comes at which position of a run."""
+        return {
+            "batches": len(self),
+            "examples": self.examples,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "drop_last": self.drop_last,
+        }
 
     def epoch(self, number: int, *, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches of one epoch, without its first `skip`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.errors import UserError
-from kfac_onnx.files import read_npz
+from kfac_onnx.npz import read_npz
 from kfac_onnx.runtime.data import Batches
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class FileBatches(Batches):
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         return len(self.files)
+
+    def describe(self) -> dict[str, int | bool | None]:
+        """Return what decides which batch comes at which position of a run."""
+        return {"batches": len(self), "seed": self.seed}
 
     def epoch(self, number: int, *, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches of one epoch, without its first `skip`."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.files import make_folder
-from kfac_onnx.runtime.batches import examples_in
+from kfac_onnx.runtime.batches import as_inputs, examples_in
+from kfac_onnx.runtime.checkpoint_folder import is_folder
 from kfac_onnx.runtime.data import Batches
+from kfac_onnx.runtime.prefetch import prefetched
+from kfac_onnx.runtime.skips import advice, reasons
+from kfac_onnx.runtime.stopping import stop_signals, stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -22,16 +27,30 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kfac_onnx.runtime.session import TrainingSession
+    from kfac_onnx.runtime.skips import Cause
     from kfac_onnx.runtime.views import Metrics
 
-__all__ = ["FitResult", "Row", "fit"]
+__all__ = ["SKIP_LIMIT", "FitResult", "Row", "fit"]
+
+_log = logging.getLogger(__name__)
 
 SMOOTHING = 0.98
 """Weight of the past in the running loss that the progress bar shows."""
 
+PREFETCH = 2
+"""Batches made ahead in a thread, of data that this package reads; of a user's iterable none, unasked."""
+
+SKIP_LIMIT = 10
+"""Skipped steps in a row that stop a run, unless it says otherwise."""
+ROW_CAUSES = 16
+"""Causes of a skipped step in its row of metrics: all of a diverged model's parameters would fill files."""
+
 
 class Row(TypedDict):
-    """One line of metrics; `loss` is null where it is not finite, `held_out` where it was not measured."""
+    """One line of metrics; `loss` is null where it is not finite, `held_out` where it was not measured.
+
+    `skip` is there for skipped steps only: sentences that say what was not finite.
+    """
 
     step: int
     position: int
@@ -39,11 +58,15 @@ class Row(TypedDict):
     skipped: bool
     lr: float
     held_out: float | None
+    skip: NotRequired[list[str]]
 
 
 @dataclass
 class FitResult:
-    """What `fit` did: steps made and skipped, examples, seconds, last loss, held-out losses by position."""
+    """What `fit` did: steps made and skipped, examples, seconds, last loss, held-out losses by position.
+
+    `last_skip` says what was not finite in the last skipped step; empty where none was.
+    """
 
     steps: int = 0
     skipped: int = 0
@@ -51,6 +74,7 @@ class FitResult:
     seconds: float = 0.0
     loss: float = math.nan
     held_out: dict[int, float] = field(default_factory=dict[int, float])
+    last_skip: tuple[Cause, ...] = ()
 
 
 def _supply(
@@ -162,6 +186,9 @@ def fit(
     progress: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
+    keep: int | None = None,
+    skip_limit: int | None = SKIP_LIMIT,
+    prefetch: int | None = None,
 ) -> FitResult:
     """Train; the arguments are those of `TrainingSession.fit`."""
     for name, value in (
@@ -169,48 +196,116 @@ def fit(
         ("epochs", epochs),
         ("eval_every", eval_every),
         ("checkpoint_every", checkpoint_every),
+        ("keep", keep),
+        ("skip_limit", skip_limit),
     ):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
+    depth = prefetch if prefetch is not None else PREFETCH if isinstance(batches, Batches) else 0
+    if depth < 0:
+        raise UserError(f"prefetch must be at least 0, got {depth}")
     session.require_loss("fit")
+    saver = None if checkpoint is None else _Saver(session, checkpoint, keep)
+    _note_data(session, batches)
     supply, total = _supply(session, batches, steps, epochs)
     if session.schedule is not None:
         horizon = None if total is None else session.position + total
         session.schedule = session.schedule.within(horizon)
-    result = FitResult()
+    result, in_a_row = FitResult(), 0
     start = time.perf_counter()
-    with _writer(metrics) as write, _Bar(total, enabled=progress) as bar:
-        for batch in supply:
-            made = session.step(batch)
-            loss = math.nan if made["loss"] is None else made["loss"]
-            result.steps += 1
-            result.skipped += made["skipped"]
-            result.loss = loss
-            result.examples += examples_in(batch)
-            measured = None
-            last = total is not None and result.steps == total
-            if held_out is not None and (last or (eval_every and result.steps % eval_every == 0)):
-                measured = session.evaluate(held_out)
-                result.held_out[session.position] = measured
-            write(_row(session, made, measured))
-            bar.update(loss, result.examples, measured)
-            if checkpoint is not None and checkpoint_every and result.steps % checkpoint_every == 0:
-                _save(session, checkpoint)
-    if held_out is not None and session.position not in result.held_out and result.steps:
-        result.held_out[session.position] = session.evaluate(held_out)
-    if checkpoint is not None:
-        _save(session, checkpoint)
+    with stop_signals() as stop:
+        with (
+            _writer(metrics) as write,
+            _Bar(total, enabled=progress) as bar,
+            prefetched(supply, depth, lambda batch: as_inputs(batch, session.batch_inputs)) as ready,
+        ):
+            for batch in ready:
+                made = session.step(batch)
+                loss = math.nan if made["loss"] is None else made["loss"]
+                result.steps += 1
+                result.skipped += made["skipped"]
+                in_a_row = in_a_row + 1 if made["skipped"] else 0
+                result.last_skip = made.get("skip", result.last_skip)
+                result.loss = loss
+                result.examples += examples_in(batch)
+                measured = None
+                last = total is not None and result.steps == total
+                if held_out is not None and (last or (eval_every and result.steps % eval_every == 0)):
+                    measured = session.evaluate(held_out)
+                    result.held_out[session.position] = measured
+                write(_row(session, made, measured))
+                bar.update(loss, result.examples, measured)
+                if skip_limit is not None and in_a_row >= skip_limit:
+                    if saver is not None:
+                        saver.save()
+                    raise _stopped(in_a_row, made, checkpoint)
+                if saver is not None and checkpoint_every and session.position % checkpoint_every == 0:
+                    saver.save()
+                if stop.signal is not None:
+                    break
+        unmeasured = held_out is not None and session.position not in result.held_out and result.steps
+        if held_out is not None and unmeasured and stop.signal is None:
+            result.held_out[session.position] = session.evaluate(held_out)
+        saved = None if saver is None else saver.save()
+    if stop.signal is not None:
+        raise stopped(stop.signal, session.position, saved)
+    if total is not None and result.steps < total:
+        _log.warning("the batches ended after %d of %d steps", result.steps, total)
     result.seconds = time.perf_counter() - start
     return result
 
 
-def _save(session: TrainingSession, path: str | Path) -> None:
-    make_folder(Path(path).parent)
-    session.save(path)
+class _Saver:
+    """Saves a session to a file or into a folder, once at each position.
+
+    Raises UserError when the place cannot take the session's checkpoints.
+    """
+
+    def __init__(self, session: TrainingSession, path: str | Path, keep: int | None) -> None:
+        self._session, self._path, self._keep = session, path, keep
+        self._folder = is_folder(path)
+        if keep is not None and not self._folder:
+            raise UserError(f"keep is for a folder of checkpoints, and '{path}' is a file")
+        session.require_place(path)
+        self._at: int | None = None
+
+    def save(self) -> Path:
+        """Save, unless that was done at this position; return the place to go on from."""
+        if self._at != self._session.position:
+            if self._folder:
+                self._session.save(self._path, keep=self._keep)
+            else:
+                make_folder(Path(self._path).parent)
+                self._session.save(self._path)
+            self._at = self._session.position
+        return Path(self._path)
+
+
+def _note_data(session: TrainingSession, batches: object) -> None:
+    """Keep what the batches are made of, and say if a resumed run goes on with others."""
+    if not isinstance(batches, Batches):
+        return
+    found, before = batches.describe(), session.data
+    if before is not None and found != before:
+        names = [name for name in {**before, **found} if before.get(name) != found.get(name)]
+        changed = ", ".join(f"{name} {before.get(name)} is now {found.get(name)}" for name in names)
+        _log.warning("the data are not those of the run so far: %s; it goes on with other batches", changed)
+    session.data = found
+
+
+def _stopped(count: int, made: Metrics, checkpoint: str | Path | None) -> UserError:
+    """Return the error that stops a run after so many skipped steps in a row; `made` is the last one."""
+    causes = made.get("skip", ())
+    steps = "the last step was" if count == 1 else f"the last {count} steps were all"
+    kept = "" if checkpoint is None else f"; the parameters before them are in '{checkpoint}'"
+    return UserError(
+        f"{steps} skipped, because something was not finite: {reasons(causes)}",
+        help=f"{advice(causes, made['lr'])}{kept}",
+    )
 
 
 def _row(session: TrainingSession, made: Metrics, held_out: float | None) -> Row:
-    return {
+    row: Row = {
         "step": made["step"],
         "position": session.position,
         "loss": made["loss"] if made["loss"] is not None and math.isfinite(made["loss"]) else None,
@@ -218,3 +313,6 @@ def _row(session: TrainingSession, made: Metrics, held_out: float | None) -> Row
         "lr": made["lr"],
         "held_out": held_out,
     }
+    if "skip" in made:
+        row["skip"] = [str(cause) for cause in made["skip"][:ROW_CAUSES]]
+    return row

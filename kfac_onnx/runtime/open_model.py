@@ -14,14 +14,16 @@ import onnx_ir as ir
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.files import load_model
-from kfac_onnx.metadata import Loss
+from kfac_onnx.metadata import Loss, Parameter, Site
 from kfac_onnx.passes.partition import partition
+from kfac_onnx.passes.verifier import require_sound
 from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.checkpoint import kfac_metadata
 from kfac_onnx.runtime.engine import Engine
 from kfac_onnx.runtime.evaluation import Evaluator
 from kfac_onnx.runtime.halves import Halves
+from kfac_onnx.runtime.health import RootHealth, root_health
 from kfac_onnx.runtime.opening import (
     assignable,
     batch_inputs,
@@ -34,6 +36,7 @@ from kfac_onnx.runtime.opening import (
 )
 from kfac_onnx.runtime.probe import plan_problem
 from kfac_onnx.runtime.seeds import seed_random_nodes
+from kfac_onnx.runtime.skips import SkipFinder
 from kfac_onnx.runtime.stepper import Stepper
 from kfac_onnx.runtime.tensors import device_of
 from kfac_onnx.runtime.views import Description, Parameters, describe
@@ -69,6 +72,7 @@ class OpenModel:
         name = "the model" if isinstance(model, ir.Model) else f"'{model}'"
         loaded = model if isinstance(model, ir.Model) else load_model(model)
         step = require_step(loaded, name)
+        require_sound(loaded, None if isinstance(model, ir.Model) else str(model))
         self._providers = provider_list(providers)
         self._device = device_of(self._providers)
         self._threads = threads
@@ -98,6 +102,10 @@ class OpenModel:
         self.committed: int = 0
         self.skipped: int = 0
         self.position: int = 0
+        self.source: str | None = None
+        self.data: dict[str, int | bool | None] | None = None
+        self._folders: set[Path] = set()
+        self._damaged: tuple[Path, ...] = ()
         host = {step.ok, *step.ends, *watch, *self._extra}
         host.update(stage.condition for stage in plan.stages if stage.condition is not None)
         host.update(check.residual for check in step.root_checks)
@@ -113,6 +121,15 @@ class OpenModel:
             threads=threads or 0,
         )
         self._stepper = Stepper(plan, self._engine, checks)
+        self._skips = SkipFinder(
+            plan,
+            self._engine,
+            self._constants,
+            self.batch_inputs,
+            self._providers,
+            sites=metadata.read_list(loaded, "sites", Site),
+            parameters=metadata.read_list(loaded, "parameters", Parameter),
+        )
         self._halves = Halves(step.predictions, self.batch_inputs, self._stepper, self._engine)
         self.closed = False
 
@@ -125,6 +142,26 @@ class OpenModel:
     def host_roots(self) -> int:
         """How often an inverse root was computed on the host, because the graph's missed its tolerance."""
         return self._stepper.host_roots
+
+    @property
+    def root_fallbacks(self) -> int:
+        """The same: how often a root of the graph's could not be trusted, so that the host took over."""
+        return self._stepper.roots.fallbacks
+
+    def health(self) -> tuple[RootHealth, ...]:
+        """Return how well conditioned each table's output factor is now, and how well its root fits it.
+
+        Computed on the host when it is called: an eigendecomposition per table.
+        """
+        self._require_open()
+        plan, held = self._plan, self._holders
+        return root_health(
+            plan.source.items,
+            plan.step.root_checks,
+            plan.states,
+            lambda name: held[name].live.view(),
+            self._stepper.roots.records,
+        )
 
     @property
     def parameters(self) -> Parameters:

@@ -9,32 +9,47 @@ wrote is undone, the step is counted as skipped, and only the data position and 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
-from kfac_onnx.files import load_model, save_model
+from kfac_onnx.files import load_model, make_folder, require_folder, save_model
+from kfac_onnx.passes.partition import partition
 from kfac_onnx.runtime.batches import checked_batch
 from kfac_onnx.runtime.checkpoint import (
     Checkpoint,
+    different_model,
     given_values,
+    kfac_metadata,
     model_bytes,
+    model_hash,
     proto_of,
     read_checkpoint,
+    require_complete,
     require_same,
+    versions,
     write_checkpoint,
 )
+from kfac_onnx.runtime.checkpoint_folder import (
+    KEEP,
+    checkpoint_name,
+    is_folder,
+    read_newest,
+    require_own,
+    tidy,
+)
 from kfac_onnx.runtime.export import forward_model, write_into
-from kfac_onnx.runtime.fitting import fit
+from kfac_onnx.runtime.fitting import SKIP_LIMIT, fit
 from kfac_onnx.runtime.open_model import OpenModel
 from kfac_onnx.runtime.opening import require_step
+from kfac_onnx.runtime.skips import reasons
 from kfac_onnx.runtime.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from kfac_onnx.runtime.fitting import FitResult, Row
     from kfac_onnx.runtime.views import Metrics
@@ -84,9 +99,9 @@ class TrainingSession(OpenModel):
     def step(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """Make one training step on a batch of arrays by input name.
 
-        A step whose gradients, factors or updates are not finite changes no parameter and no state. Where the
-        loss lies outside the graph, the batch holds the gradients of the predictions too (see `forward`), and
-        the loss of the metrics is None.
+        A step whose gradients, factors or updates are not finite changes no parameter and no state; `skip` of
+        the metrics then says what was not finite, and where. Where the loss lies outside the graph, the batch
+        holds the gradients of the predictions too (see `forward`), and the loss of the metrics is None.
 
         Raises:
             UserError: a name, dtype, shape or id of the batch is wrong; nothing was written. Or onnxruntime
@@ -99,17 +114,19 @@ class TrainingSession(OpenModel):
         factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
         for name, rate in self.learning_rates.items():
             self._rates[name][...] = rate * factor
+        ready = {**ready, **(half or {})}
         with uninterrupted():  # Ctrl-C comes before the step or after it
-            loss, kept = self._stepper.step({**ready, **(half or {})}, forwarded=half is not None)
+            loss, kept = self._stepper.step(ready, forwarded=half is not None)
             self.position += 1
             if kept:
                 self.committed += 1
             else:
                 self.skipped += 1
-        if not kept:
-            _log.info("batch %d was skipped: a gradient, factor or update is not finite", self.position)
         first = next(iter(self.learning_rates.values()), 0.0) * factor
         metrics: Metrics = {"loss": loss, "skipped": not kept, "step": self.committed, "lr": first}
+        if not kept:
+            metrics["skip"] = self._skips.find(batch, ready)
+            _log.warning("batch %d was skipped: %s", self.position, reasons(metrics["skip"]))
         if self._extra:
             metrics["outputs"] = {name: np.array(self._engine.read(name)) for name in self._extra}
         return metrics
@@ -126,6 +143,9 @@ class TrainingSession(OpenModel):
         progress: bool = False,
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
+        keep: int | None = None,
+        skip_limit: int | None = SKIP_LIMIT,
+        prefetch: int | None = None,
     ) -> FitResult:
         """Train on an iterable of dicts of arrays, or on `data.Batches`, which go on where the run is.
 
@@ -137,11 +157,19 @@ class TrainingSession(OpenModel):
             eval_every: every so many steps.
             metrics: called with a `Row` per step, or a file to which rows are added as JSON lines.
             progress: show a progress bar on stderr.
-            checkpoint: file to save to (its folder is made), at the end and
+            checkpoint: where to save (see `save`; folders are made), at the end and
             checkpoint_every: every so many steps.
+            keep: how many checkpoints a folder keeps (default: 3).
+            skip_limit: so many skipped steps in a row stop the run; None goes on whatever happens.
+            prefetch: how many batches a thread makes ahead while a step runs, 0 for no thread; 2 for
+                `data.Batches` if None, 0 for any other iterable, which may fill one array again and again.
+
+        SIGINT and SIGTERM, where nobody else handles them: the step is finished, a checkpoint is saved if one
+        was asked for, and `stopping.Interrupted` (a KeyboardInterrupt) or `stopping.Terminated` (a
+        SystemExit) is raised. A second signal stops at once.
 
         Raises:
-            UserError: as `step`.
+            UserError: as `step` and `save`; too many steps in a row were skipped (it is saved first).
 
         """
         return fit(
@@ -155,18 +183,51 @@ class TrainingSession(OpenModel):
             progress=progress,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
+            keep=keep,
+            skip_limit=skip_limit,
+            prefetch=prefetch,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint with everything a run needs to go on; whole or not at all.
+    def save(self, path: str | Path, *, keep: int | None = None) -> Path:
+        """Write a checkpoint with everything a run needs to go on, whole or not at all; return its file.
 
-        Random operators in the graph (Dropout) start their sequence anew after `resume`.
+        Args:
+            path: a file, if it ends in `.ckpt` or `.safetensors`; anything else is a folder (it is made)
+                and gets `step-0000000040.ckpt` and the like, by the batches consumed.
+            keep: how many checkpoints to keep in the folder (default: 3). Older ones are deleted when the new
+                one is complete and synced.
 
         Raises:
-            UserError: the place cannot be written.
+            UserError: the place cannot be written, the disk is full (older checkpoints are as they were), or
+                the folder holds checkpoints of another run.
 
         """
         self._require_open()
+        if not is_folder(path):
+            if keep is not None:
+                raise UserError(f"keep is for a folder of checkpoints, and '{path}' is a file")
+            self._write(path)
+            return Path(path)
+        number = KEEP if keep is None else keep
+        if number < 1:
+            raise UserError(f"keep must be at least 1, got {number}")
+        folder = Path(path)
+        self.require_place(folder)
+        make_folder(folder)
+        file = folder / checkpoint_name(self.position)
+        self._write(file)
+        self._folders.add(folder.resolve())
+        tidy(folder, file, number, self._damaged)
+        return file
+
+    def require_place(self, path: str | Path) -> None:
+        """Raise UserError where `save` would refuse this place: sooner than after hours of work."""
+        if is_folder(path):
+            require_folder(path)
+            own = Path(path).resolve() in self._folders
+            require_own(path, self.position, self._damaged, own=own)
+
+    def _write(self, path: str | Path) -> None:
         checkpoint = Checkpoint(
             model=self._model_bytes(),
             states={name: holder.live.view() for name, holder in self._holders.items()},
@@ -178,6 +239,9 @@ class TrainingSession(OpenModel):
             learning_rates=self.learning_rates,
             schedule=None if self.schedule is None else str(self.schedule),
             seed=self._seed,
+            data=self.data,
+            source=self.source,
+            versions=versions(),
         )
         write_checkpoint(path, checkpoint)
 
@@ -193,37 +257,56 @@ class TrainingSession(OpenModel):
         """Return a session that goes on where `save` was called.
 
         Args:
-            path: the checkpoint; it holds the model.
+            path: the checkpoint, which holds the model; of a folder of checkpoints, the newest that is whole.
             model: the model that the caller expects it to be of; another one is an error.
             providers: as for a new session.
             threads: as for a new session.
 
+        Bit for bit the run goes on as it would have with the same `threads`, versions and machine; other
+        versions than those of the checkpoint, and damaged checkpoints in a folder, are warned about.
+
         Raises:
-            UserError: no such file, a damaged one, or a checkpoint of another model.
+            UserError: no such file, a damaged one, a folder without a whole one, or a checkpoint of another
+                model or of another version of the format.
 
         """
-        checkpoint = read_checkpoint(path)
+        damaged: tuple[Path, ...] = ()
+        if Path(path).is_dir():
+            file, checkpoint, damaged = read_newest(path)
+        else:
+            file, checkpoint = Path(path), read_checkpoint(path)
         if model is not None:
             loaded = model if isinstance(model, ir.Model) else load_model(model)
             require_step(loaded, "the model" if isinstance(model, ir.Model) else f"'{model}'")
-            require_same(checkpoint, path, loaded)
+            require_same(checkpoint, file, loaded)
+        _warn_of_versions(checkpoint, file)
+        own = ir.from_proto(proto_of(checkpoint))
         session = cls(
-            ir.from_proto(proto_of(checkpoint)),
+            own,
             providers=providers,
             threads=threads,
             parameters=given_values(checkpoint),
             schedule=checkpoint.schedule,
             seed=checkpoint.seed,
         )
+        require_complete(checkpoint, file, [holder.state for holder in session._holders.values()])
         for name, holder in session._holders.items():
             if holder.state.initial != "parameter":
                 holder.live.write(checkpoint.states[name])
         session.learning_rates.update(checkpoint.learning_rates)
         session.committed, session.skipped = checkpoint.committed, checkpoint.skipped
         session.position = checkpoint.position
+        session.data, session.source = checkpoint.data, checkpoint.source
         session._stepper.host_roots = checkpoint.host_roots
         session._serialized = checkpoint.model
+        session._folders.add(file.parent.resolve())
+        session._damaged = damaged
         return session
+
+    def require_model(self, model: ir.Model) -> None:
+        """Raise UserError unless the session trains this model (values of parameters aside)."""
+        if model_hash(model_bytes(partition(model), kfac_metadata(model))) != model_hash(self._model_bytes()):
+            raise different_model("the checkpoint")
 
     def _model_bytes(self) -> bytes:
         if self._serialized is None:
@@ -259,3 +342,16 @@ class TrainingSession(OpenModel):
         model = forward_model(self._plan, constants | weights, outputs or self._plan.step.ends)
         save_model(model, path)
         return {name: name for name in weights if name in model.graph.initializers}
+
+
+def _warn_of_versions(checkpoint: Checkpoint, path: Path) -> None:
+    for name, version in versions().items():
+        written = checkpoint.versions.get(name)
+        if written != version:
+            _log.warning(
+                "checkpoint '%s' was written with %s %s, this is %s: numbers may differ in their last bits",
+                path,
+                name,
+                written,
+                version,
+            )

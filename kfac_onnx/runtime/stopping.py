@@ -1,0 +1,82 @@
+"""Signals during training: the step at work is finished, the run is saved, and then it stops.
+
+Only in the main thread, and only where nobody else handles the signal: SIGINT where it would raise
+KeyboardInterrupt, SIGTERM where it would end the process. A second signal does that at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+    from types import FrameType
+
+__all__ = ["Interrupted", "Stop", "Terminated", "stop_signals", "stopped"]
+
+_DEFAULTS: Final = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT stopped the training, after a whole step; the text says where, and what was saved."""
+
+    status: Final = 128 + int(signal.SIGINT)
+
+
+class Terminated(SystemExit):
+    """SIGTERM stopped the training, after a whole step; a program that lets it pass exits with 143."""
+
+    status: Final = 128 + int(signal.SIGTERM)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(self.status)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Stop:
+    """The signal that came, if one did."""
+
+    signal: signal.Signals | None = None
+
+
+def stopped(number: signal.Signals, position: int, saved: Path | None) -> Interrupted | Terminated:
+    """Return what to raise when a signal has stopped a run at a data position."""
+    where = "nothing was saved" if saved is None else f"saved in '{saved}'"
+    text = f"stopped by {number.name} after batch {position}; {where}"
+    return Interrupted(text) if number == signal.SIGINT else Terminated(text)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Generator[Stop]:
+    """Note SIGINT and SIGTERM instead of obeying them, until the block ends."""
+    stop = Stop()
+    taken: dict[signal.Signals, object] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.signal is None:
+            stop.signal = signal.Signals(number)
+            return
+        for item in taken:
+            signal.signal(item, _DEFAULTS[item])
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number, default in _DEFAULTS.items():
+            if signal.getsignal(number) is default or signal.getsignal(number) == default:
+                taken[number] = default
+                signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number in taken:
+            signal.signal(number, _DEFAULTS[number])

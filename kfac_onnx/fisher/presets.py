@@ -144,14 +144,16 @@ class Preset:
     def tolerance(self, embedding_dim: int) -> float:
         """Return the residual above which a host `eigh` takes over from the graph's inverse (root).
 
-        Root: rounding, 2·eps·(1 + D/ρ), or 1e-3 where the condition is not bounded. Inverse: its residual
+        Root: rounding, 2·eps·(1 + D/ρ), or 1e-3 where the condition is not bounded, and never more than 0.05:
+        with a tiny ρ the iteration need not converge at all. Inverse: its residual
         is a float64 one after a Newton step, so 1e-6 stands for a relative error of 1e-3 before that step.
         """
         if not self.uses_root:
             return 1e-6
         if self.damping.kind == "pi":
             return 1e-3
-        return 2.0 * float(np.finfo(np.float32).eps) * (1.0 + embedding_dim / self.damping.value)
+        rounding = 2.0 * float(np.finfo(np.float32).eps) * (1.0 + embedding_dim / self.damping.value)
+        return min(rounding, 0.05)
 
 
 _RELATIVE: Final = Damping(kind="relative", value=0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -11,7 +10,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.passes.partition import Slot
 from kfac_onnx.runtime.engine import StageError
 from kfac_onnx.runtime.ids import check_ids, explain_failure, origin_of
-from kfac_onnx.runtime.roots import eigen_power
+from kfac_onnx.runtime.monitor import RootMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Stepper"]
 
-_log = logging.getLogger(__name__)
-
 _UNDONE: Final = "nothing of the step was kept, and the session can go on"
 _BROKEN: Final = "parameters and states are half written: go on from the last checkpoint"
 
@@ -35,7 +32,7 @@ _BROKEN: Final = "parameters and states are half written: go on from the last ch
 class Stepper:
     """Runs steps; `checks` are the lookups whose ids are looked at in every step.
 
-    `host_roots` counts the inverse roots that were computed on the host. `broken` says that a step failed
+    `roots` watches the inverse roots. `broken` says that a step failed
     while it was being written, so that what the buffers hold belongs to no step.
     """
 
@@ -47,8 +44,17 @@ class Stepper:
         self._before = engine.stages(lambda slot: Slot.FORWARD < slot <= Slot.PRECONDITION)
         self._keep = engine.stages(lambda slot: Slot.PRECONDITION < slot <= Slot.RENORMALIZE)
         self._undo = engine.stages(lambda slot: slot >= Slot.UNDO_READ)
-        self.host_roots = 0
+        self.roots = RootMonitor(plan.step.root_checks)
         self.broken = False
+
+    @property
+    def host_roots(self) -> int:
+        """How often an inverse root was computed on the host in the run so far."""
+        return self.roots.fallbacks
+
+    @host_roots.setter
+    def host_roots(self, count: int) -> None:
+        self.roots.restored = count
 
     def forward(self, batch: Batch) -> None:
         """Run the half of a step that leads to the predictions, and check the ids that reached the tables."""
@@ -88,7 +94,7 @@ class Stepper:
                 first = slot == Slot.GRADIENTS
                 ran = self._run_first(runner, batch) if first else engine.run(runner, batch)
                 if slot == Slot.REFRESH and ran:
-                    self._check_roots(runner.stage.outputs)
+                    self.roots.after_refresh(engine, runner.stage.outputs)
             kept = bool(engine.read(self._plan.step.ok))
             if kept:
                 self._commit(batch)
@@ -131,24 +137,3 @@ class Stepper:
             ids = given if isinstance(given, np.ndarray) else self._engine.read(check.ids)
             check_ids(check, ids, lambda check=check: origin_of(self._plan, check, batch))
         return ran
-
-    def _check_roots(self, outputs: Sequence[str]) -> None:
-        """Replace a root that missed its tolerance by an eigendecomposition in float64."""
-        for check in self._plan.step.root_checks:
-            if check.root not in outputs:
-                continue
-            residual = float(self._engine.read(check.residual).reshape(()))
-            if residual <= check.tolerance:
-                continue
-            factor = self._engine.read(check.factor)
-            damping = float(self._engine.read(check.damping).reshape(()))
-            root = eigen_power(factor, damping, check.exponent)
-            if root is not None:
-                self._engine.buffer(check.root).write(root)
-                self.host_roots += 1
-                _log.info(
-                    "the root of '%s' was computed on the host (residual %.3g above %.3g)",
-                    check.parameter,
-                    residual,
-                    check.tolerance,
-                )

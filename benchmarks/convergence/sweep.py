@@ -30,8 +30,11 @@ TOP = 3
 """Settings of each preset and schedule, best on the first seed, that run on the other seeds."""
 
 
-def run(setting: Setting, seed: int) -> dict[str, Any]:
-    """Train once and return the line of the results: the held-out losses in nats, ms per step, skips."""
+def run(setting: Setting, seed: int, **options: Any) -> dict[str, Any]:
+    """Train once and return the line of the results: the held-out losses in nats, ms per step, skips.
+
+    `options` are further options of `transform`.
+    """
     from importlib import resources
 
     from kfac_onnx.demo.corpus import load_corpus
@@ -43,7 +46,8 @@ def run(setting: Setting, seed: int) -> dict[str, Any]:
     held_out = corpus.held_out()
     packed = resources.files("kfac_onnx.demo").joinpath("data/lm.onnx")
     with resources.as_file(packed) as path:
-        model = transform(path, preset=setting.preset, lr=setting.lr, rest="adam", rest_lr=setting.rest_lr)
+        rates = {"lr": setting.lr, "rest_lr": setting.rest_lr}
+        model = transform(path, preset=setting.preset, rest="adam", **rates, **options)
     schedule = "constant" if setting.schedule == "constant" else f"linear:steps={STEPS}"
     at: list[int] = []
     losses: list[float] = []

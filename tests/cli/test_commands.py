@@ -203,7 +203,16 @@ def test_settings_of_the_block_reach_the_pass(run: Callable[..., Outcome], folde
     )
 
 
-@pytest.mark.parametrize("words", [["--damping", 0.5], ["--decay-a", 0.6], ["--decay-g", 0.6]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--damping", 0.5],
+        ["--decay-a", 0.6],
+        ["--decay-g", 0.6],
+        ["--g-rows", 4],
+        ["--g-rows", 4, "--g-every", 3],
+    ],
+)
 def test_settings_of_the_block_change_training(
     run: Callable[..., Outcome], folder: Path, words: list[object]
 ) -> None:
@@ -212,6 +221,31 @@ def test_settings_of_the_block_change_training(
                    "--parameters", folder / "weights.npz", "--json", *given).data["loss"]  # fmt: skip
 
     assert abs(loss(*words) - loss()) > 1e-6  # both runs are bit-equal otherwise
+
+
+def test_batches_made_ahead_change_nothing(run: Callable[..., Outcome], folder: Path, step: Path) -> None:
+    def made(*words: object) -> bytes:
+        rows = folder / f"rows{len(words)}.jsonl"
+        assert train(run, folder, step, "--steps", 9, "--metrics", rows, *words).code == 0
+        return rows.read_bytes()
+
+    assert made() == made("--prefetch", 0) == made("--prefetch", 5, "--quiet")
+    outcome = train(run, folder, step, "--steps", 1, "--prefetch", -1)
+    assert (outcome.code, "--prefetch" in outcome.err) == (1, True)
+
+
+def test_what_g_takes_in_is_shown(run: Callable[..., Outcome], folder: Path) -> None:
+    out = folder / "few.onnx"
+    assert run("transform", GRAPH, "-o", out, "--g-rows", 6, "--g-every", 5).code == 0
+    shown = run("inspect", out).out
+    assert "statistics        lookups; G from at most 6 rows, in steps 1, 2, 4, 8 and multiples of 5" in shown
+    assert "each update of G" in shown
+    assert "SampleRows" in shown
+    outcome = run("transform", GRAPH, "-o", out, "--g-rows", 0)
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[0] == (
+        "error: option 'g-rows' of pass 'insert-embedding-kfac' cannot be 0: it is a whole number, at least 1, or none"
+    )
 
 
 def test_choices_of_uses_tied_tables_and_padding(run: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.bench.arms import ARMS
-from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.files import atomic_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,10 +52,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     if results.convergence:
         made["movielens.png"] = _convergence(results)
     for name, figure in made.items():
-        try:
-            figure.savefig(folder / name)
-        except OSError as e:
-            raise UserError(f"'{folder / name}' cannot be written: {first_line(e)}") from e
+        with atomic_path(folder / name) as place:
+            figure.savefig(place)
     return [folder / name for name in made]
 
 

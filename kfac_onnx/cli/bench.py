@@ -125,6 +125,7 @@ def command(
     from kfac_onnx.bench import Settings, run
     from kfac_onnx.bench.machine import busy
     from kfac_onnx.bench.results import read_results
+    from kfac_onnx.files import refuse_overwrite, require_folder
 
     before = None
     if compare is not None:
@@ -136,6 +137,8 @@ def command(
                 help="leave it out, or run without --compare",
             )  # fmt: skip
         before = read_results(compare)
+        if output is not None:
+            refuse_overwrite(output / "results.json", compare)
         settings = before.settings
     else:
         settings = Settings(
@@ -154,6 +157,7 @@ def command(
     for folder in (output, scratch):
         if folder is not None:
             _make(folder)
+            require_folder(folder)
     results = run(settings, movielens=movielens, scratch=scratch)
     waiting = busy()
     if waiting is not None and waiting > 0.5:
@@ -184,11 +188,8 @@ def _write(results: Results, folder: Path) -> None:
     }
     made: list[Path] = []
     for name, text in texts.items():
-        try:
-            with atomic_path(folder / name) as place:
-                place.write_text(text, encoding="utf-8")
-        except OSError as e:
-            raise UserError(f"'{folder / name}' cannot be written: {first_line(e)}") from e
+        with atomic_path(folder / name) as place:
+            place.write_text(text, encoding="utf-8")
         made.append(folder / name)
     if can_draw():
         made += draw(results, folder)

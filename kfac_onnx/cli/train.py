@@ -158,7 +158,9 @@ def command(
     """
     begun = resume or checkpoint
     place = checkpoint or begun
-    _check(export, into, place, resume, [model, data, *(p for p in (parameters, held_out, into) if p)])
+    _check(
+        export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
+    )
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.export import filled
     from kfac_onnx.runtime.source import require_source, source_hash
@@ -266,7 +268,12 @@ def _fit(
 
 
 def _check(
-    export: str | None, into: str | None, checkpoint: str | None, resume: str | None, inputs: list[str]
+    export: str | None,
+    into: str | None,
+    checkpoint: str | None,
+    resume: str | None,
+    metrics: str | None,
+    inputs: list[str],
 ) -> None:
     """Raise UserError for what would fail after hours of training: options, places, a wrong --into."""
     from kfac_onnx.files import load_proto, refuse_overwrite, require_folder, require_writable
@@ -286,6 +293,11 @@ def _check(
     elif checkpoint is not None:
         refuse_overwrite(checkpoint, *inputs)
         require_folder(Path(checkpoint).parent)
+    if metrics is not None:
+        refuse_overwrite(metrics, *inputs)
+    for one, other in itertools.combinations([export, checkpoint, metrics], 2):
+        if one is not None and other is not None and Path(one).absolute() == Path(other).absolute():
+            raise UserError(f"'{one}' is named for two outputs", help="give each its own name")
     if into is not None:
         load_proto(into, external=False)
 

@@ -11,7 +11,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.errors import UserError
+from kfac_onnx.files import atomic_path, require_writable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,6 +79,7 @@ def check_plot(path: Path) -> None:
         raise UserError(f"the plot is a PNG, so its name must end in .png, not '{path.name}'")
     if not path.parent.is_dir():
         raise UserError(f"the plot cannot be written to {path}: {path.parent} is not a folder")
+    require_writable(path)
 
 
 def draw_png(curves: Sequence[tuple[str, Curve]], path: Path, *, title: str) -> None:
@@ -92,7 +94,5 @@ def draw_png(curves: Sequence[tuple[str, Curve]], path: Path, *, title: str) -> 
     axes.set(xlabel="step", ylabel="held-out loss, nats", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"the plot cannot be written to {path}", tried=[first_line(error)]) from error
+    with atomic_path(path) as place:
+        figure.savefig(place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -17,6 +16,7 @@ from kfac_onnx.files import make_folder
 from kfac_onnx.runtime.batches import as_inputs, examples_in
 from kfac_onnx.runtime.checkpoint_folder import is_folder
 from kfac_onnx.runtime.data import Batches
+from kfac_onnx.runtime.json_lines import json_lines
 from kfac_onnx.runtime.prefetch import prefetched
 from kfac_onnx.runtime.skips import advice, reasons
 from kfac_onnx.runtime.stopping import stop_signals, stopped
@@ -116,22 +116,7 @@ def _writer(target: Callable[[Row], None] | str | Path | None) -> Generator[Call
     if target is None:
         yield lambda row: None
     elif isinstance(target, (str, Path)):
-
-        def refusal(error: OSError) -> UserError:
-            return UserError(f"metrics cannot be written to '{target}': {error.strerror or error}")
-
-        try:
-            file = Path(target).open("ab", buffering=0)  # noqa: SIM115  closed below
-        except OSError as e:
-            raise refusal(e) from e
-        with file:
-
-            def write(row: Row) -> None:
-                try:
-                    file.write(f"{json.dumps(row)}\n".encode())  # at once: a full disk shows at its step
-                except OSError as e:
-                    raise refusal(e) from e
-
+        with json_lines(target, "metrics") as write:
             yield write
     else:
         yield target

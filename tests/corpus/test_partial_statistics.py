@@ -196,3 +196,23 @@ def test_the_dense_shape() -> None:
         want = weights[name] - reference.weights[name]
         np.testing.assert_allclose(found, want, rtol=0, atol=5e-5 * np.abs(want).max())
         weights[name] = (weights[name] - 0.01 * found).astype(np.float32)
+
+
+@pytest.mark.parametrize("preset", ["half", "r1.7"])
+@pytest.mark.parametrize("name", [PLAIN, *PADDED[:2]])
+def test_the_expectation_of_g_is_the_full_statistic(name: str, preset: str) -> None:
+    """At fixed weights, with decay 0, G is the batch's own: its mean over steps tends to the one of all rows."""
+    case, graph = marked(name)
+    fixed = {"preset": preset, "lr": 0.0, "rest": "sgd", "rest_lr": 0.0, "decay_g": 0.0}
+    state, turns, found = f"kfac/{graph.sites[0].parameter}/G", 300, []
+    for options, steps in (({}, 1), ({"g_rows": 7}, turns)):
+        model = transform(case.path, **fixed, **options)
+        total: Any = 0.0
+        with TrainingSession(model, parameters=graph.initial(case), threads=1) as session:
+            for _ in range(steps):
+                session.step({item.name: case.feed()[item.name] for item in session.batch_inputs})
+                total = total + np.asarray(session.states[state], np.float64) / steps
+        found.append(total)
+    # Some twenty rows, each taken about 300·7/20 times, once more or less: a percent of each row's part.
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=0.02 * np.abs(found[0]).max())
+    assert not np.allclose(1.05 * found[1], found[0], rtol=0, atol=0.02 * np.abs(found[0]).max())

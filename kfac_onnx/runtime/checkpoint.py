@@ -72,8 +72,9 @@ class DamagedError(UserError):
 class Checkpoint:
     """The contents of a checkpoint: arrays in memory to be written, or arrays in the file that was read.
 
-    `data` describes the batches that `position` counts, `source` is the hash of the training graph that the
-    model was made of (see `source_hash`), `versions` are those of the programs that wrote the file.
+    `entropy` is what random operators without a seed draw from, `data` describes the batches that `position`
+    counts, `source` is the hash of the training graph that the model was made of (see `source_hash`), and
+    `versions` are those of the programs that wrote the file.
     """
 
     model: bytes
@@ -86,6 +87,7 @@ class Checkpoint:
     learning_rates: dict[str, float]
     schedule: str | None
     seed: int | None
+    entropy: int
     data: dict[str, int | bool | None] | None = None
     source: str | None = None
     versions: dict[str, str] = field(default_factory=dict[str, str])
@@ -249,6 +251,7 @@ _FIELDS: Final[dict[str, Callable[[Any], bool]]] = {
     "learning_rates": _each(_is_rate),
     "schedule": _or_none(_is_text),
     "seed": _or_none(_is_count),
+    "entropy": _is_count,
     "data": _or_none(_each(_or_none(lambda value: isinstance(value, bool) or _is_count(value)))),
     "source": _or_none(_is_text),
     "versions": _each(_is_text),

@@ -35,8 +35,10 @@ from kfac_onnx.runtime.opening import (
     require_step,
 )
 from kfac_onnx.runtime.probe import plan_problem
+from kfac_onnx.runtime.random_nodes import KEYS
 from kfac_onnx.runtime.seeds import seed_random_nodes
 from kfac_onnx.runtime.skips import SkipFinder
+from kfac_onnx.runtime.stateless import RandomKeys, make_stateless
 from kfac_onnx.runtime.stepper import Stepper
 from kfac_onnx.runtime.tensors import device_of
 from kfac_onnx.runtime.views import Description, Parameters, describe
@@ -81,7 +83,11 @@ class OpenModel:
         watch = [check.ids for check in checks]
         self._extra = own_outputs(loaded, step)
         plan = partition(loaded, watch=[*watch, *self._extra])
-        self._random_operators = seed_random_nodes((stage.model for stage in plan.stages), seed)
+        parts = [stage.model for stage in plan.stages]
+        self._random = RandomKeys(
+            make_stateless(parts, plan.source.types) if self._device.is_cpu else (), seed
+        )
+        self._restarting = seed_random_nodes(parts, seed)
         self._plan = plan
         self._metadata = kfac_metadata(loaded)
         loss = metadata.read(loaded, "loss", Loss)
@@ -113,7 +119,7 @@ class OpenModel:
             plan,
             self._holders,
             constants=self._constants,
-            scalars=self._rates,
+            scalars={**self._rates, **({KEYS: self._random.array} if len(self._random) else {})},
             batch=[item.name for item in self.batch_inputs],
             host=host,
             providers=self._providers,
@@ -234,7 +240,8 @@ class OpenModel:
             stages=[runner.stage.name for runner in self._engine.runners],
             holders=self._holders,
             in_place_problem=self.in_place_problem,
-            random_operators=self._random_operators,
+            random_operators=len(self._random) + self._restarting,
+            random_restarts=self._restarting,
         )
 
     def _require_open(self) -> None:

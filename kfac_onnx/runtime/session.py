@@ -70,7 +70,7 @@ class TrainingSession(OpenModel):
         threads: width of the all-thread stages; None takes all cores.
         lr, rest_lr: learning rates of the tables and of everything else; None keeps the model's.
         schedule: a `Schedule` or its text; multiplies both rates.
-        seed: of random operators (Dropout) in the graph.
+        seed: of random operators (Dropout) in the graph: the same seed draws the same at the same step.
 
     Raises:
         UserError: the model is not a training step, or a value is missing or does not fit.
@@ -94,6 +94,7 @@ class TrainingSession(OpenModel):
 
         """
         self._require_open()
+        self._random.set(self.position)
         return self._halves.forward(batch) if training else self._evaluation().outputs(batch)
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Metrics:
@@ -111,6 +112,7 @@ class TrainingSession(OpenModel):
         self._require_open()
         ready = checked_batch(batch, self.batch_inputs)
         half = self._halves.take(batch)
+        self._random.set(self.position)
         factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
         for name, rate in self.learning_rates.items():
             self._rates[name][...] = rate * factor
@@ -239,6 +241,7 @@ class TrainingSession(OpenModel):
             learning_rates=self.learning_rates,
             schedule=None if self.schedule is None else str(self.schedule),
             seed=self._seed,
+            entropy=self._random.entropy,
             data=self.data,
             source=self.source,
             versions=versions(),
@@ -299,6 +302,9 @@ class TrainingSession(OpenModel):
         session.data, session.source = checkpoint.data, checkpoint.source
         session._stepper.host_roots = checkpoint.host_roots
         session._serialized = checkpoint.model
+        session._random.entropy = checkpoint.entropy
+        if session._restarting:
+            _log.warning("%d random operators of the graph start their sequence anew", session._restarting)
         session._folders.add(file.parent.resolve())
         session._damaged = damaged
         return session

@@ -34,7 +34,11 @@ class Metrics(TypedDict):
 
 
 class Description(TypedDict):
-    """What `describe` says; `state_bytes` counts parameters and both buffers of each state."""
+    """What `describe` says; `state_bytes` counts parameters and both buffers of each state.
+
+    Of the random operators (Dropout), `random_restarts` are ONNX Runtime's own, whose sequence starts anew in
+    a resumed run (those within loops, and all on another device than the CPU).
+    """
 
     providers: list[str]
     device: str
@@ -45,6 +49,7 @@ class Description(TypedDict):
     states: dict[str, str]
     state_bytes: int
     random_operators: int
+    random_restarts: int
 
 
 class Parameters(Mapping[str, np.ndarray]):
@@ -72,6 +77,7 @@ def describe(
     holders: Mapping[str, Holder],
     in_place_problem: str | None,
     random_operators: int,
+    random_restarts: int,
 ) -> Description:
     """Return the description of a session made of these parts."""
     return {
@@ -87,4 +93,5 @@ def describe(
         },
         "state_bytes": sum(b.nbytes for holder in holders.values() for b in holder.buffers),
         "random_operators": random_operators,
+        "random_restarts": random_restarts,
     }

@@ -284,7 +284,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "train step.onnx --data data.npz --resume",
-            "--resume needs --checkpoint DIR, the folder to go on from",
+            "--resume needs a checkpoint to go on from\n  help: give --resume PATH or --checkpoint PATH",
         ),
         (
             "train step.onnx --data data.npz --parameters parameters.npz --steps 0",
@@ -382,7 +382,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "train step.onnx --data data.npz --checkpoint new.folder --resume",
-            "there is no checkpoint 'DIR/new.folder/run.ckpt'",
+            "there is no checkpoint 'DIR/new.folder'",
         ),
         (
             "transform train.onnx -o out.onnx --decay-a 1",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from kfac_onnx.shown import safe_line
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -20,7 +22,8 @@ class UserError(Exception):
 
     `message` is one whole sentence in the user's own names and without a final stop. The other
     parts are optional and each becomes one line: `place` (file, node), `path` (how we got there),
-    `tried` (one line per rule), `context` (the pass that ran) and `help` (the remedy).
+    `tried` (one line per rule), `context` (the pass that ran) and `help` (the remedy). In the text of the
+    error each stays one line, whatever the names in it hold.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class UserError(Exception):
             lines.append(f"  in:   {self.context}")
         if self.help is not None:
             lines.append(f"  help: {self.help}")
-        return "\n".join(lines)
+        return "\n".join(map(safe_line, lines))
 
 
 class NoGradientsError(UserError):

@@ -6,19 +6,17 @@ that leaves the model's folder is refused when a file is read.
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.atomic import atomic_path, require_file
+from kfac_onnx.data_files import belonging, pair
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     import onnx_ir as ir
 
@@ -27,7 +25,6 @@ __all__ = [
     "load_model",
     "load_proto",
     "make_folder",
-    "read_npz",
     "refuse_overwrite",
     "require_folder",
     "require_writable",
@@ -48,8 +45,10 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
     missing or lies outside its folder.
     """
     import onnx
-    import onnx.external_data_helper
     from google.protobuf.message import DecodeError
+
+    from kfac_onnx.external import check_external, load_external
+    from kfac_onnx.wellformed import require_wellformed
 
     data = _read(path)
     text_form = str(path).endswith(TEXT_SUFFIXES) or (str(path) == "-" and data.lstrip()[:1] in (b"<", b"#"))
@@ -60,13 +59,10 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
         raise UserError(f"'{path}' is not an ONNX model{detail}") from e
     if not proto.HasField("graph") or not proto.opset_import:
         raise UserError(f"'{path}' is not an ONNX model", help="it holds no graph with operator sets")
-    folder = Path.cwd() if str(path) == "-" else Path(path).parent
-    _check_external(proto, folder, path)
+    require_wellformed(proto, str(path))
+    check_external(proto, path)
     if external:
-        try:
-            onnx.external_data_helper.load_external_data_for_model(proto, str(folder))
-        except (OSError, ValueError, onnx.checker.ValidationError) as e:
-            raise UserError(f"the external data of '{path}' cannot be read: {first_line(e)}") from e
+        load_external(proto, path)
     return proto
 
 
@@ -86,43 +82,6 @@ def _parser_says(error: Exception) -> str:
     return f"{lines[0].strip('[]')}, {lines[-1]}" if lines else type(error).__name__
 
 
-def _check_external(proto: onnx.ModelProto, folder: Path, path: str | Path) -> None:
-    """Raise UserError for a tensor whose data is missing, cut short, or outside the model's folder.
-
-    Writes a missing length into the proto.
-    """
-    import onnx
-    from onnx.external_data_helper import uses_external_data
-
-    root = folder.resolve()
-    for tensor in proto.graph.initializer:
-        if not uses_external_data(tensor):
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        target = (root / location).resolve()
-        if not location or Path(location).is_absolute() or not target.is_relative_to(root):
-            raise UserError(
-                f"tensor '{tensor.name}' of '{path}' keeps its data outside the model's folder",
-                place=f"location '{location}'",
-                help="put the data file beside the model",
-            )
-        if not target.is_file():
-            raise UserError(
-                f"the data of tensor '{tensor.name}' of '{path}' is missing: there is no file '{location}'"
-            )
-        needed = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        held = target.stat().st_size - int(entries.get("offset", "0"))
-        if held < needed or int(entries.get("length", needed)) != needed:
-            raise UserError(
-                f"the data of tensor '{tensor.name}' of '{path}' is damaged: "
-                f"it takes {needed} bytes of '{location}'",
-                help="copy the model and its data file again",
-            )
-        if "length" not in entries:  # optional in the format; without it a reader takes the whole file
-            tensor.external_data.add(key="length", value=str(needed))
-
-
 def load_model(path: str | Path) -> ir.Model:
     """Return the model in a file as onnx_ir; formats and errors as `load_proto`."""
     import onnx_ir as ir
@@ -130,36 +89,31 @@ def load_model(path: str | Path) -> ir.Model:
     proto = load_proto(path)
     try:
         return ir.from_proto(proto)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(f"'{path}' is not an ONNX model: {first_line(e)}") from e
 
 
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an `.npz` file by name; objects are refused.
-
-    Raises UserError when the file is missing, damaged or something else.
-    """
-    import numpy as np
-
-    try:
-        with zipfile.ZipFile(path):  # anything else, NumPy would take for a single array or for a pickle
-            pass
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as e:
-        raise UserError(f"there is no file '{path}'") from e
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
-
-
 def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:
-    """Raise UserError when `output` is one of the files that are read."""
+    """Raise UserError when writing `output` would change what is read: a file, its data, a folder's file.
+
+    Links of either kind are seen through.
+    """
     target = Path(output)
-    for item in inputs:
-        if str(item) != "-" and target.exists() and Path(item).exists() and target.samefile(item):
+    written = [place for place in (target, Path(f"{output}.data"), Path(f"{output}.data2")) if place.exists()]
+    if not written:
+        return
+    for item in (Path(item) for item in inputs if str(item) != "-"):
+        if target.exists() and item.exists() and target.samefile(item):
             raise UserError(
                 f"'{output}' is the input and will not be overwritten", help="choose another name"
             )
+        read = set(item.glob("*.npz")) if item.is_dir() else belonging(item)
+        for place, other in itertools.product(written, read):
+            if place.samefile(other):
+                raise UserError(
+                    f"'{place}' belongs to the input '{item}' and will not be overwritten",
+                    help="choose another name",
+                )
 
 
 def require_writable(path: str | Path) -> None:
@@ -194,6 +148,9 @@ def require_folder(path: str | Path) -> None:
 def save_model(model: ir.Model, path: str | Path) -> None:
     """Write a model as one file, whole or not at all; above 2 GB its tensors go to `<name>.data`.
 
+    Where a model is there already that uses that file, they go to `<name>.data2`, and the old data are
+    deleted afterwards: there is a whole pair at any time.
+
     Raises UserError when the place cannot be written.
     """
     import onnx_ir as ir
@@ -204,10 +161,10 @@ def save_model(model: ir.Model, path: str | Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    with atomic_path(path) as temporary:
+    with pair(path) as data, atomic_path(path) as temporary:
         if str(path).endswith(TEXT_SUFFIXES):
             temporary.write_text(ir.to_onnx_text(model))
         elif size > LARGEST_FILE:
-            ir.save(model, str(temporary), external_data=f"{temporary.name}.data")  # pyright: ignore[reportUnknownMemberType]  its PathLike has no parameter
+            ir.save(model, str(temporary), external_data=data)  # pyright: ignore[reportUnknownMemberType]  its PathLike has no parameter
         else:
             temporary.write_bytes(ir.to_proto(model).SerializeToString())

@@ -29,13 +29,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from kfac_onnx.errors import UserError
+from kfac_onnx.records import RecordError, build, names_of, parse
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     import onnx_ir as ir
 
@@ -301,38 +303,10 @@ class Step:
         return tuple(self.predictions) if self.loss is None else (self.loss,)
 
 
-_NESTED: dict[str, dict[str, type[Any]]] = {
-    "Site": {"uses": Use, "dense_uses": Use, "projections": Projection},
-    "Step": {"learning_rates": LearningRate, "id_checks": IdCheck, "root_checks": RootCheck},
-}
-
-
-def _build(cls: type[T], data: Mapping[str, Any]) -> T:
-    nested = _NESTED.get(cls.__name__, {})
-    arguments: dict[str, Any] = {}
-    for name in _names(cls):
-        if name not in data:
-            continue
-        value = data[name]
-        if name in nested:
-            value = tuple(_build(nested[name], entry) for entry in value)
-        elif isinstance(value, list):
-            value = tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  JSON
-        elif name == "phase":
-            value = Phase(value)
-        arguments[name] = value
-    return cls(**arguments)
-
-
-@functools.cache
-def _names(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(item.name for item in dataclasses.fields(cls))
-
-
 def _plain(value: object) -> object:
     """Return dataclasses as mappings, alone or in a list, and anything else as it is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(getattr(value, name)) for name in _names(type(value))}
+        return {name: _plain(getattr(value, name)) for name in names_of(type(value))}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in cast("Iterable[object]", value)]
     return value
@@ -345,16 +319,59 @@ def write(model: ir.Model, key: str, value: object) -> None:
 
 
 def read(model: ir.Model, key: str, cls: type[T]) -> T | None:
-    """Return the dataclass stored under `kfac.<key>`, or None when the model has no such entry."""
+    """Return the dataclass stored under `kfac.<key>`, or None when the model has no such entry.
+
+    Raises UserError where the entry is not what a writer of this package writes.
+    """
     text = model.metadata_props.get(f"kfac.{key}")
-    return None if text is None else _build(cls, json.loads(text))
+    if text is None:
+        return None
+    try:
+        return build(cls, parse(text))
+    except RecordError as e:
+        raise _damaged(key, e) from e
 
 
 def read_list(model: ir.Model, key: str, cls: type[T]) -> list[T]:
-    """Return the dataclasses stored under `kfac.<key>`, empty when the model has no such entry."""
-    return [_build(cls, item) for item in json.loads(model.metadata_props.get(f"kfac.{key}", "[]"))]
+    """Return the dataclasses stored under `kfac.<key>`, empty when the model has no such entry.
+
+    Raises UserError as `read`.
+    """
+    return [_built(key, cls, item, f"[{index}]") for index, item in enumerate(_items(model, key))]
 
 
 def read_strings(model: ir.Model, key: str) -> list[str]:
-    """Return the list of sentences stored under `kfac.<key>`, empty when the model has no such entry."""
-    return [str(item) for item in json.loads(model.metadata_props.get(f"kfac.{key}", "[]"))]
+    """Return the list of sentences stored under `kfac.<key>`, empty when the model has no such entry.
+
+    Raises UserError as `read`.
+    """
+    return [_sentence(key, item) for item in _items(model, key)]
+
+
+def _items(model: ir.Model, key: str) -> list[Any]:
+    try:
+        found = parse(model.metadata_props.get(f"kfac.{key}", "[]"))
+    except RecordError as e:
+        raise _damaged(key, e) from e
+    if not isinstance(found, list):
+        raise _damaged(key, "it is no list")
+    return cast("list[Any]", found)
+
+
+def _built(key: str, cls: type[T], data: Any, where: str) -> T:
+    try:
+        return build(cls, data, where)
+    except RecordError as e:
+        raise _damaged(key, e) from e
+
+
+def _sentence(key: str, item: Any) -> str:
+    if not isinstance(item, str):
+        raise _damaged(key, "it is no list of texts")
+    return item
+
+
+def _damaged(key: str, why: object) -> UserError:
+    return UserError(
+        f"the entry 'kfac.{key}' of the model's metadata is damaged: {why}", help="make the model again"
+    )

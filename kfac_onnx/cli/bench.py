@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kfac_onnx.cli.options import common, given_options
-from kfac_onnx.cli.output import print_json, print_table
+from kfac_onnx.cli.output import print_json, print_table, say
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _print(results: Results, as_json: bool) -> None:
     for sheet in sheets(results):
         print_table(sheet.title, sheet.columns, sheet.rows)
         if sheet.note:
-            click.echo(sheet.note + "\n")
+            say(sheet.note + "\n")
 
 
 def _compared(before: Results, now: Results, tolerance: float, as_json: bool) -> int:
@@ -224,9 +224,9 @@ def _compared(before: Results, now: Results, tolerance: float, as_json: bool) ->
         )
     else:
         for drift in drifts:
-            click.echo(f"{'worse' if drift.worse else 'better'}: {drift}")
+            say(f"{'worse' if drift.worse else 'better'}: {drift}")
         for item in missing:
-            click.echo(f"missing: {item}")
+            say(f"missing: {item}")
         if not drifts and not missing:
-            click.echo(f"all ratios are within {tolerance:.0%} of what they were")
+            say(f"all ratios are within {tolerance:.0%} of what they were")
     return 2 if missing or any(drift.worse for drift in drifts) else 0

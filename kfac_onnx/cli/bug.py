@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
+from kfac_onnx.cli.output import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,10 +40,10 @@ def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> 
     ) as file:
         json.dump(details, file, indent=2)
     what = "a pass left a broken model behind" if broken_pass else "something went wrong inside kfac-onnx"
-    click.echo(f"error: {what}; this is a bug, not your mistake", err=True)
+    say(f"error: {what}; this is a bug, not your mistake", err=True)
     for line in f"{type(error).__name__}: {error}".splitlines():
-        click.echo(f"  {line}", err=True)
-    click.echo(f"  help: report it with the file {file.name}", err=True)
+        say(f"  {line}", err=True)
+    say(f"  help: report it with the file {file.name}", err=True)
 
 
 def _version(package: str) -> str:

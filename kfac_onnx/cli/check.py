@@ -17,7 +17,7 @@ from kfac_onnx.cli.options import (
     parameters_option,
     reading_options,
 )
-from kfac_onnx.cli.output import print_json
+from kfac_onnx.cli.output import print_json, say
 
 if TYPE_CHECKING:
     from kfac_onnx.passes.checks import CheckReport
@@ -66,15 +66,15 @@ def command(
 
 def _print(report: CheckReport) -> None:
     for item in report.findings:
-        click.echo(f"{item.severity}: {item.what} [{item.id}]")
+        say(f"{item.severity}: {item.what} [{item.id}]")
         if item.where:
             more = f" and {len(item.where) - PLACES} more" if len(item.where) > PLACES else ""
-            click.echo(f"  where: {', '.join(item.where[:PLACES])}{more}")
-        click.echo(f"  why:   {item.why}")
-        click.echo(f"  help:  {item.remedy}")
+            say(f"  where: {', '.join(item.where[:PLACES])}{more}")
+        say(f"  why:   {item.why}")
+        say(f"  help:  {item.remedy}")
     counts = {
         "error": report.count("error"),
         "warning": report.count("warning"),
         "note": report.count("note"),
     }
-    click.echo(", ".join(f"{number} {word}{'' if number == 1 else 's'}" for word, number in counts.items()))
+    say(", ".join(f"{number} {word}{'' if number == 1 else 's'}" for word, number in counts.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from kfac_onnx.cli.options import common
-from kfac_onnx.cli.output import print_json
+from kfac_onnx.cli.output import print_json, say
 
 __all__ = ["command"]
 
@@ -26,4 +26,4 @@ def command(before: str, after: str, as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo(str(report))
+        say(str(report))

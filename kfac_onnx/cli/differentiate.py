@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kfac_onnx.cli.options import common, given_options, model_argument
-from kfac_onnx.cli.output import print_json, quantity
+from kfac_onnx.cli.output import print_json, quantity, say
 from kfac_onnx.errors import UserError
 
 __all__ = ["command"]
@@ -121,6 +121,6 @@ def command(
         )
         return
     if found is not None:
-        click.echo(f"loss: {found.value} ({found.reduction})")
-    click.echo(f"trained parameters: {len(parameters)}")
-    click.echo(f"wrote {output} ({quantity(Path(output).stat().st_size, 'B')})")
+        say(f"loss: {found.value} ({found.reduction})")
+    say(f"trained parameters: {len(parameters)}")
+    say(f"wrote {output} ({quantity(Path(output).stat().st_size, 'B')})")

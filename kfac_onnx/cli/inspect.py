@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from kfac_onnx.cli.options import common, model_argument
-from kfac_onnx.cli.output import print_json, print_refusals, print_table, quantity
+from kfac_onnx.cli.output import print_json, print_refusals, print_table, quantity, say
 
 if TYPE_CHECKING:
     from kfac_onnx.passes.inspect import Inspection, LinearCost, SiteReport
+    from kfac_onnx.runtime.saved_run import SavedRun
 
 __all__ = ["command"]
 
@@ -21,14 +22,21 @@ __all__ = ["command"]
 @click.option("--nodes", is_flag=True, help="Also list every inserted node with its phase.")
 @common
 def command(model: str, lookups: int | None, nodes: bool, as_json: bool) -> None:
-    """Show what was inserted into the transformed MODEL: state, cost, and when each part runs."""
+    """Show what was inserted into the transformed MODEL: state, cost, and when each part runs.
+
+    Of a checkpoint, or a folder of them, also how far the run came and how well its factors are conditioned.
+    """
     from kfac_onnx.files import load_model
     from kfac_onnx.passes.inspect import inspect
+    from kfac_onnx.runtime.saved_run import is_checkpoint, read_run
 
-    report = inspect(load_model(model))
+    run = read_run(model) if is_checkpoint(model) else None
+    report = inspect(load_model(model) if run is None else run.model)
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({} if run is None else {"checkpoint": run.to_json()}))
         return
+    if run is not None:
+        _print_run(run)
     for site in report.sites:
         _print_site(site, lookups)
     _print_others(report)
@@ -38,26 +46,43 @@ def command(model: str, lookups: int | None, nodes: bool, as_json: bool) -> None
             ["phase", "node", "operator", "for", "by pass"],
             [(n.phase, n.name, n.operator, n.site, n.made_by) for n in report.nodes if n.made_by is not None],
         )
-    click.echo("nodes by phase: " + ", ".join(f"{name} {n}" for name, n in report.nodes_by_phase.items()))
-    click.echo(f"pipeline: {report.pipeline or 'none'}")
+    say("nodes by phase: " + ", ".join(f"{name} {n}" for name, n in report.nodes_by_phase.items()))
+    say(f"pipeline: {report.pipeline or 'none'}")
+
+
+def _print_run(run: SavedRun) -> None:
+    say(
+        f"{run.path}: {run.committed} steps, {run.skipped} skipped, {run.position} batches consumed,"
+        f" {run.root_fallbacks} roots computed on the host"
+    )
+    print_table(
+        "Output factors",
+        ["table", "smallest", "largest", "damping", "condition", "asymmetry", "root off by "],
+        [
+            (root.parameter, *(f"{x:.3g}" for x in (
+                root.smallest, root.largest, root.damping, root.condition, root.asymmetry, root.drift
+            )))
+            for root in run.roots
+        ],
+    )  # fmt: skip
 
 
 def _print_site(site: SiteReport, lookups: int | None) -> None:
     tied = ", tied: the whole table is updated at each step" if site.tied else ""
-    click.echo(f"{site.parameter}: {site.vocab_size} x {site.embedding_dim} {site.dtype}{tied}")
-    click.echo(f"  lookups per step  {site.lookups}")
-    click.echo(f"  statistics        {site.statistics}")
+    say(f"{site.parameter}: {site.vocab_size} x {site.embedding_dim} {site.dtype}{tied}")
+    say(f"  lookups per step  {site.lookups}")
+    say(f"  statistics        {site.statistics}")
     for name, shape in site.factors.items():
-        click.echo(f"  factor            {name} {list(shape)}")
+        say(f"  factor            {name} {list(shape)}")
     share = site.state_bytes / site.adam_bytes if site.adam_bytes else 0.0
-    click.echo(
+    say(
         f"  state             {quantity(site.state_bytes, 'B')}; "
         f"Adam would keep {quantity(site.adam_bytes, 'B')} ({share:.1%} of it)"
     )
-    click.echo(f"  each step         {_cost(site.step_cost, lookups)}")
-    click.echo(f"  each refresh      {_cost(site.refresh_cost, lookups)}")
+    say(f"  each step         {_cost(site.step_cost, lookups)}")
+    say(f"  each refresh      {_cost(site.refresh_cost, lookups)}")
     if site.statistics_cost.flops:
-        click.echo(f"  each update of G  {_cost(site.statistics_cost, lookups)}")
+        say(f"  each update of G  {_cost(site.statistics_cost, lookups)}")
     print_table(
         "",
         ["phase", "operator", "nodes ", "what it does", "cost"],

@@ -13,6 +13,7 @@ from typing import Final
 
 import click
 
+from kfac_onnx.cli.output import say
 from kfac_onnx.errors import UserError, VerifyError, did_you_mean
 
 __all__ = ["VERBS", "cli", "main"]
@@ -86,11 +87,12 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        click.echo(prefix + record.getMessage(), err=True)
+        say(prefix + record.getMessage(), err=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code. The console script exits with it."""
+    logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it says of a model, an error says
     logger = logging.getLogger("kfac_onnx")
     handler = _StderrHandler()
     level = logger.level
@@ -107,18 +109,18 @@ def _run(arguments: list[str] | None) -> int:
     try:
         result = cli.main(arguments, prog_name="kfac-onnx", standalone_mode=False)
     except UserError as e:
-        click.echo(f"error: {e}", err=True)
+        say(f"error: {e}", err=True)
         return USER
     except click.UsageError as e:
-        click.echo(f"error: {e.format_message()}", err=True)
+        say(f"error: {e.format_message()}", err=True)
         if e.ctx is not None:
-            click.echo(f"  help: run `{e.ctx.command_path} --help`", err=True)
+            say(f"  help: run `{e.ctx.command_path} --help`", err=True)
         return USER
     except click.ClickException as e:
-        click.echo(f"error: {e.format_message()}", err=True)
+        say(f"error: {e.format_message()}", err=True)
         return USER
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        say("interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; there is nobody to tell

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from kfac_onnx.cli.options import common
-from kfac_onnx.cli.output import print_json, print_table
+from kfac_onnx.cli.output import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from kfac_onnx.passes.pipeline import Report
 
 __all__ = ["command"]
 
@@ -40,9 +45,11 @@ def command(
         return
     if model is None or pipeline is None:
         raise click.UsageError("opt wants MODEL and -p PIPELINE, or --list")
+    from kfac_onnx.blame import blames_the_graph
     from kfac_onnx.files import load_model, refuse_overwrite, save_model
     from kfac_onnx.passes.pipeline import parse_pipeline
     from kfac_onnx.passes.printer import model_text
+    from kfac_onnx.passes.verifier import require_sound
 
     passes = parse_pipeline(pipeline)
     if output is not None:
@@ -53,13 +60,19 @@ def command(
         loaded = read_training_graph(model)
     else:
         loaded = load_model(model)
-    report = passes.run(loaded, verify=not no_verify, print_after_change=print_after_change, timing=timing)
+        if not no_verify:
+            require_sound(loaded, model)
+
+    def run(source: str) -> Report:
+        return passes.run(loaded, verify=not no_verify, print_after_change=print_after_change, timing=timing)
+
+    report = blames_the_graph(run)(model)
     if output is not None:
         save_model(loaded, output)
     if as_json:
         print_json(report.to_json())
     elif output is None:
-        click.echo(model_text(loaded))
+        say(model_text(loaded))
     else:
         print_table(
             "Passes",
@@ -94,7 +107,7 @@ def _list(as_json: bool) -> None:
         )  # fmt: skip
         return
     for cls in classes:
-        click.echo(f"{cls.name}: {cls.summary()}")
+        say(f"{cls.name}: {cls.summary()}")
         for option in options_of(cls):
             default = format_value(option.default)
-            click.echo(f"    {option.name}={default}    {option.help} ({option.accepts})")
+            say(f"    {option.name}={default}    {option.help} ({option.accepts})")

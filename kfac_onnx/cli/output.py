@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from kfac_onnx.shown import safe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -16,14 +19,22 @@ if TYPE_CHECKING:
 
     from kfac_onnx.metadata import Refusal
 
-__all__ = ["console", "print_json", "print_refusals", "print_table", "quantity"]
+__all__ = ["console", "print_json", "print_refusals", "print_table", "quantity", "say"]
 
 _UNLIMITED = 10_000
+_NOT_SHOWN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What JSON leaves as it is, and a terminal may act on; inside of JSON strings an escape means the same."""
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines on stdout or stderr; what a file says in them cannot act on the terminal."""
+    click.echo(safe(text), err=err)
 
 
 def print_json(data: object) -> None:
     """Print JSON data, readable and in a stable order; numbers that are not finite become null."""
-    click.echo(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo(_NOT_SHOWN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _plain(data: Any) -> Any:
@@ -56,17 +67,17 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         right = column.endswith(" ")
         table.add_column(column.rstrip(), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text("—" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(Text("—" if cell is None else safe(str(cell))) for cell in row))
     console().print(table)
 
 
 def print_refusals(refused: Iterable[Refusal]) -> None:
     """Print each refusal as a few lines: its sentences are too long for a table."""
     for item in refused:
-        click.echo(f"refused: {item.parameter}")
-        click.echo(f"  why:  {item.reason}")
-        click.echo(f"  path: {item.path}")
-        click.echo(f"  help: {item.remedy}")
+        say(f"refused: {item.parameter}")
+        say(f"  why:  {item.reason}")
+        say(f"  path: {item.path}")
+        say(f"  help: {item.remedy}")
 
 
 def quantity(number: float, unit: str = "") -> str:

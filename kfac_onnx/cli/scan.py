@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from kfac_onnx.cli.options import common, gradient_pairs, reading_options
-from kfac_onnx.cli.output import print_json, print_refusals, print_table
+from kfac_onnx.cli.output import print_json, print_refusals, print_table, say
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _folder(ctx: click.Context, folder: str, as_json: bool) -> None:
         )
         for row in rows:
             for item in row.report.refused if row.report is not None else ():
-                click.echo(f"refused: {item.parameter} of {row.graph}: {item.reason}")
+                say(f"refused: {item.parameter} of {row.graph}: {item.reason}")
     if any(row.bug for row in rows):
         ctx.exit(BUG)
 
@@ -104,14 +104,12 @@ def _print(report: Report) -> None:
             ],
         )
     else:
-        click.echo("no embedding tables")
+        say("no embedding tables")
     print_refusals(report.refused)
     if not report.trainable:
-        click.echo(
-            "the graph has no gradients, so it cannot be trained: `kfac-onnx differentiate` appends them"
-        )
-    click.echo(f"loss: {report.loss or 'none'} ({report.reduction})")
-    click.echo(f"batch inputs: {', '.join(report.batch_inputs) or 'none'}")
-    click.echo(f"{'trained ' if report.trainable else ''}parameters: {len(report.parameters)}")
+        say("the graph has no gradients, so it cannot be trained: `kfac-onnx differentiate` appends them")
+    say(f"loss: {report.loss or 'none'} ({report.reduction})")
+    say(f"batch inputs: {', '.join(report.batch_inputs) or 'none'}")
+    say(f"{'trained ' if report.trainable else ''}parameters: {len(report.parameters)}")
     for note in report.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")

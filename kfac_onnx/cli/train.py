@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -367,9 +368,10 @@ def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
                 "examples": result.examples,
                 "seconds": result.seconds,
                 "ms_per_step": milliseconds,
-                "loss": result.loss if result.steps else None,
+                "loss": result.loss if math.isfinite(result.loss) else None,
                 "held_out": result.held_out,
                 "host_roots": session.host_roots,
+                "roots": [health.to_json() for health in session.health()],
             }
         )
         return
@@ -377,6 +379,8 @@ def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
     say(f"{result.steps} steps{skipped}, {result.examples} examples, last loss {result.loss:.6f}")
     if result.last_skip:
         say(f"not finite in the last skipped step: {reasons(result.last_skip)}")
+    if session.root_fallbacks:
+        say(f"{session.root_fallbacks} inverse roots did not converge and were computed on the host instead")
     say(f"{result.seconds:.1f} s, {milliseconds:.2f} ms per step")
     for at, loss in result.held_out.items():
         say(f"held-out loss at step {at}: {loss:.6f}")

@@ -18,7 +18,7 @@ from kfac_onnx.cli.options import (
     parameters_option,
     reading_options,
 )
-from kfac_onnx.cli.output import print_json, quantity
+from kfac_onnx.cli.output import print_json, quantity, say
 from kfac_onnx.errors import UserError
 
 __all__ = ["command"]
@@ -123,8 +123,8 @@ def command(
         )
         return
     for site in report.sites:
-        click.echo(
+        say(
             f"{site.parameter}: {site.vocab_size} x {site.embedding_dim}, "
             f"state {quantity(site.state_bytes, 'B')} (Adam: {quantity(site.adam_bytes, 'B')})"
         )
-    click.echo(f"wrote {output} ({quantity(Path(output).stat().st_size, 'B')})")
+    say(f"wrote {output} ({quantity(Path(output).stat().st_size, 'B')})")

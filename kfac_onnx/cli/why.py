@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from kfac_onnx.cli.options import common, gradient_pairs, model_argument, reading_options
-from kfac_onnx.cli.output import print_json
+from kfac_onnx.cli.output import print_json, say
 
 __all__ = ["command"]
 
@@ -31,11 +31,11 @@ def command(model: str, parameter: str, loss: str | None, gradients: tuple[str, 
         return
     verdict = {"embedding": "is an embedding table", "refused": "was refused"}
     gradients_missing = "" if found.trainable else ", but the graph has no gradients"
-    click.echo(f"'{parameter}' {verdict.get(found.verdict, 'is not an embedding table')}{gradients_missing}")
+    say(f"'{parameter}' {verdict.get(found.verdict, 'is not an embedding table')}{gradients_missing}")
     for line in found.trail:
-        click.echo(f"  {line}")
+        say(f"  {line}")
     if found.refusal is not None:
-        click.echo(f"  path:  {found.refusal.path}")
-        click.echo(f"  why:   {found.refusal.reason}")
+        say(f"  path:  {found.refusal.path}")
+        say(f"  why:   {found.refusal.reason}")
     if found.remedy is not None:
-        click.echo(f"  help:  {found.remedy}")
+        say(f"  help:  {found.remedy}")

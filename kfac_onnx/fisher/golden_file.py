@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.files import read_npz
 from kfac_onnx.fisher.settings import FactorSettings, settings_of
+from kfac_onnx.npz import read_npz
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

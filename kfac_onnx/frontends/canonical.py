@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kfac_onnx import metadata
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.frontends.copies import undo_stale_copies
 from kfac_onnx.frontends.dropped_rows import mask_dropped_rows
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["make_canonical", "read_forward_graph", "read_training_graph"]
 
 
+@blames_the_graph
 def read_training_graph(
     source: str | Path | ir.Model | onnx.ModelProto,
     *,
@@ -121,6 +123,7 @@ def read_training_graph(
     return model
 
 
+@blames_the_graph
 def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
     """Return the canonical form of a graph without gradients: what `scan` can still tell about it.
 

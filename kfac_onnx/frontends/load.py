@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.files import load_proto
+from kfac_onnx.wellformed import require_wellformed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +48,7 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:
     if isinstance(source, ir.Model):
         return Exported(ir.external_data.load_to_model(_copy(source)), None, None)
     if isinstance(source, onnx.ModelProto):
+        require_wellformed(source, None)
         return Exported(_deserialize(source, None), source, None)
     proto = load_proto(source)
     return Exported(_deserialize(proto, str(source)), proto, str(source))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kfac_onnx import metadata
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
@@ -77,6 +78,7 @@ def _canonical(
     return read_training_graph(source, loss=loss, gradients=gradients, keep_optimizer=keep_optimizer)
 
 
+@blames_the_graph
 def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str] | None = None) -> Report:
     """Return the embedding tables of a training graph and what was refused, with reasons.
 
@@ -199,6 +201,7 @@ def pipeline_text(
     return ",".join(steps)
 
 
+@blames_the_graph
 def transform(
     source: Source,
     *,

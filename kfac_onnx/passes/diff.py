@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.passes.printer import node_text, type_text
 from kfac_onnx.passes.rewriter import graphs_of
 
@@ -68,6 +69,7 @@ class Difference:
         return "\n".join(lines) if lines else "the models are the same"
 
 
+@blames_the_graph
 def diff(before: ir.Model, after: ir.Model) -> Difference:
     """Return what changed from `before` to `after`."""
     old, new = _described(before), _described(after)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import onnx_ir as ir
 
 from kfac_onnx import metadata
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.options import opt
@@ -108,6 +109,7 @@ class Differentiate(Pass):
         )
 
 
+@blames_the_graph
 def differentiate(
     source: Source,
     *,

@@ -15,8 +15,10 @@ import ml_dtypes as _  # noqa: F401  gives NumPy the dtype bfloat16
 import numpy as np
 
 from kfac_onnx import dialect
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.errors import UserError
 from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, read, read_list
+from kfac_onnx.passes.verifier import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -146,10 +148,11 @@ class Inspection:
         return asdict(self) | {"nodes_by_phase": self.nodes_by_phase}
 
 
+@blames_the_graph
 def inspect(model: ir.Model) -> Inspection:
     """Return what was inserted into `model`.
 
-    Raises UserError for a model that no pipeline of this package has transformed.
+    Raises UserError for a model that no pipeline of this package has transformed, or that contradicts itself.
     """
     step = read(model, "step", Step)
     states = read_list(model, "state", State)
@@ -158,6 +161,7 @@ def inspect(model: ir.Model) -> Inspection:
             "the model has not been transformed, so there is nothing to inspect",
             help="run `kfac-onnx transform MODEL -o OUT` first, or `kfac-onnx scan MODEL`",
         )
+    require_sound(model, None)
     nodes = list(model.graph.all_nodes())
     sites = read_list(model, "sites", Site)
     tables = {site.parameter for site in sites}

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from kfac_onnx import metadata
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.errors import VerifyError
 from kfac_onnx.metadata import Parameter, Phase, State, Step
 from kfac_onnx.passes.partition_branches import Branch, merge_branches
@@ -135,6 +136,7 @@ def _states(model: ir.Model, source: Source) -> tuple[State, ...]:
     return tuple(states)
 
 
+@blames_the_graph
 def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] = ()) -> Plan:
     """Split a whole-step model into the stages of this module's table.
 

@@ -10,19 +10,24 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import onnx_ir as ir
 
 from kfac_onnx import metadata
+from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.values import bodies_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableMapping
 
-__all__ = ["problems_of"]
+__all__ = ["problems_of", "require_sound"]
 
 DIALECT: Final = "ai.kfac"
+
+_SHOWN: Final = 5
+"""Problems that an error lists."""
 
 Owner: TypeAlias = "str | ir.Node"
 """What a name stands for: in words, or the node whose output it is."""
@@ -42,6 +47,22 @@ def problems_of(model: ir.Model) -> list[str]:
     return problems
 
 
+def require_sound(model: ir.Model, place: str | None) -> None:
+    """Raise UserError for a model that somebody else made and that breaks one of the rules above."""
+    try:
+        problems = problems_of(model)
+    except UserError as e:
+        e.place = e.place or place
+        raise
+    if problems:
+        raise UserError(
+            "the model contradicts itself, so it cannot be used",
+            place=place,
+            tried=problems[:_SHOWN],
+            help="make it again from the training graph that its exporter wrote",
+        )
+
+
 def _label(node: ir.Node) -> str:
     domain = f"{node.domain}::" if node.domain else ""
     return f"node '{node.name}' ({domain}{node.op_type})" if node.name else f"a node {domain}{node.op_type}"
@@ -50,7 +71,7 @@ def _label(node: ir.Node) -> str:
 def _graph_problems(
     graph: ir.Graph | ir.Function,
     scope: set[int],
-    names: dict[str, Owner],
+    names: MutableMapping[str, Owner],
     imports: dict[str, int],
 ) -> Iterator[str]:
     """Yield the problems of one graph; `scope` holds the ids of the values known so far, and gets its own."""
@@ -73,7 +94,7 @@ def _graph_problems(
             if value is not None and id(value) not in scope:
                 yield f"{_label(node)}, input {index}: '{value.name}' {_why_missing(value, graph)}"
         for body in bodies_of(node):
-            yield from _graph_problems(body, scope, names, imports)
+            yield from _graph_problems(body, scope, ChainMap({}, names), imports)  # bodies may share names
             scope.difference_update(map(id, _values_of(body)))
         for value in node.outputs:
             if value.name:
@@ -96,7 +117,7 @@ def _values_of(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _define(value: ir.Value, owner: Owner, names: dict[str, Owner]) -> tuple[str, ...]:
+def _define(value: ir.Value, owner: Owner, names: MutableMapping[str, Owner]) -> tuple[str, ...]:
     name = value.name
     if not name:
         return (f"{_role(owner)} has no name",)
@@ -133,7 +154,9 @@ def _metadata_problems(model: ir.Model, names: dict[str, Owner]) -> Iterator[str
         yield f"kfac.loss names '{loss.value}', which is not in the graph"
     inputs = {value.name for value in model.graph.inputs}
     outputs = {value.name for value in model.graph.outputs}
+    values = {value.name: value for value in model.graph.inputs}
     for state in metadata.read_list(model, "state", metadata.State):
+        yield from _state_problems(state, values.get(state.input))
         if state.input not in inputs:
             yield f"kfac.state: '{state.input}' is not an input of the graph"
         if state.output not in outputs:
@@ -157,3 +180,17 @@ def _metadata_problems(model: ir.Model, names: dict[str, Owner]) -> Iterator[str
     for name in named:
         if name not in names:
             yield f"kfac.step names '{name}', which is not in the graph"
+
+
+def _state_problems(state: metadata.State, value: ir.Value | None) -> Iterator[str]:
+    """Yield where a state's entry contradicts what the graph declares for its input."""
+    if min(state.shape, default=0) < 0:
+        yield f"kfac.state of '{state.input}' has a negative dimension"
+    if value is None:
+        return
+    dims = None if value.shape is None else list(value.shape)
+    if dims is not None and (
+        len(dims) != len(state.shape)
+        or any(isinstance(dim, int) and dim != own for dim, own in zip(dims, state.shape, strict=True))
+    ):
+        yield f"kfac.state: '{state.input}' has the shape {list(state.shape)}, which is not that of the input"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx import metadata
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.metadata import Parameter, Refusal
 
@@ -42,6 +43,7 @@ class Verdicts:
     remedy: str | None = None
 
 
+@blames_the_graph
 def why(
     source: str | Path | ir.Model | onnx.ModelProto,
     parameter: str,

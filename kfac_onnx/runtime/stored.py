@@ -11,7 +11,6 @@ import json
 import math
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.npz import ARCHIVE_ERRORS, npz_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +88,7 @@ class StoredArray:
                 with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as entry:
                     entry.read(self.offset)
                     self._fill(entry, view)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        except ARCHIVE_ERRORS as e:
             raise UserError(f"'{self.path}' cannot be read: {first_line(e)}") from e
 
     def pieces(self) -> Iterator[memoryview]:
@@ -144,15 +144,20 @@ def safetensors_arrays(path: str | Path) -> tuple[dict[str, StoredArray], dict[s
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, _LARGEST_HEADER):
             raise ValueError("its header is longer than the file")
-        header: Any = json.loads(file.read(length))
+        try:
+            header: Any = json.loads(file.read(length))
+        except RecursionError as e:
+            raise ValueError("its header is nested too deeply") from e
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     entries: dict[str, Any] = header  # pyright: ignore[reportUnknownVariableType]  JSON
     notes: Any = entries.pop("__metadata__", {})
+    if not isinstance(notes, dict):
+        raise ValueError("its notes are no JSON object")
     arrays = {
         name: _safetensors_entry(place, name, entry, 8 + length, size) for name, entry in entries.items()
     }
-    return arrays, {str(key): str(value) for key, value in dict(notes).items()}
+    return arrays, {str(key): str(value) for key, value in notes.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  JSON
 
 
 def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredArray:
@@ -160,7 +165,7 @@ def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int)
         dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
         shape = tuple(int(dim) for dim in entry["shape"])
         first, last = (int(place) for place in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise ValueError(f"the entry of tensor '{name}' is not readable") from e
     array = StoredArray(path, start + first, shape, dtype)
     if min((*shape, first), default=0) < 0 or last - first != array.nbytes or start + last > size:
@@ -171,32 +176,15 @@ def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int)
 def npz_arrays(path: str | Path) -> dict[str, Array]:
     """Return the arrays of an `.npz` file; those stored by columns are read, objects (pickles) refused.
 
-    Raises ValueError when it is not such a file, OSError when it cannot be read.
+    Raises UserError when it is missing, damaged or not such a file.
     """
-    place = Path(path)
-    return dict(_npz_entries(place))
+    return dict(_npz_entries(Path(path)))
 
 
 def _npz_entries(path: Path) -> Iterator[tuple[str, Array]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as entry:
-                    version = np.lib.format.read_magic(entry)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else _header_2
-                    shape, fortran, dtype = read(entry)
-                    offset = entry.tell()
-                if dtype.hasobject:
-                    raise ValueError(f"array '{member}' holds Python objects")
-                name = member.removesuffix(".npy")
-                if fortran:
-                    by_columns = np.asarray(StoredArray(path, offset, shape[::-1], dtype, member))
-                    yield name, np.ascontiguousarray(by_columns.T)
-                else:
-                    yield name, StoredArray(path, offset, shape, dtype, member)
-    except zipfile.BadZipFile as e:
-        raise ValueError(str(e)) from e
-
-
-def _header_2(entry: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    return np.lib.format.read_array_header_2_0(entry)
+    for item in npz_headers(path):
+        if item.fortran:
+            by_columns = StoredArray(path, item.offset, item.shape[::-1], item.dtype, item.member)
+            yield item.name, np.ascontiguousarray(np.asarray(by_columns).T)
+        else:
+            yield item.name, StoredArray(path, item.offset, item.shape, item.dtype, item.member)

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.providers import require_providers
 from kfac_onnx.runtime.stored import StoredArray
 
@@ -226,7 +226,7 @@ def open_session(
     """Open a session; `threads` = 0 takes all cores.
 
     Its own error lines are switched off: a failing run raises, and the caller says it in a sentence.
-    Raises UserError where the session came without one of the providers.
+    Raises UserError where ONNX Runtime refuses the model, or the session came without one of the providers.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -237,13 +237,18 @@ def open_session(
     # Measured on two cores (a step of 4096 lookups, V = 1e6): as fast when the machine is idle without
     # spinning, five times faster when others compute too.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = session_maker.get()(
-        model.SerializeToString(),
-        options,
-        providers=list(providers),
-        enable_fallback=0,  # what a provider cannot do is an error, not work for another one
-        # It removes Dropout in training mode too, where nothing reads the mask (seen in 1.32).
-        disabled_optimizers=["EliminateDropout"],
-    )
+    try:
+        session = session_maker.get()(
+            model.SerializeToString(),
+            options,
+            providers=list(providers),
+            enable_fallback=0,  # what a provider cannot do is an error, not work for another one
+            # It removes Dropout in training mode too, where nothing reads the mask (seen in 1.32).
+            disabled_optimizers=["EliminateDropout"],
+        )
+    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        if not type(e).__module__.startswith("onnxruntime"):
+            raise
+        raise UserError(f"onnxruntime cannot open the model: {first_line(e)}") from e
     require_providers(session, providers)
     return session

@@ -31,10 +31,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Array]:
 
 
 def _read_npz(path: str | Path) -> dict[str, Array]:
-    try:
-        return {**npz_arrays(path)}
-    except (OSError, ValueError) as e:
-        raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
+    return {**npz_arrays(path)}
 
 
 def _read_onnx(path: str | Path) -> dict[str, Array]:

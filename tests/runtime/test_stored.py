@@ -106,7 +106,7 @@ def test_files_that_are_no_safetensors(tmp_path: Path, data: bytes) -> None:
 
 def test_npz_refuses_objects_and_reads_columns(tmp_path: Path) -> None:
     np.savez(tmp_path / "o.npz", o=np.array([{}], object))
-    with pytest.raises(ValueError, match=r"array 'o\.npy' holds Python objects"):
+    with pytest.raises(UserError, match=r"array 'o\.npy' holds Python objects"):
         npz_arrays(tmp_path / "o.npz")
     np.savez(tmp_path / "f.npz", f=np.asfortranarray(VALUES["table"]))
     np.testing.assert_array_equal(npz_arrays(tmp_path / "f.npz")["f"], VALUES["table"])

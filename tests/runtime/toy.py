@@ -249,7 +249,7 @@ def _kfac_nodes(g: _Graph, vocab: int, renormalize_below: float) -> list[State]:
     )
     g.add("If", ["refresh"], ["root/now", "residual"], then_branch=then, else_branch=other)
     g.phase = Phase.GRADIENTS
-    aliases = ("A", "A/counted", "A/undone", "A/kept", "A/renormalized")
+    aliases = ("A", "A/counted", "A/undone", "A/kept", *(("A/renormalized",) if renormalize_below else ()))
 
     def double(name: str, dtype: str, shape: tuple[int, ...], initial: str | float, candidate: str) -> State:
         return State(

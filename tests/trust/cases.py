@@ -20,7 +20,6 @@ import numpy as np
 import onnx
 
 from kfac_onnx import files
-from kfac_onnx.errors import UserError
 from kfac_onnx.passes.api import transform
 
 __all__ = ["LEVELS", "SECRET", "Case", "make_case"]
@@ -136,7 +135,17 @@ def _any_source(rng: random.Random, *, step: float) -> _Source:
     return _source(rng.choice(TRAINING), "training")
 
 
-_TRAIN: Final = ["--data", "batch.npz", "--batch-size", "4", "--steps", "1", "--quiet", "--parameters", "parameters.npz"]
+_TRAIN: Final = [
+    "--data",
+    "batch.npz",
+    "--batch-size",
+    "4",
+    "--steps",
+    "1",
+    "--quiet",
+    "--parameters",
+    "parameters.npz",
+]
 
 
 def _commands(rng: random.Random, source: _Source) -> list[list[str]]:
@@ -265,11 +274,15 @@ def _bomb(rng: random.Random) -> bytes:
     file = io.BytesIO()
     member = _lying_npy(rng) if rng.random() < 0.7 else b"\0" * 30_000_000
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(rng.choice(("ids.npy", "../ids.npy", "\x1b[2J.npy", "labels.npy", "emb.weight.npy")), member)
+        archive.writestr(
+            rng.choice(("ids.npy", "../ids.npy", "\x1b[2J.npy", "labels.npy", "emb.weight.npy")), member
+        )
     data = bytearray(file.getvalue())
     if rng.random() < 0.3:  # the directory's own sizes
         place = data.rfind(b"PK\x01\x02")
-        data[place + 20 : place + 28] = struct.pack("<II", *(rng.choice((0, 5, 2**31, 2**32 - 2)) for _ in range(2)))
+        data[place + 20 : place + 28] = struct.pack(
+            "<II", *(rng.choice((0, 5, 2**31, 2**32 - 2)) for _ in range(2))
+        )
     return bytes(data)
 
 
@@ -284,7 +297,11 @@ def _arrays_case(rng: random.Random, number: int) -> Case:
         "safetensors": _safetensors(arrays),
         "onnx": onnx.helper.make_model(
             onnx.helper.make_graph(
-                [], "weights", [], [], [onnx.numpy_helper.from_array(value, key) for key, value in arrays.items()]
+                [],
+                "weights",
+                [],
+                [],
+                [onnx.numpy_helper.from_array(value, key) for key, value in arrays.items()],
             )
         ).SerializeToString(),
     }[suffix]
@@ -296,7 +313,9 @@ def _arrays_case(rng: random.Random, number: int) -> Case:
         text = mutations.damaged_text(rng, whole[8:end].decode()).encode()
         broken = struct.pack("<Q", rng.choice((len(text), len(text), 2**63, 3))) + text + whole[end:]
     elif what == "odd" and suffix == "npz":
-        odd = rng.choice((np.array(["text"]), np.zeros((3, 0)), np.array(1j), np.zeros(2, ml_dtypes.bfloat16)))
+        odd = rng.choice(
+            (np.array(["text"]), np.zeros((3, 0)), np.array(1j), np.zeros(2, ml_dtypes.bfloat16))
+        )
         broken = _npz({**arrays, next(iter(arrays)): odd})
     else:
         broken, _ = mutations.damaged_bytes(rng, whole)

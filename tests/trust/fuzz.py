@@ -235,7 +235,12 @@ class Tally:
             from cases import make_case
 
             case = make_case(seed, number)
-            answer |= {"level": case.level, "source": case.source, "what": case.what, "command": case.commands}
+            answer |= {
+                "level": case.level,
+                "source": case.source,
+                "what": case.what,
+                "command": case.commands,
+            }
         self.counts[answer["level"], answer["verdict"]] += 1
         self.kinds[answer["what"]] += 1
         self.slowest = max(self.slowest, (answer.get("seconds", 0.0), number))
@@ -318,7 +323,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="folder for failing cases")
+    parser.add_argument(
+        "--failures", type=Path, default=Path("fuzz-failures"), help="folder for failing cases"
+    )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:

@@ -170,7 +170,9 @@ def _nest(rng: Random, data: bytearray) -> None:
     body = b"\x12\x04leaf"  # GraphProto.name
     for _ in range(rng.choice((10, 24, 30, 33, 34, 50, 500, 5000))):
         attribute = b"\x0a\x04body\x32" + _number(len(body)) + body + b"\xa0\x01\x05"  # name, g, type = GRAPH
-        node = b"\x12\x01x\x22\x04Loop\x2a" + _number(len(attribute)) + attribute  # output, op_type, attribute
+        node = (
+            b"\x12\x01x\x22\x04Loop\x2a" + _number(len(attribute)) + attribute
+        )  # output, op_type, attribute
         body = b"\x0a" + _number(len(node)) + node  # GraphProto.node
     data += b"\x3a" + _number(len(body)) + body  # ModelProto.graph
 
@@ -232,7 +234,19 @@ def _names(model: ModelProto) -> list[str]:
 
 
 def _operators(model: ModelProto) -> list[str]:
-    return ["Add", "If", "Loop", "Scan", "Gather", "ScatterND", "Constant", "Reshape", "Cast", "NoSuchOperator", ""]
+    return [
+        "Add",
+        "If",
+        "Loop",
+        "Scan",
+        "Gather",
+        "ScatterND",
+        "Constant",
+        "Reshape",
+        "Cast",
+        "NoSuchOperator",
+        "",
+    ]
 
 
 def drop_nodes(rng: Random, model: ModelProto) -> None:
@@ -437,7 +451,9 @@ def nest_deeply(rng: Random, model: ModelProto) -> None:
     for level in range(rng.choice((3, 12, 20, 26))):
         name = f"deep{level}"
         if kind == "If":
-            node = helper.make_node("If", ["deep_condition"], [name], then_branch=body, else_branch=GraphProto())
+            node = helper.make_node(
+                "If", ["deep_condition"], [name], then_branch=body, else_branch=GraphProto()
+            )
         else:
             node = helper.make_node("Loop", ["", "deep_condition"], [name], body=body)
         body = helper.make_graph(
@@ -601,7 +617,11 @@ def odd_data(rng: Random, model: ModelProto) -> None:
 
 def odd_values(rng: Random, model: ModelProto) -> None:
     """Integers that mean sizes, axes and ids, set to numbers that are none."""
-    small = [t for t in _tensors(model) if t.data_type in (TensorProto.INT64, TensorProto.INT32) and len(t.raw_data) >= 4]
+    small = [
+        t
+        for t in _tensors(model)
+        if t.data_type in (TensorProto.INT64, TensorProto.INT32) and len(t.raw_data) >= 4
+    ]
     if not small:
         return
     tensor = rng.choice(small)
@@ -707,7 +727,22 @@ TENSOR: Final[tuple[Graph, ...]] = (
 
 def _odd_json(rng: Random) -> Any:
     return rng.choice(
-        (None, True, 0, -1, 2**70, 1e308, float("nan"), [], {}, [[]], "\ud800", odd_text(rng), {"x": [1]}, "parameter")
+        (
+            None,
+            True,
+            0,
+            -1,
+            2**70,
+            1e308,
+            float("nan"),
+            [],
+            {},
+            [[]],
+            "\ud800",
+            odd_text(rng),
+            {"x": [1]},
+            "parameter",
+        )
     )
 
 
@@ -805,7 +840,25 @@ METADATA: Final[tuple[Graph, ...]] = (
 
 def damaged_text(rng: Random, text: str) -> str:
     """Return a pipeline or a name with a few characters changed, repeated or put in."""
-    pieces = ("{", "}", "[", "]", ",", "=", '"', "\\", "\x00", "\x1b[2J", "é", "\u202e", " ", "\n", "1e999", "nan", "-1")
+    pieces = (
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        "=",
+        '"',
+        "\\",
+        "\x00",
+        "\x1b[2J",
+        "é",
+        "\u202e",
+        " ",
+        "\n",
+        "1e999",
+        "nan",
+        "-1",
+    )
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = rng.randrange(len(text) + 1)
         match rng.randrange(4):

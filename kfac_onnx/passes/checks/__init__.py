@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.passes.checks import operators, parameters, training
 from kfac_onnx.passes.checks.finding import CheckReport, Finding, Severity
 from kfac_onnx.passes.checks.subject import Subject, read_subject
@@ -44,6 +45,7 @@ CHECKS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
 ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "note")
 
 
+@blames_the_graph
 def check(
     source: str | Path | ir.Model | onnx.ModelProto,
     *,

@@ -7,9 +7,8 @@ of the tool. The pass `close-step` assembles the step from them.
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,6 +32,16 @@ GUARD = "kfac.guard"
 FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The entry `kfac.draft`."""
+
+    flags: tuple[str, ...] = ()
+    learning_rates: tuple[LearningRate, ...] = ()
+    root_checks: tuple[RootCheck, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
 class Draft:
     """Reads and extends the draft that a model carries, through one pass's emitter."""
 
@@ -42,22 +51,17 @@ class Draft:
         self.values = values
         self.states = metadata.read_list(model, "draft_states", State)
         self._places = {state.input: index for index, state in enumerate(self.states)}
-        data: dict[str, Any] = json.loads(model.metadata_props.get("kfac.draft", "{}"))
-        self.flags: list[str] = data.get("flags", [])
-        self.rates = [LearningRate(**item) for item in data.get("learning_rates", [])]
-        self.roots = [RootCheck(**item) for item in data.get("root_checks", [])]
-        self.settings: dict[str, Any] = data.get("settings", {})
+        kept = metadata.read(model, "draft", _Kept) or _Kept()
+        self.flags = list(kept.flags)
+        self.rates = list(kept.learning_rates)
+        self.roots = list(kept.root_checks)
+        self.settings = kept.settings
 
     def save(self) -> None:
         """Write the draft back into the model's metadata."""
         self.emitter.metadata("draft_states", self.states)
-        data = {
-            "flags": self.flags,
-            "learning_rates": [asdict(item) for item in self.rates],
-            "root_checks": [asdict(item) for item in self.roots],
-            "settings": self.settings,
-        }
-        self.emitter.metadata("draft", data)
+        kept = _Kept(tuple(self.flags), tuple(self.rates), tuple(self.roots), self.settings)
+        self.emitter.metadata("draft", kept)
 
     @contextmanager
     def at(self, emitter: Emitter) -> Generator[None]:

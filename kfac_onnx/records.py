@@ -1,0 +1,144 @@
+"""Dataclasses out of JSON that anybody may have written: every field is checked against its declared type."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import math
+import types
+import typing
+from typing import Any, Final, Literal, TypeVar, Union
+
+__all__ = ["RecordError", "build", "names_of", "parse"]
+
+T = TypeVar("T")
+
+_LARGEST: Final = 1 << 63
+"""No size, count or id reaches it: such numbers fit into int64."""
+
+
+class RecordError(ValueError):
+    """The data is not what the dataclass declares; the text says where, such as `uses[0].ids`."""
+
+
+def parse(text: str) -> Any:
+    """Return JSON data; raises RecordError where the text is none."""
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise RecordError("it is nested too deeply") from e
+    except ValueError as e:
+        raise RecordError(f"it is not JSON: {str(e).splitlines()[0]}") from e
+
+
+def build(cls: type[T], data: Any, where: str = "") -> T:
+    """Return the dataclass that a JSON object describes; unknown fields are left out, for newer writers.
+
+    Raises RecordError for a field that is missing or of another type.
+    """
+    if not isinstance(data, dict):
+        raise RecordError(f"{where or 'it'} is no object")
+    arguments: dict[str, Any] = {}
+    for name, (kind, required) in _fields(cls).items():
+        place = f"{where}.{name}" if where else name
+        if name in data:
+            arguments[name] = _value(kind, data[name], place)
+        elif required:
+            raise RecordError(f"'{place}' is missing")
+    return cls(**arguments)
+
+
+@functools.cache
+def names_of(cls: type[Any]) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields."""
+    return tuple(item.name for item in dataclasses.fields(cls))
+
+
+@functools.cache
+def _fields(cls: type[Any]) -> dict[str, tuple[Any, bool]]:
+    """Return each field's declared type, and whether it must be given."""
+    kinds = typing.get_type_hints(cls)
+    missing = dataclasses.MISSING
+    return {
+        item.name: (kinds[item.name], item.default is missing and item.default_factory is missing)
+        for item in dataclasses.fields(cls)
+    }
+
+
+def _value(kind: Any, data: Any, place: str) -> Any:
+    """Return JSON data as a value of the type `kind`."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (Union, types.UnionType):
+        if data is None and type(None) in parts:
+            return None
+        return _first_of([part for part in parts if part is not type(None)], data, place)
+    if origin is tuple:
+        items = _typed(list, data, place, "list")
+        return tuple(_value(parts[0], item, f"{place}[{index}]") for index, item in enumerate(items))
+    if origin is dict:
+        entries = _typed(dict, data, place, "object")
+        return {
+            _text(key, place): _value(parts[1], value, f"{place}.{key}") for key, value in entries.items()
+        }
+    if origin is Literal:
+        if data not in parts or isinstance(data, bool):
+            raise RecordError(f"'{place}' must be one of {', '.join(map(str, parts))}")
+        return data
+    if dataclasses.is_dataclass(kind):
+        return build(typing.cast("type[Any]", kind), data, place)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        try:
+            return kind(data)
+        except ValueError as e:
+            raise RecordError(
+                f"'{place}' must be one of {', '.join(str(item.value) for item in kind)}"
+            ) from e
+    return _scalar(kind, data, place)
+
+
+def _first_of(kinds: list[Any], data: Any, place: str) -> Any:
+    """Return data as the first of some types that it fits."""
+    problem: RecordError | None = None
+    for kind in kinds:
+        try:
+            return _value(kind, data, place)
+        except RecordError as e:
+            problem = problem or e
+    raise problem or RecordError(f"'{place}' has no type")
+
+
+def _scalar(kind: Any, data: Any, place: str) -> Any:
+    if kind is str:
+        return _text(data, place)
+    if kind is bool:
+        return _typed(bool, data, place, "bool")
+    if isinstance(data, bool):
+        raise RecordError(f"'{place}' must be a number")
+    if kind is int:
+        if not -_LARGEST <= _typed(int, data, place, "whole number") < _LARGEST:
+            raise RecordError(f"'{place}' is too large")
+        return data
+    if kind is float:
+        if not isinstance(data, (int, float)) or abs(data) > 1e308 or not math.isfinite(data):
+            raise RecordError(f"'{place}' must be a finite number")
+        return float(data)
+    raise AssertionError(f"a record's field '{place}' has the type {kind}, which JSON cannot hold")
+
+
+def _typed(kind: type[T], data: Any, place: str, what: str) -> T:
+    if not isinstance(data, kind):
+        raise RecordError(f"'{place}' must be a {what}")
+    return data
+
+
+def _text(data: Any, place: str) -> str:
+    text = _typed(str, data, place, "text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise RecordError(f"'{place}' is no valid text") from e
+    return text

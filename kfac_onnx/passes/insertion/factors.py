@@ -359,8 +359,14 @@ class TableFactors:
         if self.site.dense is None and not self.preset.partial_statistics:
             return root
         emit = self.emit.derive(phase=Phase.PRECONDITION)
-        eye = emit.node("EyeLike", [ghat], name="eye", dtype=FLOAT, shape=ghat.shape)
-        diagonal = emit.node("Mul", [ghat, eye], name="diagonal", dtype=FLOAT, shape=ghat.shape)
+        flat, start, end, step = (
+            emit.constant(np.asarray([value], np.int64), "entry")
+            for value in (-1, 0, self.D * self.D, self.D + 1)
+        )
+        entries = emit.node("Reshape", [ghat, flat], name="entries", dtype=FLOAT, shape=[self.D * self.D])
+        diagonal = emit.node(
+            "Slice", [entries, start, end, start, step], name="diagonal", dtype=FLOAT, shape=[self.D]
+        )
         trace = emit.node(
             "ReduceSum", [diagonal], attributes={"keepdims": 0}, name="trace", dtype=FLOAT, shape=[]
         )

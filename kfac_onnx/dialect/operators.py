@@ -98,12 +98,19 @@ _TABLE = (
         cost=lambda s: (6 * s.N, 40 * s.N),
     ),
     _operator(
+        "FactorTrace",
+        "the trace of the output factor",
+        "damping.factor_trace",
+        "G:f32[D,D] -> trace:f32[]",
+        cost=lambda s: (2 * s.D**2, 9 * s.D**2),
+    ),
+    _operator(
         "DampingRelative",
-        "damp each factor by a share of its mean eigenvalue",
+        "damp a factor by a share of its mean eigenvalue",
         "damping.damping_relative",
-        "total_a:f32[] Ghat:f32[D,D] -> damping_a:f32[] damping_g:f32[]",
-        (Attribute("rho", "float", 0.0, 1e6), _VOCAB),
-        cost=lambda s: (2 * s.D**2, 4 * s.D**2),
+        "trace:f32[] -> damping:f32[]",
+        (Attribute("rho", "float", 0.0, 1e6), Attribute("size", "int", 1, 2**62)),
+        cost=_scalar,
     ),
     _operator(
         "DampingPi",

@@ -8,12 +8,13 @@ a session read a table that the same session writes (DESIGN section 8). Hence th
 | stage        | runs                         | what it may do                                        |
 |--------------|------------------------------|-------------------------------------------------------|
 | forward      | always, if the loss is outside | predictions; the host then feeds their gradients    |
-| gradients    | always                       | reads tables                                          |
+| gradients    | always                       | reads tables; all that needs nothing of what follows  |
 | count-read   | always                       | reads that must come before the counts are written    |
 | count        | always, one thread           | writes counts                                         |
 | refresh-read | always                       | what the refresh needs from the counts                |
-| refresh      | if its condition holds       | then-branches of the phase's `If` nodes, merged       |
-| precondition | always                       | updates, the finite flag                              |
+| refresh      | if its condition holds       | then-branches of the phase's `If` nodes, merged, and  |
+|              |                              | what only they need                                   |
+| precondition | always                       | what needs counts or roots: updates, the finite flag  |
 | commit       | if the step is kept          | one thread; writes tables (`commit-read` before it)   |
 | renormalize  | kept, if its condition holds | then-branches, merged; writes counts                  |
 | undo         | if the step is skipped       | one thread; restores the counts (`undo-read` before)  |
@@ -49,6 +50,7 @@ from kfac_onnx.passes.partition_slots import (
     check_hazards,
     drop_selects,
     first_half,
+    postponed,
     prune,
 )
 
@@ -163,10 +165,11 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
             names = (state.input, *state.aliases, candidates[state.input])
             versions.update(dict.fromkeys(names, state.input))
     roots = {*step.ends, step.ok, *candidates.values(), *versions, *watch}
-    for check in step.root_checks:
-        roots.update((check.root, check.factor, check.damping, check.residual))
+    roots.update(name for check in step.root_checks for name in (check.root, check.residual))
     roots = {stands_for.get(name, name) for name in roots}
-    items = prune(items, roots)
+    checked = {name for check in step.root_checks for name in (check.factor, check.damping)}
+    checked = {stands_for.get(name, name) for name in checked}
+    items = prune(items, roots | checked)
     items, candidates = _own_candidates(items, states, candidates)
     roots.update(candidates.values())
     slots = assign_slots(items, versions)
@@ -175,6 +178,10 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
         slots = [Slot.GRADIENTS if slot == Slot.PRECONDITION else slot for slot in slots]
     if step.predictions:
         slots = first_half(items, slots, step.predictions)
+    later = postponed(items, slots, versions, roots)
+    roots |= checked
+    for index in later:
+        slots[index] = Slot.REFRESH
     as_inputs = {*source.inputs, *(state.input for state in states)}
     one_thread = _one_thread_source(source) if sequential else source
     stages: list[Stage] = []
@@ -183,10 +190,11 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
         outside = {name for item, own in zip(items, slots, strict=True) if own != slot for name in item.reads}
         lone = slot in (Slot.COUNT, Slot.COMMIT, Slot.UNDO)
         if members and slot in (Slot.RENORMALIZE, Slot.REFRESH):
-            stages.extend(
-                _branch_stage(source, branch, slot, outside | roots, as_inputs, versions)
-                for branch in merge_branches(members)
-            )
+            branches = merge_branches([item for item in members if item.node.op_type == "If"])
+            for branch in branches:
+                ahead = [items[index] for index, condition in later.items() if condition == branch.condition]
+                branch.precede(ahead[::-1])
+                stages.append(_branch_stage(source, branch, slot, outside | roots, as_inputs, versions))
         elif members:
             makes = [name for item in members for name in item.makes]
             outputs = [name for name in makes if name in outside or name in roots]

@@ -37,6 +37,11 @@ class Branch:
     otherwise: dict[str, str] = field(default_factory=dict[str, str])
     fixed: dict[str, np.ndarray] = field(default_factory=dict[str, "np.ndarray"])
 
+    def precede(self, items: Sequence[Item]) -> None:
+        """Put nodes that nobody else needs in front; what they make exists only where the branch runs."""
+        self.nodes[:0] = [item.node for item in items]
+        self.outputs.extend(name for item in items for name in item.makes if name)
+
 
 def merge_branches(items: Sequence[Item]) -> list[Branch]:
     """Merge `If` nodes by condition, in the order in which the conditions first appear."""

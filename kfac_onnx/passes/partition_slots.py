@@ -18,7 +18,7 @@ from kfac_onnx.passes.partition_graph import Item, free_names, rename
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Slot", "assign_slots", "check_hazards", "drop_selects", "first_half", "prune"]
+__all__ = ["Slot", "assign_slots", "check_hazards", "drop_selects", "first_half", "postponed", "prune"]
 
 
 class Slot(enum.IntEnum):
@@ -43,7 +43,7 @@ _PHASE_SLOT: Final = {
     Phase.RENORMALIZE: Slot.GRADIENTS,
     Phase.COUNT: Slot.COUNT,
     Phase.REFRESH: Slot.GRADIENTS,
-    Phase.PRECONDITION: Slot.PRECONDITION,
+    Phase.PRECONDITION: Slot.GRADIENTS,  # or PRECONDITION, where it reads what came between
     Phase.COMMIT: Slot.COMMIT,
     Phase.UNDO: Slot.UNDO,
 }
@@ -103,6 +103,39 @@ def first_half(items: Sequence[Item], slots: Sequence[Slot], predictions: Iterab
     return moved
 
 
+def postponed(
+    items: Sequence[Item], slots: Sequence[Slot], versions: Mapping[str, str], wanted: Iterable[str]
+) -> dict[int, str]:
+    """Return the nodes of the gradients that only one condition's refresh needs, by index: that condition.
+
+    They can run with the refresh; what reads an in-place state cannot. `wanted` are the values that must be
+    there in every step.
+    """
+    readers: dict[str, set[str]] = {}
+    always = ""
+    for name in wanted:
+        readers.setdefault(name, set()).add(always)
+    found: dict[int, str] = {}
+    for index in range(len(items) - 1, -1, -1):
+        item, slot = items[index], slots[index]
+        seen = {reader for name in item.makes for reader in readers.get(name, set())}
+        reader = always
+        if slot == Slot.GRADIENTS and len(seen) == 1 and not any(name in versions for name in item.reads):
+            reader = next(iter(seen))
+            if reader != always:
+                found[index] = reader
+        elif slot == Slot.REFRESH and _is_branch(item):
+            condition = item.node.input[0]
+            readers.setdefault(condition, set()).add(always)
+            other = next(part.g for part in item.node.attribute if part.name == "else_branch")
+            for name in (name for node in other.node for name in free_names(node)):
+                readers.setdefault(name, set()).add(always)
+            reader = condition
+        for name in item.reads:
+            readers.setdefault(name, set()).add(reader)
+    return found
+
+
 def _is_branch(item: Item) -> bool:
     return item.node.op_type == "If" and item.phase in _BRANCH_SLOT
 
@@ -128,7 +161,8 @@ def assign_slots(items: Sequence[Item], versions: Mapping[str, str]) -> list[Slo
             )
         latest = max(before, default=Slot.GRADIENTS)
         if latest > slot:
-            later = [plain for plain in _PLAIN if plain >= latest]
+            first = Slot.PRECONDITION if phase is Phase.PRECONDITION else latest
+            later = [plain for plain in _PLAIN if plain >= max(latest, first)]
             if _is_branch(item) or slot not in _PLAIN or not later:
                 message = (
                     f"node '{item.node.name}' ({item.node.op_type}) of phase {phase.value} reads a value"

@@ -91,10 +91,14 @@ def sample_rows(total: Any, size: Any, turn: Any) -> tuple[Array, ...]:
     return (np.asarray(chosen, np.int64),)
 
 
-def damping_relative(total_a: Array, G: Array, *, rho: float, vocab_size: int) -> tuple[Array, ...]:
-    """Return rho times the mean eigenvalue of each factor."""
-    mean_a, mean_g = total_a / vocab_size, _trace(G) / len(G)
-    return (np.asarray(rho * max(mean_a, FLOOR)), np.asarray(rho * max(mean_g, FLOOR)))
+def factor_trace(G: Array) -> tuple[Array, ...]:
+    """Return tr G."""
+    return (np.asarray(_trace(G)),)
+
+
+def damping_relative(trace: Array, *, rho: float, size: int) -> tuple[Array, ...]:
+    """Return rho times the mean eigenvalue of a factor."""
+    return (np.asarray(rho * max(trace / size, FLOOR)),)
 
 
 def damping_pi(total_a: Array, G: Array, *, damping: float, vocab_size: int, pi: int) -> tuple[Array, ...]:
@@ -237,6 +241,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "InputFactorAverage": input_factor_average,
     "OutputFactorUpdate": output_factor_update,
     "SampleRows": sample_rows,
+    "FactorTrace": factor_trace,
     "DampingRelative": damping_relative,
     "DampingPi": damping_pi,
     "FactorInverse": factor_inverse,

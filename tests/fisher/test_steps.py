@@ -73,8 +73,9 @@ def step_model(preset: Preset) -> tuple[ir.Model, list[str]]:
         damping_a, damping_g = apply("DampingPi", total_a, Ghat, **split)
         refreshed, _ = apply("FactorInverse", Ghat, damping_g, value["root"])
     else:
-        share = {"rho": preset.damping.value, "vocab_size": V}
-        damping_a, damping_g = apply("DampingRelative", total_a, Ghat, **share)
+        (trace,) = apply("FactorTrace", Ghat)
+        (damping_a,) = apply("DampingRelative", total_a, rho=preset.damping.value, size=V)
+        (damping_g,) = apply("DampingRelative", trace, rho=preset.damping.value, size=D)
         root_of = (Ghat, damping_g, value["root"])
         refreshed, _ = apply("FactorInverseRoot", *root_of, iterations=preset.iterations(D))
     new["root"] = root = call("Where", refresh, refreshed, value["root"])

@@ -112,9 +112,24 @@ def test_one_thread_stages_get_sequential_scatters(toy: ModuleType) -> None:
 def test_a_branch_becomes_a_stage_with_a_condition(toy: ModuleType) -> None:
     refresh = stage(partition(toy.whole_step()), Slot.REFRESH)
     assert refresh.condition == "refresh"
-    assert refresh.outputs == ("root/now", "residual")
+    assert refresh.outputs == ("root/now", "residual", "damping_g")
     assert refresh.otherwise == {"root/now": "root", "residual": "zero"}
-    assert operators(refresh) == ["FactorInverseRoot"]
+    assert operators(refresh)[-1] == "FactorInverseRoot"
+
+
+def test_what_only_the_refresh_needs_runs_with_it(toy: ModuleType) -> None:
+    plan = partition(toy.whole_step())
+    assert operators(stage(plan, Slot.REFRESH))[:2] == ["FactorTrace", "DampingRelative"]
+    assert operators(stage(plan, Slot.GRADIENTS)).count("DampingRelative") == 1  # of A, for every step
+    watched = partition(toy.whole_step(), watch=["damping_g"])
+    assert operators(stage(watched, Slot.REFRESH)) == ["FactorInverseRoot"]
+    assert operators(stage(watched, Slot.GRADIENTS)).count("DampingRelative") == 2
+
+
+def test_the_optimizer_of_the_rest_does_not_wait_for_the_counts(toy: ModuleType) -> None:
+    plan = partition(toy.whole_step())
+    assert "Momentum" in operators(stage(plan, Slot.GRADIENTS))
+    assert "PreconditionRows" in operators(stage(plan, Slot.PRECONDITION))
 
 
 def test_renormalizing_comes_last_in_a_kept_step(toy: ModuleType) -> None:
@@ -203,8 +218,8 @@ def test_reads_in_a_writing_stage_run_before_it() -> None:
 
 
 def test_reading_a_table_after_it_is_written_is_an_error() -> None:
-    text = HEAD + "  W2 = ScatterND(W, i, x)\n  old = ReduceMax(W)\n  y = Mul(old, x)\n}"
-    model = small(text, [in_place("W", "W2")], {"W2": "count", "old": "precondition", "y": "precondition"})
+    text = HEAD + "  W2 = ScatterND(W, i, x)\n  y = Sub(W2, W)\n}"
+    model = small(text, [in_place("W", "W2")], {"W2": "count", "y": "precondition"})
     with pytest.raises(VerifyError, match="reads 'W' after it is overwritten in place"):
         partition(model, watch=["y"])
 

@@ -219,7 +219,9 @@ def _kfac_nodes(g: _Graph, vocab: int, renormalize_below: float) -> list[State]:
         decay=DECAY_G,
         debias=1,
     )
-    g.kfac("DampingRelative", ["total_a", "G/hat"], ["damping_a", "damping_g"], rho=RHO, vocab_size=vocab)
+    g.kfac("FactorTrace", ["G/hat"], ["trace"])
+    g.kfac("DampingRelative", ["total_a"], ["damping_a"], rho=RHO, size=vocab)
+    g.kfac("DampingRelative", ["trace"], ["damping_g"], rho=RHO, size=D)
     g.add("Mod", ["t/new", "three"], ["t3"])
     g.add("Equal", ["t3", "zero_i"], ["due"])
     g.add("LessOrEqual", ["t/new", "two_i"], ["early"])

@@ -1,6 +1,6 @@
 """Damping of the two factors.
 
-`DampingRelative` (preset half and its relatives): a fixed share rho of each factor's mean eigenvalue.
+`DampingRelative` (preset half and its relatives): a fixed share rho of a factor's mean eigenvalue.
 `DampingPi` (preset r1.7): λ split between the factors by the ratio of their mean eigenvalues,
 pi = sqrt((ΣA/V) / (tr G/D)), λ_A = sqrt(λ)·pi, λ_G = sqrt(λ)/pi.
 Source: spec sections 1 and 2; Martens & Grosse 2015, section 6.3.
@@ -12,22 +12,21 @@ from onnxscript import FLOAT  # noqa: TC002  onnxscript reads annotations
 
 from kfac_onnx.dialect.bodies.opsets import BOOL, F32, body, op
 
-__all__ = ["damping_pi", "damping_relative"]
+__all__ = ["damping_pi", "damping_relative", "factor_trace"]
 
 
 @body
-def damping_relative(total_a: FLOAT, G: FLOAT, rho: float, vocab_size: int):
-    """damping_a = rho·max(ΣA/V, 1e-30), damping_g = rho·max(tr G/D, 1e-30)."""
-    share = op.Constant(value_float=rho)
-    floor = op.Constant(value_float=1e-30)
-    V = op.Cast(op.Constant(value_int=vocab_size), to=F32)
-    trace = op.ReduceSum(
-        op.Where(op.Cast(op.EyeLike(G), to=BOOL), G, op.Constant(value_float=0.0)), keepdims=0
-    )
-    D = op.Cast(op.Squeeze(op.Shape(G, start=0, end=1)), to=F32)
-    damping_a = op.Mul(share, op.Max(op.Div(total_a, V), floor))
-    damping_g = op.Mul(share, op.Max(op.Div(trace, D), floor))
-    return damping_a, damping_g
+def factor_trace(G: FLOAT):
+    """Return tr G, the sum of the eigenvalues; entries beside the diagonal do not count, whatever they are."""
+    diagonal = op.Cast(op.EyeLike(G), to=BOOL)
+    return op.ReduceSum(op.Where(diagonal, G, op.Constant(value_float=0.0)), keepdims=0)
+
+
+@body
+def damping_relative(trace: FLOAT, rho: float, size: int):
+    """Compute rho·max(trace/size, 1e-30); the trace is ΣA of V rows, or tr G of D columns."""
+    mean = op.Div(trace, op.Cast(op.Constant(value_int=size), to=F32))
+    return op.Mul(op.Constant(value_float=rho), op.Max(mean, op.Constant(value_float=1e-30)))
 
 
 @body

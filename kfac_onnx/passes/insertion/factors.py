@@ -283,24 +283,25 @@ class TableFactors:
         return emit.node("Concat", parts, attributes={"axis": 0}, name="kept", dtype=FLOAT, shape=[None])
 
     def _dampings(self, total_a: ir.Value, ghat: ir.Value) -> tuple[ir.Value, ir.Value]:
-        preset = self.preset
+        draft, value = self.draft, self.preset.damping.value
         outs = [Out("damping_a", FLOAT, []), Out("damping_g", FLOAT, [])]
-        inputs = [total_a, ghat]
-        if preset.damping.kind == "relative":
-            made = self.draft.op(
-                "DampingRelative", inputs, outs, Phase.GRADIENTS, rho=preset.damping.value, vocab_size=self.V
-            )
-        else:
-            made = self.draft.op(
+        if self.preset.damping.kind == "pi":
+            damping_a, damping_g = draft.op(
                 "DampingPi",
-                inputs,
+                [total_a, ghat],
                 outs,
                 Phase.GRADIENTS,
-                damping=preset.damping.value,
+                damping=value,
                 vocab_size=self.V,
                 pi=1,
             )
-        return made[0], made[1]
+            return damping_a, damping_g
+        (trace,) = draft.op("FactorTrace", [ghat], [Out("trace", FLOAT, [])], Phase.GRADIENTS)
+        (damping_a,) = draft.op(
+            "DampingRelative", [total_a], outs[:1], Phase.GRADIENTS, rho=value, size=self.V
+        )
+        (damping_g,) = draft.op("DampingRelative", [trace], outs[1:], Phase.GRADIENTS, rho=value, size=self.D)
+        return damping_a, damping_g
 
     def _root(self, ghat: ir.Value, damping_g: ir.Value) -> ir.Value:
         preset, draft, emit = self.preset, self.draft, self.emit

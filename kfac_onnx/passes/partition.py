@@ -13,7 +13,7 @@ a session read a table that the same session writes (DESIGN section 8). Hence th
 | count        | always, one thread           | writes counts                                         |
 | refresh-read | always                       | what the refresh needs from the counts                |
 | refresh      | if its condition holds       | then-branches of the phase's `If` nodes, merged, and  |
-|              |                              | what only they need                                   |
+|              |                              | what only they need; small roots in one thread        |
 | precondition | always                       | what needs counts or roots: updates, the finite flag  |
 | commit       | if the step is kept          | one thread; writes tables (`commit-read` before it)   |
 | renormalize  | kept, if its condition holds | then-branches, merged; writes counts                  |
@@ -25,8 +25,9 @@ Empty stages do not exist, and gradients and precondition become one where nothi
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import onnx
 
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["Plan", "Slot", "Stage", "extract", "partition"]
+
+ALONE: Final = 128 * 128
+"""A root of so many entries takes one thread no longer than two (measured at D = 64 and 128)."""
 
 
 @dataclass(frozen=True)
@@ -270,12 +274,22 @@ def _branch_stage(
         model=built,
         inputs=stage.inputs,
         outputs=stage.outputs,
-        one_thread=False,
+        one_thread=slot == Slot.REFRESH and _is_small(source, outputs),
         condition=branch.condition,
         otherwise={name: other for name, other in branch.otherwise.items() if name in outputs},
         fixed={name: array for name, array in branch.fixed.items() if name in outputs},
         writes=stage.writes,
     )
+
+
+def _is_small(source: Source, names: Sequence[str]) -> bool:
+    """Return whether no value is larger than what a second thread is worth waking for (ALONE entries)."""
+    for name in names:
+        known = source.types.get(name)
+        dims = [] if known is None else [dim.dim_value for dim in known.type.tensor_type.shape.dim]
+        if not all(dims) or math.prod(dims) > ALONE:
+            return False
+    return True
 
 
 def extract(model: ir.Model | Plan, outputs: Sequence[str], *, inference: bool = True) -> onnx.ModelProto:

@@ -17,7 +17,7 @@ __all__ = ["damping_pi", "damping_relative", "factor_trace"]
 
 @body
 def factor_trace(G: FLOAT):
-    """Return tr G, the sum of the eigenvalues; entries beside the diagonal do not count, whatever they are."""
+    """Return tr G, the sum of the eigenvalues; entries off the diagonal do not count, whatever they are."""
     diagonal = op.Cast(op.EyeLike(G), to=BOOL)
     return op.ReduceSum(op.Where(diagonal, G, op.Constant(value_float=0.0)), keepdims=0)
 

@@ -57,7 +57,7 @@ def test_stages_of_the_toy(toy: ModuleType) -> None:
     assert [item.name for item in plan.stages] == [
         "gradients", "count", "refresh", "precondition", "commit", "undo",
     ]  # fmt: skip
-    assert [item.one_thread for item in plan.stages] == [False, True, False, False, True, True]
+    assert [item.one_thread for item in plan.stages] == [False, True, True, False, True, True]  # a small root
     assert operators(stage(plan, Slot.COUNT)) == ["InputFactorUpdate"]
     assert operators(stage(plan, Slot.COMMIT)) == ["ApplyRows"]
     assert operators(stage(plan, Slot.UNDO)) == ["WriteRows"]

@@ -79,15 +79,18 @@ def root_health(
     factor is made by nodes of another kind is left out.
     """
     nodes: dict[str, dict[str, onnx.NodeProto]] = {}
+    dampers: dict[str, onnx.NodeProto] = {}
+    wanted = {check.damping for check in checks}
     for item in items:
         site = next((entry.value for entry in item.node.metadata_props if entry.key == "kfac.site"), None)
         if item.node.domain == "ai.kfac" and site is not None:
             nodes.setdefault(site, {})[item.node.op_type] = item.node
+        dampers.update({name: item.node for name in item.node.output if name in wanted})
     found: list[RootHealth] = []
     for check in checks:
         own = [state for state in states if state.parameter == check.parameter]
         root = next((state.input for state in own if state.role == "root"), None)
-        damped = _damped(nodes.get(check.parameter, {}), own, value)
+        damped = _damped(nodes.get(check.parameter, {}), dampers.get(check.damping), own, value)
         if damped is None or root is None:
             continue
         factor, damping = damped
@@ -101,12 +104,14 @@ def _attributes(node: onnx.NodeProto) -> dict[str, float]:
 
 
 def _damped(
-    nodes: Mapping[str, onnx.NodeProto], states: Sequence[State], value: Callable[[str], np.ndarray]
+    nodes: Mapping[str, onnx.NodeProto],
+    damper: onnx.NodeProto | None,
+    states: Sequence[State],
+    value: Callable[[str], np.ndarray],
 ) -> tuple[np.ndarray, float] | None:
     """Return Ĝ in float64 and its damping, as the model's operators make them from the states."""
     update = nodes.get("OutputFactorUpdate")
-    damper = nodes.get("DampingRelative") or nodes.get("DampingPi")
-    if update is None or damper is None:
+    if update is None or damper is None or damper.op_type not in ("DampingRelative", "DampingPi"):
         return None
     G = np.asarray(value(update.input[0]), np.float64)
     count = np.asarray(value(update.input[1]))
@@ -114,8 +119,11 @@ def _damped(
     settings = _attributes(update)
     _, _, factor = TWINS["OutputFactorUpdate"](G, count, np.zeros((0, len(G))), nothing, 1.0, **settings)
     with np.errstate(all="ignore"):  # factors that are not finite are reported as such
-        total = _total_counts(nodes.get("InputFactorDecay"), states, value)
-        _, damping = TWINS[damper.op_type](total, factor, **_attributes(damper))
+        if damper.op_type == "DampingRelative":
+            (damping,) = TWINS["DampingRelative"](np.trace(factor), **_attributes(damper))
+        else:
+            total = _total_counts(nodes.get("InputFactorDecay"), states, value)
+            _, damping = TWINS["DampingPi"](total, factor, **_attributes(damper))
     return factor, float(damping)
 
 

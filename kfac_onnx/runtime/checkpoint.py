@@ -65,7 +65,7 @@ BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 
 
 class DamagedError(UserError):
-    """A checkpoint is not what was written, or cannot be read: an older one will do."""
+    """A file is not the checkpoint that was written, or cannot be read: an older one will do."""
 
 
 @dataclass(frozen=True)
@@ -179,17 +179,17 @@ def _system_error(error: Exception) -> OSError:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Return the contents of a checkpoint file.
 
-    Raises DamagedError when it is damaged or cannot be read, another UserError when there is no such file, or
-    it is no checkpoint, or one of another version.
+    Raises DamagedError when there is no such file, it is no checkpoint, damaged, or cannot be read; another
+    UserError when it is one of another version.
     """
     try:
         tensors, entries = safetensors_arrays(path)
         if KEY not in entries:
-            raise UserError(f"'{path}' is not a checkpoint of a training session")
+            raise DamagedError(f"'{path}' is not a checkpoint of a training session")
         text = entries[KEY]
         header: dict[str, Any] = json.loads(text)
     except FileNotFoundError as e:
-        raise UserError(f"there is no checkpoint '{path}'") from e
+        raise DamagedError(f"there is no checkpoint '{path}'") from e
     except (OSError, ValueError, KeyError) as e:
         raise _damaged(path, first_line(e)) from e
     written = header.get("version") if isinstance(header, dict) else None  # pyright: ignore[reportUnnecessaryIsInstance]  JSON

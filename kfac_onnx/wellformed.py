@@ -17,6 +17,7 @@ Source: the ONNX specification, docs/IR.md; the schemas of `onnx.defs`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -32,7 +33,9 @@ __all__ = ["all_tensors", "byte_size", "require_wellformed", "tensor_problem"]
 
 _MOST_NODES: Final = 200_000
 _GROWTH: Final = 100
-"""Inlined functions may make this many nodes, or as many times those of the file, whichever is more."""
+_MOST_WORK: Final = 50_000_000
+"""Inlined functions may make this many nodes, or as many times those of the file, whichever is more;
+and so many names may be tried until each has its own (some ten seconds)."""
 
 Key: TypeAlias = tuple[str, str]
 Body: TypeAlias = "onnx.GraphProto | onnx.FunctionProto"
@@ -143,11 +146,27 @@ def _function_problems(proto: onnx.ModelProto) -> Iterator[str]:
     written = len(own) + sum(map(len, functions.values()))
     if _expanded(own, sizes) > max(_MOST_NODES, _GROWTH * written):
         yield f"its functions multiply {written} nodes to more than {max(_MOST_NODES, _GROWTH * written)}"
+    elif _work_of_naming(own, functions, list(sizes)) > _MOST_WORK:
+        yield f"its functions multiply {written} nodes to too many of the same name"
 
 
 def _expanded(nodes: list[onnx.NodeProto], sizes: dict[Key, int]) -> int:
     """Return how many nodes these are once every call is replaced by the nodes of its function."""
     return sum(sizes.get((node.domain, node.op_type), 1) for node in nodes)
+
+
+def _work_of_naming(
+    own: list[onnx.NodeProto], functions: dict[Key, list[onnx.NodeProto]], callees_first: list[Key]
+) -> int:
+    """Return how many names are tried when functions are inlined: of n equal ones, the n-th is tried n times."""
+    times: Counter[Key] = Counter((node.domain, node.op_type) for node in own)
+    names: Counter[str] = Counter()
+    for key in reversed(callees_first):
+        for node in functions[key]:
+            times[node.domain, node.op_type] += times[key]
+            names[f"node {node.name}"] += times[key]
+            names.update(dict.fromkeys(node.output, times[key]))
+    return sum(count * count for count in names.values()) // 2
 
 
 # ------------------------------------------------------------------------------------------------- tensors

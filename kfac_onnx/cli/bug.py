@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import tempfile
 import traceback
@@ -29,7 +30,7 @@ def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> 
     """
     details = {
         "command": ["kfac-onnx", *arguments],
-        "files": [_described(Path(word)) for word in arguments if Path(word).is_file()],
+        "files": [_described(Path(word)) for word in arguments if os.path.isfile(word)],  # noqa: PTH113  it never raises
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": platform.platform(),

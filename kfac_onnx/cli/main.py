@@ -6,6 +6,7 @@ A verb's module is imported when the verb is called, so that `--help` stays fast
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import sys
@@ -15,6 +16,7 @@ import click
 
 from kfac_onnx.cli.output import say
 from kfac_onnx.errors import UserError, VerifyError, did_you_mean
+from kfac_onnx.shown import safe_line
 
 __all__ = ["VERBS", "cli", "main"]
 
@@ -125,11 +127,19 @@ def _run(arguments: list[str] | None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; there is nobody to tell
         return FINE
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG:
+            return _bug(e, arguments)
+        say(safe_line(f"error: '{e.filename}' is too long for the name of a file"), err=True)
+        return USER
     except Exception as e:  # the outermost frame: whatever reaches it is a bug to report
-        from kfac_onnx.cli.bug import report
-
-        report(
-            e, arguments if arguments is not None else sys.argv[1:], broken_pass=isinstance(e, VerifyError)
-        )
-        return BUG
+        return _bug(e, arguments)
     return result if isinstance(result, int) else FINE
+
+
+def _bug(error: Exception, arguments: list[str] | None) -> int:
+    from kfac_onnx.cli.bug import report
+
+    given = arguments if arguments is not None else sys.argv[1:]
+    report(error, given, broken_pass=isinstance(error, VerifyError))
+    return BUG

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import onnx_ir as ir
@@ -26,6 +26,7 @@ __all__ = ["problems_of", "require_sound"]
 
 DIALECT: Final = "ai.kfac"
 
+_PHASES: Final = frozenset(str(phase) for phase in metadata.Phase)
 _SHOWN: Final = 5
 """Problems that an error lists."""
 
@@ -102,6 +103,9 @@ def _graph_problems(
                 scope.add(id(value))
             elif value.uses() or value.is_graph_output():
                 yield f"{_label(node)} has an output that is used but has no name"
+        phase = node.metadata_props.get("kfac.phase")
+        if phase is not None and phase not in _PHASES:
+            yield f"{_label(node)} is of no known phase: '{phase}'"
         if node.domain == DIALECT:
             yield from (f"{_label(node)}: {problem}" for problem in _dialect_problems(node))
     for value in graph.outputs:
@@ -155,7 +159,11 @@ def _metadata_problems(model: ir.Model, names: dict[str, Owner]) -> Iterator[str
     inputs = {value.name for value in model.graph.inputs}
     outputs = {value.name for value in model.graph.outputs}
     values = {value.name: value for value in model.graph.inputs}
-    for state in metadata.read_list(model, "state", metadata.State):
+    states = metadata.read_list(model, "state", metadata.State)
+    for name, count in Counter(state.input for state in states).items():
+        if count > 1:
+            yield f"kfac.state names '{name}' {count} times"
+    for state in states:
         yield from _state_problems(state, values.get(state.input))
         if state.input not in inputs:
             yield f"kfac.state: '{state.input}' is not an input of the graph"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kfac_onnx.errors import first_line
+from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.runtime.tensors import Buffer, Device, element_type, host_value, open_session
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ class Engine:
         }
         self._location = [0] * len(self._holders)
         self.runners = [self._open(stage, providers, threads) for stage in plan.stages]
+        self._require_sources()
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -181,6 +182,18 @@ class Engine:
             self._otherwise[name] = constant
         used = sorted({port.holder for port in (*inputs, *outputs) if port.holder is not None})
         return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose))
+
+    def _require_sources(self) -> None:
+        """Raise UserError for a stage that reads what neither a stage before it nor the caller gives."""
+        made: set[str] = set()
+        for runner in self.runners:
+            for port in runner.inputs:
+                if port.flow and port.name not in made and port.name not in self._otherwise:
+                    raise UserError(
+                        f"the input '{port.name}' has no value: it is neither a state of the step nor in its batch",
+                        help="make the model again from the training graph that its exporter wrote",
+                    )
+            made.update(runner.loose)
 
     def _output_port(self, name: str, shape: tuple[object, ...], *, conditional: bool) -> _Port:
         if name in self._plan.versions:

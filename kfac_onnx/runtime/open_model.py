@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import UserError, VerifyError, first_line
 from kfac_onnx.files import load_model
 from kfac_onnx.metadata import Loss, Parameter, Site
 from kfac_onnx.passes.partition import partition
@@ -48,10 +48,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
+    from kfac_onnx.passes.partition import Plan
     from kfac_onnx.runtime.schedules import Schedule
     from kfac_onnx.runtime.stored import Array
 
 __all__ = ["OpenModel"]
+
+
+def _divided(model: ir.Model, watch: list[str], name: str) -> Plan:
+    """Return the stages of a step; UserError where what the file says of its phases contradicts its nodes."""
+    try:
+        return partition(model, watch=watch)
+    except VerifyError as e:
+        raise UserError(
+            f"{name} cannot be divided into phases: {first_line(e)}",
+            help="make it again from the training graph that its exporter wrote",
+        ) from e
 
 
 class OpenModel:
@@ -82,7 +94,7 @@ class OpenModel:
         checks = [check for check in step.id_checks if check.negatives == "reject" or not self._device.is_cpu]
         watch = [check.ids for check in checks]
         self._extra = own_outputs(loaded, step)
-        plan = partition(loaded, watch=[*watch, *self._extra])
+        plan = _divided(loaded, [*watch, *self._extra], name)
         parts = [stage.model for stage in plan.stages]
         self._random = RandomKeys(
             make_stateless(parts, plan.source.types) if self._device.is_cpu else (), seed

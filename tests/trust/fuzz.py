@@ -278,6 +278,7 @@ def fuzz(numbers: range, seed: int, jobs: int) -> Tally:
                 if worker.process.stdout not in ready and time.monotonic() > worker.until:
                     answer = {"verdict": "failed", "problem": f"hang: no end after {SECONDS:g} s"}
                     worker.process.kill()
+                    worker.process.wait()
                     _collect(workers, worker, answer, tally, waiting, seed)
     finally:
         for worker in workers:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import onnx_ir as ir
 
 from kfac_onnx.dialect.operators import DOMAIN, OPERATORS, VERSION
+from kfac_onnx.dialect.stable import stabilize
 from kfac_onnx.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def _proto(name: str, variant: Variant) -> onnx.FunctionProto:
     proto: onnx.FunctionProto = getattr(module, function_name).to_function_proto()
     proto.name = name
     proto.doc_string = OPERATORS[name].meaning
+    stabilize(proto)
     return proto
 
 

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/prefetch/run.py [--rounds 15] [--steps 40]
 
 Users and items are int32 in the files, so making a batch is shuffling, indexing and widening. In each round
-every depth trains the same batches, one depth after the other in a rotating order.
+every depth trains the same batches, one depth after the other in a rotating order; the ratios are medians of
+a depth's time over depth 0's in the same round.
 """
 
 from __future__ import annotations
@@ -60,20 +61,26 @@ def main() -> None:
     values["bias"] = np.zeros((), np.float32)
     model = transform(GRAPH, lr=1e-3)
     names = " | ".join(f"depth {depth}" for depth in DEPTHS)
-    print(f"| examples | files | threads | {names} | depth 2 / 0 |")
-    print("|---" * (len(DEPTHS) + 4) + "|")
+    ratios = " | ".join(f"{depth} / 0" for depth in DEPTHS[1:])
+    print(f"| examples | files | threads | {names} | {ratios} |")
+    print("|---" * (2 * len(DEPTHS) + 2) + "|")
     with tempfile.TemporaryDirectory() as place:
         for shards in (1, 20):
             folder = write_data(Path(place) / str(shards), shards)
             for size, threads in ((4096, 2), (4096, 1), (16384, 2)):
                 with TrainingSession(model, parameters=values, threads=threads) as session:
                     times = measure(session, folder, size, options.rounds, options.steps)
-                cells = " | ".join(f"{times[depth]:.2f}" for depth in DEPTHS)
-                print(f"| {size} | {shards} | {threads} | {cells} | {times[2] / times[0]:.2f} |", flush=True)
+                cells = [f"{statistics.median(times[depth]):.2f}" for depth in DEPTHS]
+                for depth in DEPTHS[1:]:
+                    pairs = zip(times[depth], times[0], strict=True)
+                    cells.append(f"{statistics.median(one / none for one, none in pairs):.2f}")
+                print(f"| {size} | {shards} | {threads} | {' | '.join(cells)} |", flush=True)
 
 
-def measure(session: TrainingSession, folder: Path, size: int, rounds: int, steps: int) -> dict[int, float]:
-    """Return the median over rounds of the milliseconds per step, by depth."""
+def measure(
+    session: TrainingSession, folder: Path, size: int, rounds: int, steps: int
+) -> dict[int, list[float]]:
+    """Return the milliseconds per step of each round, by depth; the first round warms up and is left out."""
     batches = Batches(folder, size, seed=0)
     times: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
     for turn in range(rounds):
@@ -85,7 +92,7 @@ def measure(session: TrainingSession, folder: Path, size: int, rounds: int, step
                 for batch in ready:
                     session.step(batch)
                 times[depth].append(1e3 * (time.perf_counter() - start) / steps)
-    return {depth: statistics.median(found[1:]) for depth, found in times.items()}
+    return {depth: found[1:] for depth, found in times.items()}
 
 
 if __name__ == "__main__":

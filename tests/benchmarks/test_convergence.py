@@ -19,7 +19,7 @@ def scripts() -> Iterator[dict[str, Any]]:
     """Import the scripts, which find each other by name in their folder."""
     import importlib
 
-    names = ("grid", "sweep", "report")
+    names = ("grid", "sweep", "report", "partial_statistics")
     sys.path.insert(0, str(FOLDER))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -91,3 +91,24 @@ def test_half_needs_fewer_steps_on_each_seed_of_the_committed_sweep(
     swept = {setting for setting, _ in runs}
     for preset in ("plain-adam", "plain-adagrad", "half"):
         assert scripts["grid"].edges(result.tuned[preset].setting, swept) == []
+
+
+def test_partial_statistics_cost_what_is_claimed(scripts: dict[str, Any]) -> None:
+    """The defaults are the sweep's run to the last digit; a sample costs nothing, fewer steps little."""
+    script = scripts["partial_statistics"]
+    runs, swept = script.read(), scripts["sweep"].read()
+    assert len(runs) == 27
+    level = dict(zip((0, 1, 2), scripts["report"].compare(swept, "constant").levels, strict=True))
+    for (rows, every, seed), run in runs.items():
+        whole = swept[script.SETTING, seed]
+        if (rows, every) == (None, 1):
+            assert (run["at"], run["losses"]) == (whole["at"], whole["losses"])
+        curve, other = (script.Curve(tuple(item["at"]), tuple(item["losses"])) for item in (run, whole))
+        assert run["skipped"] == 0
+        assert abs(curve.first_below(level[seed]) / other.first_below(level[seed]) - 1) <= 0.03
+        assert curve.best - other.best <= (0.004 if every == 1 else 0.012)
+
+
+def test_the_table_of_partial_statistics_is_the_committed_one(scripts: dict[str, Any]) -> None:
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(scripts["partial_statistics"].table()) in page

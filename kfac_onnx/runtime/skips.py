@@ -38,7 +38,17 @@ __all__ = ["Cause", "Kind", "SkipFinder", "advice", "look_at", "reasons"]
 _log = logging.getLogger(__name__)
 
 Kind = Literal[
-    "input", "constant", "parameter", "loss", "prediction", "gradient", "factor", "root", "update", "state"
+    "input",
+    "constant",
+    "parameter",
+    "loss",
+    "prediction",
+    "gradient",
+    "factor",
+    "damping",
+    "root",
+    "update",
+    "state",
 ]
 
 PIECE: Final = 1 << 22
@@ -55,6 +65,7 @@ _WORDS: Final[Mapping[Kind, str]] = {
     "prediction": "prediction",
     "gradient": "gradient of",
     "factor": "new factor",
+    "damping": "damping of the factor of",
     "root": "inverse root",
     "update": "update of",
     "state": "new state",
@@ -187,7 +198,7 @@ class _Probe:
     @property
     def follows(self) -> bool:
         """Whether other values of the parameter come before it."""
-        return self.kind in ("factor", "root", "update", "state")
+        return self.kind in ("factor", "damping", "root", "update", "state")
 
 
 class SkipFinder:
@@ -347,7 +358,7 @@ def _probes(plan: Plan, sites: Mapping[str, Site], parameters: Iterable[Paramete
             own = flagged.pop(parameter.gradient, None) is not None
             yield _Probe("gradient", name, parameter.gradient, name, flagged=own)
     found = [_flagged_probe(plan, sites, value, name) for value, name in flagged.items()]
-    order: tuple[Kind, ...] = ("factor", "root", "update", "state")
+    order: tuple[Kind, ...] = ("factor", "damping", "root", "update", "state")
     yield from sorted(found, key=lambda probe: order.index(probe.kind))
 
 
@@ -358,6 +369,8 @@ def _flagged_probe(plan: Plan, sites: Mapping[str, Site], value: str, name: str)
     if state is not None and state.role != "parameter":
         kind: Kind = kinds.get(state.role, "state")
         return _Probe(kind, state.input, value, str(state.parameter), flagged=True)
+    if any(check.damping == value for check in plan.step.root_checks):
+        return _Probe("damping", name, value, name, flagged=True)
     site = sites.get(name)
     rows = site is not None and site.dense is None and state is None
     ids = site.ids if site is not None and rows else None

@@ -173,6 +173,32 @@ def test_a_factor_that_overflows_alone(graph_case: Callable[..., Any]) -> None:
     ]
 
 
+def test_a_factor_whose_trace_overflows_is_skipped_at_once(graph_case: Callable[..., Any]) -> None:
+    """Kept at a step without a refresh, it would make each later step a refresh that fails, for ever."""
+    case = graph_case("ortart_legcore__twotower")
+    session = case.open()
+    for _ in range(2):
+        session.step(case.batches[0])
+    signs = np.resize([1, -1], 16)  # entries are finite, and so is their sum
+    factor = session._holders["kfac/user_emb.weight/G"].live
+    before = factor.read()
+    factor.write(np.outer(signs, signs) * 9e36)
+    assert texts(session.step(case.batches[0])) == ["damping of the factor of 'user_emb.weight' is infinite"]
+    factor.write(before)
+    assert session.step(case.batches[0])["skipped"] is False
+
+
+@pytest.mark.parametrize("rest", ["sgd", "adam", "momentum", "adagrad"])
+def test_weights_beyond_half_precision_are_skipped(graph_case: Callable[..., Any], rest: str) -> None:
+    """70000 is finite in float32, where the step is computed, and infinite in float16, where it is stored."""
+    case = graph_case("ortart_dyncore__nplm_fp16", rest=rest, rest_lr=1e7)
+    session = case.open()
+    before = {key: array.tobytes() for key, array in session.states.items()}
+    found = texts(session.step(case.batches[0]))
+    assert all(text.startswith("update of 'core.") for text in found)
+    assert {key: array.tobytes() for key, array in session.states.items()} == before
+
+
 @pytest.mark.parametrize("name", ["ortart_dyncore__nplm_fp16", "ortart_dyncore__nplm_bf16"])
 def test_half_precision_graphs(graph_case: Callable[..., Any], name: str) -> None:
     case = graph_case(name)

@@ -338,7 +338,8 @@ class TableFactors:
         )
         draft.remember(root, residual)
         draft.keep(old, root, Phase.REFRESH)
-        draft.flag(root)
+        # A trace beyond float32 is a skip at once: kept, it would make every refresh from then on fail.
+        draft.flag(root, damping_g)
         draft.roots.append(
             RootCheck(
                 parameter=self.site.parameter,

@@ -50,6 +50,7 @@ def keep_parameter(draft: Draft, weight: ir.Value, new: ir.Value) -> None:
         new = emit.node(
             "Cast", [new], attributes={"to": weight.dtype}, name="new", dtype=weight.dtype, shape=weight.shape
         )
+        draft.flag(new)  # what is finite in float32 may be beyond half precision
     draft.keep(weight, new, Phase.PRECONDITION)
 
 

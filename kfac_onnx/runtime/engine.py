@@ -263,6 +263,8 @@ class Engine:
                     binding.bind_ortvalue_input(port.name, value)
             elif port.flow:
                 binding.bind_ortvalue_input(port.name, self.value(port.name))
+            elif port.name in self._scalars and not self._device.is_cpu:  # binding copied what it was
+                binding.bind_ortvalue_input(port.name, self._scalars[port.name])
         for name in runner.loose:
             if name in self._host:
                 binding.bind_output(name, "cpu", 0)

@@ -145,6 +145,7 @@ class OpenModel:
             self._constants,
             self.batch_inputs,
             self._providers,
+            self._random,
             sites=metadata.read_list(loaded, "sites", Site),
             parameters=metadata.read_list(loaded, "parameters", Parameter),
         )

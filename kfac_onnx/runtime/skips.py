@@ -2,8 +2,9 @@
 
 Looked for after the skip alone, so that kept steps pay nothing: what the step still holds (new factors,
 roots, the loss, updates) is read from its buffers, the rest (gradients, looked-up rows) is computed once more
-from the same batch and the parameters, which the skip left as they were. Random operators (Dropout) then draw
-other values, so what such a graph shows may differ in detail; nothing found is said as such.
+from the same batch and the parameters, which the skip left as they were. Random operators (Dropout) draw the
+same values again; ONNX Runtime's own (see `stateless`) draw others, so what such a graph shows may differ in
+detail; nothing found is said as such.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from kfac_onnx.passes.partition import extract
+from kfac_onnx.runtime.random_nodes import KEYS
+from kfac_onnx.runtime.stateless import make_stateless
 from kfac_onnx.runtime.tensors import BFLOAT16, numpy_dtype, open_session
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from kfac_onnx.providers import Providers
     from kfac_onnx.runtime.batches import BatchInput
     from kfac_onnx.runtime.engine import Engine
+    from kfac_onnx.runtime.stateless import RandomKeys, RandomOperator
     from kfac_onnx.runtime.tensors import Buffer
 
     Ready = Mapping[str, np.ndarray | ort.OrtValue]
@@ -205,7 +209,7 @@ class SkipFinder:
     """Finds the causes of a skipped step; it costs nothing before the first one.
 
     Args:
-        plan, engine, constants, inputs, providers: those of the session.
+        plan, engine, constants, inputs, providers, random: those of the session.
         sites, parameters: what the model says of its tables and trained parameters.
 
     """
@@ -217,6 +221,7 @@ class SkipFinder:
         constants: Mapping[str, Buffer],
         inputs: Sequence[BatchInput],
         providers: Providers,
+        random: RandomKeys,
         *,
         sites: Sequence[Site],
         parameters: Sequence[Parameter],
@@ -230,7 +235,8 @@ class SkipFinder:
         self._parameters = parameters
         self._probes: list[_Probe] | None = None
         self._constant_causes: list[Cause] | None = None
-        self._session: tuple[tuple[str, ...], ort.InferenceSession] | None = None
+        self._random = random
+        self._session: tuple[tuple[str, ...], ort.InferenceSession, list[RandomOperator]] | None = None
 
     def find(self, batch: Mapping[str, np.ndarray], ready: Ready) -> tuple[Cause, ...]:
         """Return what was not finite in the step that was just skipped, the earliest in the graph first.
@@ -308,8 +314,10 @@ class SkipFinder:
         try:
             if self._session is None or self._session[0] != names:
                 model = extract(self._plan, names, inference=False)
-                self._session = (names, open_session(model, self._providers, threads=1))
-            session = self._session[1]
+                drawn = make_stateless([model], self._plan.source.types) if len(self._random) else []
+                self._session = (names, open_session(model, self._providers, threads=1), drawn)
+            _, session, drawn = self._session
+            batch = {**batch, KEYS: self._random.of(drawn)}
             binding = session.io_binding()
             for info in session.get_inputs():
                 value = batch[info.name] if info.name in batch else self._engine.value(info.name)

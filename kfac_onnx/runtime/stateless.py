@@ -47,6 +47,7 @@ class RandomKeys:
     def __init__(self, operators: Iterable[RandomOperator], seed: int | None) -> None:
         self._operators = tuple(operators)
         self._seed = seed
+        self._position = 0
         self.entropy: int = secrets.randbits(63)
         self.array = np.zeros(len(self._operators), np.uint64)
 
@@ -55,11 +56,18 @@ class RandomKeys:
 
     def set(self, position: int) -> None:
         """Write the keys of a data position."""
-        for index, item in enumerate(self._operators):
-            own = f"entropy {self.entropy}" if item.seed is None else f"exporter {item.seed}"
-            seed = own if self._seed is None else f"seed {self._seed}"
-            digest = hashlib.sha256(f"{seed}, position {position}, {item.name}".encode()).digest()
-            self.array[index] = int.from_bytes(digest[:8], "little")
+        self._position = position
+        self.array[:] = self.of(self._operators)
+
+    def of(self, operators: Iterable[RandomOperator]) -> np.ndarray:
+        """Return the keys of operators, in whatever part of the graph, at the position that was set last."""
+        return np.array([self._key(item) for item in operators], np.uint64)
+
+    def _key(self, item: RandomOperator) -> int:
+        own = f"entropy {self.entropy}" if item.seed is None else f"exporter {item.seed}"
+        seed = own if self._seed is None else f"seed {self._seed}"
+        digest = hashlib.sha256(f"{seed}, position {self._position}, {item.name}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
 
 
 def make_stateless(

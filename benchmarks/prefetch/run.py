@@ -25,6 +25,7 @@ import numpy as np
 from kfac_onnx import TrainingSession, transform
 from kfac_onnx.runtime.batches import as_inputs
 from kfac_onnx.runtime.data import Batches
+from kfac_onnx.runtime.file_batches import FileBatches
 from kfac_onnx.runtime.prefetch import prefetched
 
 GRAPH = Path(__file__).parents[1] / "step_cost" / "mf_100000.onnx"
@@ -38,7 +39,7 @@ def write_data(folder: Path, shards: int) -> Path:
     folder.mkdir()
     for shard in range(shards):
         count = EXAMPLES // shards
-        np.savez(
+        np.savez_compressed(
             folder / f"{shard:03}.npz",
             users=rng.integers(0, VOCABULARY, count, dtype=np.int32),
             items=rng.integers(0, VOCABULARY, count, dtype=np.int32),
@@ -65,11 +66,13 @@ def main() -> None:
     print(f"| examples | files | threads | {names} | {ratios} |")
     print("|---" * (2 * len(DEPTHS) + 2) + "|")
     with tempfile.TemporaryDirectory() as place:
-        for shards in (1, 20):
-            folder = write_data(Path(place) / str(shards), shards)
-            for size, threads in ((4096, 2), (4096, 1), (16384, 2)):
+        for shards, size in ((1, 4096), (1, 16384), (20, 4096), (EXAMPLES // 4096, 4096)):
+            folder = write_data(Path(place) / f"{shards} of {size}", shards)
+            each = shards > EXAMPLES // 8192
+            data = FileBatches(folder, seed=0) if each else Batches(folder, size, seed=0)
+            for threads in (1, 2):
                 with TrainingSession(model, parameters=values, threads=threads) as session:
-                    times = measure(session, folder, size, options.rounds, options.steps)
+                    times = measure(session, data, options.rounds, options.steps)
                 cells = [f"{statistics.median(times[depth]):.2f}" for depth in DEPTHS]
                 for depth in DEPTHS[1:]:
                     pairs = zip(times[depth], times[0], strict=True)
@@ -77,17 +80,15 @@ def main() -> None:
                 print(f"| {size} | {shards} | {threads} | {' | '.join(cells)} |", flush=True)
 
 
-def measure(
-    session: TrainingSession, folder: Path, size: int, rounds: int, steps: int
-) -> dict[int, list[float]]:
+def measure(session: TrainingSession, batches: Batches, rounds: int, steps: int) -> dict[int, list[float]]:
     """Return the milliseconds per step of each round, by depth; the first round warms up and is left out."""
-    batches = Batches(folder, size, seed=0)
     times: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
     for turn in range(rounds):
         for shift in range(len(DEPTHS)):
             depth = DEPTHS[(turn + shift) % len(DEPTHS)]
-            supply = islice(batches.since(turn * steps), steps)
+            supply = islice(batches.since(turn * steps), steps + 1)
             with prefetched(supply, depth, lambda batch: as_inputs(batch, session.batch_inputs)) as ready:
+                session.step(next(ready))  # the first batch of a run shuffles an epoch
                 start = time.perf_counter()
                 for batch in ready:
                     session.step(batch)

@@ -55,12 +55,12 @@ NAN_EVERY, HUGE_EVERY, ONE_EVERY, SAME_EVERY = 97, 211, 13, 17
 LIMITS: Final = {
     "rss_growth": 24.0,  # MB after the first window: the allocator's own slack, measured 0 to 6
     "scale": 2.0**-20,
-    "min_eigenvalue": -1e-5,  # 16 rows a batch, condition beyond 1e7: rounding, eps · D
+    "min_eigenvalue": -1e-6,  # rounding of entries, eps/2 · √D; measured -1e-7
     "asymmetry": 1e-6,
-    "drift_a": 1e-4,  # float32 increments; what renormalization loses decays with the counts
-    "drift_g": 1e-4,  # 20 steps of memory at decay 0.95, roundings of eps each
+    "drift_a": 2e-5,  # float32 increments, some 300 in the memory of decay 0.99; measured 2e-6
+    "drift_g": 2e-5,  # 20 steps of memory at decay 0.95, roundings of eps each; measured 3e-6
     "drift_history": 1e-3,  # a sum of 1e5 squares in float32 (adagrad); decaying windows (adaptive)
-    "root": 1e-3,  # the root's tolerance 2·eps·(1 + D/ρ) = 4e-4; r1.7's inverse is exact to eps
+    "root": 5e-4,  # the root's tolerance 2·eps·(1 + D/ρ) = 4e-4; r1.7's inverse is exact to eps
     "update": 2e-4,  # rounding of entries 1e4 times smaller than the row's largest, which cancel in rows · root
 }
 """What a line may show. Below is worse for `scale` and `min_eigenvalue`, above for the rest."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -138,7 +139,10 @@ def safetensors_arrays(path: str | Path) -> tuple[dict[str, StoredArray], dict[s
     Raises ValueError when the file is not one, OSError when it cannot be read.
     """
     place = Path(path)
-    size = place.stat().st_size
+    about = place.stat()
+    size = about.st_size
+    if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):  # a folder says so when it is opened
+        raise ValueError("it is no regular file")  # a pipe would be waited for
     with place.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size

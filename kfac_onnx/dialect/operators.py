@@ -85,10 +85,17 @@ _TABLE = (
         "OutputFactorUpdate",
         "average the batch's second moment of gradient rows into G",
         "output_factor.output_factor_update",
-        "G:f32[D,D] count:i64[] rows:f32[N,D] lookups:f32[] scale:f32[] -> "
-        "G:f32[D,D] count:i64[] Ghat:f32[D,D]",
-        (_DECAY, _DEBIAS),
-        cost=lambda s: (2 * s.N * s.D**2 + 8 * s.D**2, 4 * s.N * s.D + 32 * s.D**2),
+        "G:f32[D,D] count:i64[] rows:f32[N,D] lookups:f32[] scale:f32[] -> G:f32[D,D] count:i64[]",
+        (_DECAY,),
+        cost=lambda s: (2 * s.N * s.D**2 + 6 * s.D**2, 4 * s.N * s.D + 28 * s.D**2),
+    ),
+    _operator(
+        "FactorDebias",
+        "take the start out of a factor's average",
+        "output_factor.factor_debias",
+        "G:f32[D,D] count:i64[] -> Ghat:f32[D,D]",
+        (_DECAY,),
+        cost=lambda s: (s.D**2, 8 * s.D**2),
     ),
     _operator(
         "SampleRows",

@@ -152,9 +152,9 @@ class FullyConnectedKroneckerFactor:
         if self._settings.zero_debias and not self._settings.start_at_zero:
             first = call("Equal", self._count.value, constant(0, np.int64))
             start = call("Where", first, constant(0.0), start)
-        debias = int(self._settings.zero_debias)
         state = (start, self._count.value, rows, lookups, constant(1.0))
-        G, count, Ghat = apply("OutputFactorUpdate", *state, decay=ema_decay, debias=debias)
+        G, count = apply("OutputFactorUpdate", *state, decay=ema_decay)
+        Ghat = apply("FactorDebias", G, count, decay=ema_decay)[0] if self._settings.zero_debias else G
         return Update(assignments=((self._G, G), (self._count, count), (self._Ghat, Ghat)))
 
     def _batch(self) -> tuple[ir.Value, ir.Value]:

@@ -53,7 +53,7 @@ def input_factor_decay(
         total = decay * total + (1 - decay) * (1.0 if normalize else lookups)
         count = count + 1
         increment = (1 - decay) / (scale * (lookups if normalize else 1.0))
-    correction = _correction(decay, int(count), debias)
+    correction = _correction(decay, max(int(count), 1), debias)
     return (scale, total, count, np.asarray(increment), scale * correction, total * correction)
 
 
@@ -72,13 +72,17 @@ def input_factor_average(
 
 
 def output_factor_update(
-    G: Array, count: Array, rows: Array, lookups: Array, scale: Array, *, decay: float, debias: int
+    G: Array, count: Array, rows: Array, lookups: Array, scale: Array, *, decay: float
 ) -> tuple[Array, ...]:
     """G ← decay·G + (1−decay)·scale·gᵀg/lookups."""
     if not lookups > 0:
-        return (G, count, G * _correction(decay, int(count), debias))
-    new = decay * G + (1 - decay) * scale * (rows.T @ rows) / lookups
-    return (new, count + 1, new * _correction(decay, int(count) + 1, debias))
+        return (G, count)
+    return (decay * G + (1 - decay) * scale * (rows.T @ rows) / lookups, count + 1)
+
+
+def factor_debias(G: Array, count: Array, *, decay: float) -> tuple[Array, ...]:
+    """Ĝ = G / (1 − decay^count)."""
+    return (G * _correction(decay, int(count), 1),)
 
 
 def sample_rows(total: Any, size: Any, turn: Any) -> tuple[Array, ...]:
@@ -240,6 +244,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "InputFactorUpdate": input_factor_update,
     "InputFactorAverage": input_factor_average,
     "OutputFactorUpdate": output_factor_update,
+    "FactorDebias": factor_debias,
     "SampleRows": sample_rows,
     "FactorTrace": factor_trace,
     "DampingRelative": damping_relative,

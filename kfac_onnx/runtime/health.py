@@ -115,9 +115,8 @@ def _damped(
         return None
     G = np.asarray(value(update.input[0]), np.float64)
     count = np.asarray(value(update.input[1]))
-    nothing = np.float64(0.0)
-    settings = _attributes(update)
-    _, _, factor = TWINS["OutputFactorUpdate"](G, count, np.zeros((0, len(G))), nothing, 1.0, **settings)
+    debias = nodes.get("FactorDebias")
+    factor = G if debias is None else TWINS["FactorDebias"](G, count, **_attributes(debias))[0]
     with np.errstate(all="ignore"):  # factors that are not finite are reported as such
         if damper.op_type == "DampingRelative":
             (damping,) = TWINS["DampingRelative"](np.trace(factor), **_attributes(damper))

@@ -59,13 +59,14 @@ CASES = [
     Case("repeated", "InputFactorAverage", (COUNTS, IDS, [1, 0, 1, 1, 1], 5.0), {"decay": 0.3}),
     Case("replace", "InputFactorAverage", (COUNTS, IDS, [1, 0, 1, 1, 1], 5.0), {"decay": 0.0}),
     Case("none", "InputFactorAverage", (COUNTS, NO_IDS, [], 0.0), {"decay": 0.3}),
-    Case("first", "OutputFactorUpdate", (np.zeros((D, D)), 0, ROWS, 5.0, 1.0), {"decay": 0.95, "debias": 1}),
-    Case("later", "OutputFactorUpdate", (G, 7, ROWS, 3.0, 4.0), {"decay": 0.95, "debias": 1}),
-    Case("biased", "OutputFactorUpdate", (G, 7, ROWS, 5.0, 9.0), {"decay": 0.95, "debias": 0}),
-    Case("one", "OutputFactorUpdate", (G, 7, ROWS[:1], 1.0, 1.0), {"decay": 0.0, "debias": 0}),
-    Case("none", "OutputFactorUpdate", (G, 7, NONE, 0.0, 1.0), {"decay": 0.95, "debias": 1}),
-    Case("never", "OutputFactorUpdate", (G, 0, NONE, 0.0, 1.0), {"decay": 0.95, "debias": 1}),
-    Case("zero", "OutputFactorUpdate", (G, 3, 0 * ROWS, 5.0, 1.0), {"decay": 0.95, "debias": 1}),
+    Case("first", "OutputFactorUpdate", (np.zeros((D, D)), 0, ROWS, 5.0, 1.0), {"decay": 0.95}),
+    Case("later", "OutputFactorUpdate", (G, 7, ROWS, 3.0, 4.0), {"decay": 0.95}),
+    Case("one", "OutputFactorUpdate", (G, 7, ROWS[:1], 1.0, 1.0), {"decay": 0.0}),
+    Case("none", "OutputFactorUpdate", (G, 7, NONE, 0.0, 1.0), {"decay": 0.95}),
+    Case("zero", "OutputFactorUpdate", (G, 3, 0 * ROWS, 5.0, 1.0), {"decay": 0.95}),
+    Case("first", "FactorDebias", (G, 1), {"decay": 0.95}),
+    Case("later", "FactorDebias", (G, 7), {"decay": 0.95}),
+    Case("never", "FactorDebias", (G, 0), {"decay": 0.95}),
     Case("usual", "SampleRows", (100, 7, 3)),
     Case("all", "SampleRows", (5, 8, 12345)),
     Case("long", "SampleRows", (100_000, 300, 10**7)),
@@ -275,7 +276,5 @@ def test_safe_scatters_are_right_with_four_threads(run_operator: Runner) -> None
 
 def test_two_towers_of_the_same_rows_leave_a_symmetric_factor(run_operator: Runner) -> None:
     rows = np.random.default_rng(5).normal(size=(333, 37))
-    found = run_operator(
-        "OutputFactorUpdate", (np.zeros((37, 37)), 0, rows, 333.0, 1.0), {"decay": 0.95, "debias": 1}
-    )
+    found = run_operator("OutputFactorUpdate", (np.zeros((37, 37)), 0, rows, 333.0, 1.0), {"decay": 0.95})
     assert np.array_equal(found[0], found[0].T)

@@ -53,7 +53,8 @@ def step_model(preset: Preset) -> tuple[ir.Model, list[str]]:
     debias, lr = int(preset.debias), constant(LR)
     c = constant(C**2 if preset.scale_gradients else 1.0)
     moment = (value["G"], value["g_count"], rows, lookups, c)
-    G, g_count, Ghat = apply("OutputFactorUpdate", *moment, decay=preset.output_decay, debias=debias)
+    G, g_count = apply("OutputFactorUpdate", *moment, decay=preset.output_decay)
+    Ghat = apply("FactorDebias", G, g_count, decay=preset.output_decay)[0] if debias else G
     new = {"G": G, "g_count": g_count}
     total_a = constant(0.0)
     if preset.row_scale == "factor":

@@ -112,14 +112,14 @@ def test_one_thread_stages_get_sequential_scatters(toy: ModuleType) -> None:
 def test_a_branch_becomes_a_stage_with_a_condition(toy: ModuleType) -> None:
     refresh = stage(partition(toy.whole_step()), Slot.REFRESH)
     assert refresh.condition == "refresh"
-    assert refresh.outputs == ("root/now", "residual", "damping_g")
+    assert refresh.outputs == ("root/now", "residual", "G/hat", "damping_g")
     assert refresh.otherwise == {"root/now": "root", "residual": "zero"}
     assert operators(refresh)[-1] == "FactorInverseRoot"
 
 
 def test_what_only_the_refresh_needs_runs_with_it(toy: ModuleType) -> None:
     plan = partition(toy.whole_step())
-    assert operators(stage(plan, Slot.REFRESH))[:2] == ["FactorTrace", "DampingRelative"]
+    assert operators(stage(plan, Slot.REFRESH))[:3] == ["FactorDebias", "FactorTrace", "DampingRelative"]
     assert operators(stage(plan, Slot.GRADIENTS)).count("DampingRelative") == 1  # of A, for every step
     watched = partition(toy.whole_step(), watch=["damping_g"])
     assert operators(stage(watched, Slot.REFRESH)) == ["FactorInverseRoot"]

@@ -215,10 +215,10 @@ def _kfac_nodes(g: _Graph, vocab: int, renormalize_below: float) -> list[State]:
     g.kfac(
         "OutputFactorUpdate",
         ["G", "G.count", "rows", "n", "one"],
-        ["G/new", "G.count/new", "G/hat"],
+        ["G/new", "G.count/new"],
         decay=DECAY_G,
-        debias=1,
     )
+    g.kfac("FactorDebias", ["G/new", "G.count/new"], ["G/hat"], decay=DECAY_G)
     g.kfac("FactorTrace", ["G/hat"], ["trace"])
     g.kfac("DampingRelative", ["total_a"], ["damping_a"], rho=RHO, size=vocab)
     g.kfac("DampingRelative", ["trace"], ["damping_g"], rho=RHO, size=D)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from onnxscript import DOUBLE, FLOAT, INT64  # noqa: TC002  onnxscript reads annotations
 
-from kfac_onnx.dialect.bodies.opsets import BOOL, F32, F64, I64, body, op
+from kfac_onnx.dialect.bodies.opsets import F32, F64, I64, body, op
 
 __all__ = [
     "input_factor_average",
@@ -29,25 +29,23 @@ def input_factor_decay(
 
     scale' = decay·scale,  count' = count + 1,  total' = decay·total + (1−decay)·(lookups or 1),
     increment = (1−decay)/(scale'·(1 or lookups)),  gain = scale'·c,  total_a = total'·c,
-    c = 1/(1−decay^count') with debias, otherwise 1. With no lookup, the state stays.
+    c = 1/(1−decay^max(count', 1)) with debias, otherwise 1. With no lookup, the state stays.
     """
-    one = op.Constant(value_float=1.0)
-    one64 = op.Cast(one, to=F64)
-    rho = op.Cast(op.Constant(value_float=decay), to=F64)
-    fresh = op.Sub(one64, rho)
+    one64 = op.Cast(op.Constant(value_float=1.0), to=F64)
+    decay64 = op.Cast(op.Constant(value_float=decay), to=F64)
     lookups64 = op.Cast(lookups, to=F64)
-    any_lookup = op.Greater(lookups, op.Constant(value_float=0.0))
-    per_lookup = op.Cast(op.Constant(value_int=normalize), to=BOOL)
-    weight = op.Where(per_lookup, one64, lookups64)
-    divisor = op.Where(per_lookup, lookups64, one64)
-    new_scale = op.Where(any_lookup, op.Mul(rho, scale), scale)
-    new_total = op.Where(any_lookup, op.Add(op.Mul(rho, total), op.Mul(fresh, weight)), total)
+    any_lookup = op.Sign(lookups64)  # 0 or 1, so decay^any is 1 or decay to the last bit
+    rho = op.Pow(decay64, any_lookup)
+    least = op.Max(lookups64, op.Cast(op.Constant(value_float=1e-30), to=F64))
+    divisor = op.Pow(least, op.Cast(op.Constant(value_int=normalize), to=F64))
+    fresh = op.Div(op.Sub(one64, rho), divisor)
+    new_scale = op.Mul(rho, scale)
+    new_total = op.Add(op.Mul(rho, total), op.Mul(fresh, lookups64))
     new_count = op.Add(count, op.Cast(any_lookup, to=I64))
-    step = op.Div(fresh, op.Mul(new_scale, divisor))
-    increment = op.Cast(op.Where(any_lookup, step, op.Sub(one64, one64)), to=F32)
-    counted = op.And(op.Cast(op.Constant(value_int=debias), to=BOOL), op.Cast(new_count, to=BOOL))
-    unbiased = op.Div(one64, op.Sub(one64, op.Pow(rho, op.Cast(new_count, to=F64))))
-    correction = op.Where(counted, unbiased, one64)
+    increment = op.Cast(op.Div(fresh, new_scale), to=F32)
+    forgotten = op.Mul(decay64, op.Cast(op.Constant(value_int=debias), to=F64))
+    steps = op.Max(op.Cast(new_count, to=F64), one64)
+    correction = op.Reciprocal(op.Sub(one64, op.Pow(forgotten, steps)))
     gain = op.Cast(op.Mul(new_scale, correction), to=F32)
     total_a = op.Cast(op.Mul(new_total, correction), to=F32)
     return new_scale, new_total, new_count, increment, gain, total_a

@@ -194,15 +194,13 @@ class Draft:
         if known is not None:
             return self.values[known]
         t, emit = self.step_number(), self.emitter.derive(phase=Phase.GRADIENTS)
-        early = emit.constant(np.asarray(EARLY_REFRESHES, np.int64), "early_refreshes")
+        after = max(EARLY_REFRESHES) + 1
+        early = emit.constant(np.isin(np.arange(after + 1), EARLY_REFRESHES), "early_refreshes")
+        late = emit.constant(np.asarray(after, np.int64), "after_early_refreshes")
         period = emit.constant(np.asarray(every, np.int64), "every")
         zero = emit.constant(np.asarray(0, np.int64), "zero")
-        hits = emit.node("Equal", [t, early], name="early", dtype=BOOL, shape=[len(EARLY_REFRESHES)])
-        hits = emit.node(
-            "Cast", [hits], attributes={"to": INT64}, name="early", dtype=INT64, shape=[len(EARLY_REFRESHES)]
-        )
-        hit = emit.node("ReduceMax", [hits], attributes={"keepdims": 0}, name="early", dtype=INT64, shape=[])
-        hit = emit.node("Greater", [hit, zero], name="early", dtype=BOOL, shape=[])
+        place = emit.node("Min", [t, late], name="early", dtype=INT64, shape=[])
+        hit = emit.node("Gather", [early, place], name="early", dtype=BOOL, shape=[])
         rest = emit.node("Mod", [t, period], name="since_due", dtype=INT64, shape=[])
         due = emit.node("Equal", [rest, zero], name="due", dtype=BOOL, shape=[])
         now = emit.node("Or", [hit, due], name="due_now", dtype=BOOL, shape=[])

@@ -256,17 +256,20 @@ class TableFactors:
             )
         if preset.partial_statistics:
             rows, lookups = rows_for_g(rows, self._kept(), lookups, count, preset, draft, self.emit)
-        new, new_count, ghat = draft.op(
+        new, new_count = draft.op(
             "OutputFactorUpdate",
             [old, count, rows, lookups, scale],
-            [Out("G", FLOAT, square), Out("G.count", INT64, []), Out("G.debiased", FLOAT, square)],
+            [Out("G", FLOAT, square), Out("G.count", INT64, [])],
             Phase.GRADIENTS,
             decay=preset.output_decay,
-            debias=int(preset.debias),
         )
         draft.keep(old, new, Phase.GRADIENTS)
         draft.keep(count, new_count, Phase.GRADIENTS)
         draft.flag(new)
+        if not preset.debias:
+            return new
+        outs = [Out("G.debiased", FLOAT, square)]
+        (ghat,) = draft.op("FactorDebias", [new, new_count], outs, Phase.GRADIENTS, decay=preset.output_decay)
         return ghat
 
     def _kept(self) -> ir.Value | None:

@@ -159,6 +159,8 @@ def command(
     """
     begun = resume or checkpoint
     place = checkpoint or begun
+    for option in given_options(ctx, ("checkpoint_every", "keep")) if place is None else ():
+        raise UserError(f"{option} is given, but no --checkpoint to save to")
     _check(
         export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
     )

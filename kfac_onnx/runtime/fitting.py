@@ -189,6 +189,9 @@ def fit(
     depth = prefetch if prefetch is not None else PREFETCH if isinstance(batches, Batches) else 0
     if depth < 0:
         raise UserError(f"prefetch must be at least 0, got {depth}")
+    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep)):
+        if value is not None and checkpoint is None:
+            raise UserError(f"{name} is given, but no checkpoint to save to")
     session.require_loss("fit")
     saver = None if checkpoint is None else _Saver(session, checkpoint, keep)
     _note_data(session, batches)

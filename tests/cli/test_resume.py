@@ -166,6 +166,8 @@ def test_other_first_values_make_no_other_graph(run: Run, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--checkpoint-every", 2), "--checkpoint-every is given, but no --checkpoint to save to"),
+        (("--keep", 2), "--keep is given, but no --checkpoint to save to"),
         (("--checkpoint", "run", "--keep", 0), "keep must be at least 1, got 0"),
         (("--checkpoint", "run.ckpt", "--keep", 2), "keep is for a folder of checkpoints, and 'DIR/run.ckpt' is a file"),
         (("--resume", "run", "--steps", 0), "steps must be at least 1, got 0"),

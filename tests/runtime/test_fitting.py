@@ -59,6 +59,13 @@ def test_numbers_below_one_are_refused(open_toy: Callable[..., TrainingSession])
         assert str(error.value) == f"{name} must be at least 1, got 0"
 
 
+def test_when_to_save_without_where_is_refused(open_toy: Callable[..., TrainingSession]) -> None:
+    for name in ("checkpoint_every", "keep"):
+        with pytest.raises(UserError) as error:
+            open_toy().fit([], **{name: 2})  # type: ignore[arg-type]
+        assert str(error.value) == f"{name} is given, but no checkpoint to save to"
+
+
 def test_held_out_losses_and_rows(
     toy: ModuleType, open_toy: Callable[..., TrainingSession], tmp_path: Path
 ) -> None:

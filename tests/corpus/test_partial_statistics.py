@@ -216,3 +216,40 @@ def test_the_expectation_of_g_is_the_full_statistic(name: str, preset: str) -> N
     # Some twenty rows, each taken about 300·7/20 times, once more or less: a percent of each row's part.
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=0.02 * np.abs(found[0]).max())
     assert not np.allclose(1.05 * found[1], found[0], rtol=0, atol=0.02 * np.abs(found[0]).max())
+
+
+@pytest.mark.parametrize("preset", ["half", "adagrad", "adaptive"])
+def test_a_table_waits_while_its_sample_is_zero(preset: str) -> None:
+    """The one row taken at step 1 has no gradient, since its label is ignored: G is 0, the update has no scale."""
+    case, graph = marked("ortart_dynloss__nplm_ignore")
+    weights = graph.initial(case)
+    reference = StepReference(graph, weights, preset, 0.01, "sgd", 1e-3, g_rows=1)
+    feed = {**case.feed(), "labels": case.feed()["labels"].copy()}
+    feed["labels"][0] = -100
+    (site,) = graph.sites
+    model = transform(case.path, preset=preset, lr=0.01, rest="sgd", g_rows=1)
+    with TrainingSession(model, parameters=weights, threads=1) as session:
+        for moves in (False, True):
+            before = session.parameters[site.parameter]
+            reference.step(graph.run(reference.feed(feed)))
+            assert not session.step({item.name: feed[item.name] for item in session.batch_inputs})["skipped"]
+            after = session.parameters[site.parameter]
+            assert np.array_equal(before, after) is not moves
+            # float32, and a root of a matrix of rank one: as in the comparison of single steps
+            limit = 4e-6 * np.abs(after).max() + 1e-4 * np.abs(after - before).max()
+            assert np.abs(after - reference.weights[site.parameter]).max() <= limit
+
+
+def test_the_first_batch_is_taken_off_schedule() -> None:
+    """Nothing but padding up to step 10: G takes its first batch at step 11, not at the next multiple of 100."""
+    case, graph = marked(PADDED[0])
+    feed = case.feed()
+    (site,) = graph.sites
+    counts = []
+    with TrainingSession(transform(case.path, g_every=100), parameters=graph.initial(case)) as session:
+        names = [item.name for item in session.batch_inputs]
+        for t in range(1, 14):
+            ids = feed["ids"] if t in (11, 12) else np.full_like(feed["ids"], site.padding_idx)
+            session.step({name: {**feed, "ids": ids}[name] for name in names})
+            counts.append(int(session.states[f"kfac/{site.parameter}/G.count"]))
+    assert counts == [0] * 10 + [1, 1, 1]

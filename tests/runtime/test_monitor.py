@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from kfac_onnx.runtime import TrainingSession
 from kfac_onnx.runtime.health import RootHealth
 from kfac_onnx.runtime.monitor import RootMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from kfac_onnx.runtime import TrainingSession
+    from pathlib import Path
 
 GRAPH, TABLE, D = "ortart_legcore__twotower", "user_emb.weight", 16
 EPS = float(np.finfo(np.float32).eps)
@@ -118,6 +118,22 @@ def test_a_tiny_damping_is_not_trusted_to_the_iteration(graph_case: Callable[...
     step_with(session, case, FACTORS["spread"])
     assert session._stepper.roots.records[TABLE].fallbacks == 1
     assert session.root_fallbacks == session.host_roots >= 1
+
+
+def test_a_resumed_run_goes_on_counting(graph_case: Callable[..., Any], tmp_path: Path) -> None:
+    case = graph_case(GRAPH, preset="half", damping=1e-12)
+    session = case.open()
+    for _ in range(4):
+        session.step(case.batches[0])
+    assert session.root_fallbacks == 6  # steps 1, 2 and 4, two tables
+    session.save(tmp_path / "run.ckpt")
+    resumed = TrainingSession.resume(tmp_path / "run.ckpt", threads=1)
+    assert resumed.root_fallbacks == 6
+    for _ in range(4):
+        session.step(case.batches[1])
+        resumed.step(case.batches[1])
+    assert resumed.root_fallbacks == session.root_fallbacks == 8
+    assert [item.fallbacks for item in resumed.health()] == [1, 1]
 
 
 class FakeEngine:

@@ -121,7 +121,7 @@ def test_a_tiny_damping_is_not_trusted_to_the_iteration(graph_case: Callable[...
 
 
 def test_a_resumed_run_goes_on_counting(graph_case: Callable[..., Any], tmp_path: Path) -> None:
-    case = graph_case(GRAPH, preset="half", damping=1e-12)
+    case = graph_case(GRAPH, preset="half", damping=1e-12, lr=1e-12)
     session = case.open()
     for _ in range(4):
         session.step(case.batches[0])

@@ -1,9 +1,9 @@
 """Whose fault an exception is: the graph's, if ONNX's own checks refuse the graph, otherwise ours.
 
-The rules that read graphs rely on what the specification promises: a permutation permutes, an axis exists, a body
-fits its node. Checking all of that for every graph would cost more than reading it. So it is checked when a rule
-has failed: if ONNX's checker or its shape inference says that the graph is invalid, that is the error. If they
-find nothing, the exception goes on, and is a bug to report.
+The rules that read graphs rely on what the specification promises: a permutation permutes, an axis exists,
+a body fits its node. Checking all of that for every graph would cost more than reading it. So it is checked
+when a rule has failed: if ONNX's checker or its shape inference says that the graph is invalid, that is the
+error. If they find nothing, the exception goes on, and is a bug to report.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _checked(proto: onnx.ModelProto) -> str | None:
     import onnx
 
     try:
-        onnx.checker.check_model(proto)
+        onnx.checker.check_model(proto)  # pyright: ignore[reportUnknownMemberType]  its PathLike has no parameter
     except (onnx.checker.ValidationError, RuntimeError, ValueError, UnicodeDecodeError) as error:
         return _told(error)
     return None

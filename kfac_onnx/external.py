@@ -1,7 +1,7 @@
 """Tensors whose data lies in another file: beside the model or below it, and nowhere else.
 
-A location that is absolute, leaves the model's folder, or leaves it through a symbolic link is refused, and so is
-data that does not lie within its file. Everything is checked before any of it is read.
+A location that is absolute, leaves the model's folder, or leaves it through a symbolic link is refused, and
+so is data that does not lie within its file. Everything is checked before any of it is read.
 """
 
 from __future__ import annotations

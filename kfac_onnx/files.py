@@ -54,7 +54,7 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
     text_form = str(path).endswith(TEXT_SUFFIXES) or (str(path) == "-" and data.lstrip()[:1] in (b"<", b"#"))
     try:
         proto = onnx.parser.parse_model(data.decode()) if text_form else onnx.ModelProto.FromString(data)
-    except (DecodeError, onnx.parser.ParseError, UnicodeDecodeError) as e:
+    except (DecodeError, onnx.parser.ParseError, RuntimeError, ValueError) as e:
         detail = f": {_parser_says(e)}" if text_form else ""
         raise UserError(f"'{path}' is not an ONNX model{detail}") from e
     if not proto.HasField("graph") or not proto.opset_import:

@@ -1,8 +1,8 @@
 """What an `.npz` file holds, from the headers of its arrays alone.
 
-An `.npz` file is a zip archive of `.npy` files; each begins with a header that gives dtype, shape and order. The
-header is held against the size that the archive gives for the entry, and that against the machine's memory,
-before anything of that size is made. Python objects (pickles) are never read.
+An `.npz` file is a zip archive of `.npy` files; each begins with a header that gives dtype, shape and
+order. The header is held against the size that the archive gives for the entry, and that against the
+machine's memory, before anything of that size is made. Python objects (pickles) are never read.
 
 Source: numpy.lib.format; NEP 1.
 """
@@ -14,13 +14,13 @@ import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.memory import require_memory
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import IO
 
     import numpy as np
@@ -59,8 +59,8 @@ class Header:
 def npz_headers(path: str | Path) -> list[Header]:
     """Return the headers of the arrays in a file, in its order.
 
-    Raises UserError when the file is missing, damaged, no such file, holds Python objects, or promises more than
-    it holds or than fits into memory.
+    Raises UserError when the file is missing, damaged, no such file, holds Python objects, or promises more
+    than it holds or than fits into memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from typing import Any, Final, Literal, TypeVar, Union
+from typing import Any, Final, Literal, TypeVar, Union, cast
 
 __all__ = ["RecordError", "build", "names_of", "parse"]
 
@@ -77,10 +77,10 @@ def _value(kind: Any, data: Any, place: str) -> Any:
             return None
         return _first_of([part for part in parts if part is not type(None)], data, place)
     if origin is tuple:
-        items = _typed(list, data, place, "list")
+        items = cast("list[Any]", _typed(list, data, place, "list"))
         return tuple(_value(parts[0], item, f"{place}[{index}]") for index, item in enumerate(items))
     if origin is dict:
-        entries = _typed(dict, data, place, "object")
+        entries = cast("dict[Any, Any]", _typed(dict, data, place, "object"))
         return {
             _text(key, place): _value(parts[1], value, f"{place}.{key}") for key, value in entries.items()
         }
@@ -89,7 +89,7 @@ def _value(kind: Any, data: Any, place: str) -> Any:
             raise RecordError(f"'{place}' must be one of {', '.join(map(str, parts))}")
         return data
     if dataclasses.is_dataclass(kind):
-        return build(typing.cast("type[Any]", kind), data, place)
+        return build(cast("type[Any]", kind), data, place)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         try:
             return kind(data)

@@ -1,6 +1,7 @@
 """Text from files as people may safely see it: nothing in it acts on a terminal, and no line is endless.
 
-Names, documentation and error messages of a model are whatever somebody wrote there, escape sequences included.
+Names, documentation and error messages of a model are whatever somebody wrote there, escape sequences
+included.
 """
 
 from __future__ import annotations

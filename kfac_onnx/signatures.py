@@ -1,16 +1,19 @@
 """What nodes of known operators must have: the schemas of ONNX, and those of others that the frontends read.
 
-ONNX Runtime's training operators have no schema in the `onnx` package. Of these the table says how many inputs
-must be there; their attributes have the types that attributes of the same names have in ONNX's own operators.
+ONNX Runtime's training operators have no schema in the `onnx` package. Of these the table says how many
+inputs must be there; their attributes have the types that attributes of the same names have in ONNX's own
+operators.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import onnx
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["signature_problems"]
 
@@ -135,8 +138,8 @@ def _schema_problems(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> Iterat
         if attribute is None:
             if wanted.required:
                 yield f"lacks its attribute '{name}'"
-        elif not attribute.ref_attr_name and attribute.type != int(wanted.type.value):
-            yield _wrong_type(name, int(wanted.type.value))
+        elif not attribute.ref_attr_name and attribute.type != _kind(wanted):
+            yield _wrong_type(name, _kind(wanted))
     yield from _body_problems(node, given)
 
 
@@ -167,8 +170,14 @@ def _usual_types() -> dict[str, int]:
     found: dict[str, set[int]] = {"operator": {int(onnx.AttributeProto.STRING)}}
     for schema in onnx.defs.get_all_schemas_with_history():
         for name, attribute in schema.attributes.items():
-            found.setdefault(name, set()).add(int(attribute.type.value))
+            found.setdefault(name, set()).add(_kind(attribute))
     return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
+
+
+def _kind(attribute: onnx.defs.OpSchema.Attribute) -> int:
+    """Return the type that a schema gives an attribute, as the number that a file has for it."""
+    value: int = cast("Any", attribute.type).value  # a nanobind enum, which the stubs do not declare as one
+    return int(value)
 
 
 def _wrong_type(name: str, kind: int) -> str:

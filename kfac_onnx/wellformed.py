@@ -1,8 +1,8 @@
 """What every model file must satisfy before anything else looks at it.
 
-A parser of protocol buffers accepts a great deal that is no model: functions that call themselves, tensors whose
-data does not fill their shape, operators without their inputs. Here each of these is one sentence, so that the
-rules behind may rely on it:
+A parser of protocol buffers accepts a great deal that is no model: functions that call themselves, tensors
+whose data does not fill their shape, operators without their inputs. Here each of these is one sentence, so
+that the rules behind may rely on it:
 
 1. functions do not call themselves, and inlining them does not multiply the graph;
 2. tensors have a known element type, a shape without negative dimensions, and as much data as it says;
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import onnx
 
@@ -29,18 +29,20 @@ from kfac_onnx.signatures import signature_problems
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from google.protobuf.message import Message
+
 __all__ = ["all_tensors", "byte_size", "require_wellformed", "tensor_problem"]
 
 _MOST_NODES: Final = 200_000
 _GROWTH: Final = 100
-_MOST_WORK: Final = 50_000_000
+_MOST_WORK: Final = 20_000_000
 """Inlined functions may make this many nodes, or as many times those of the file, whichever is more;
-and so many names may be tried until each has its own (some ten seconds)."""
+and so many names may be tried until each has its own (some five seconds)."""
 
 Key: TypeAlias = tuple[str, str]
 Body: TypeAlias = "onnx.GraphProto | onnx.FunctionProto"
 
-_FIELDS: Final = {
+_FIELDS: Final[dict[int, tuple[str, int]]] = {
     onnx.TensorProto.FLOAT: ("float_data", 1),
     onnx.TensorProto.COMPLEX64: ("float_data", 2),
     onnx.TensorProto.DOUBLE: ("double_data", 1),
@@ -72,6 +74,8 @@ def require_wellformed(proto: onnx.ModelProto, place: str | None) -> None:
 
 
 def _problems(proto: onnx.ModelProto) -> Iterator[str]:
+    yield from _texts_that_are_none(proto)
+    yield from _inputs_without_type(proto.graph)
     version = _standard_version(proto.opset_import) or 1
     yield from _function_problems(proto)
     yield from _graph_problems(proto.graph, _Scope(version))
@@ -82,6 +86,39 @@ def _problems(proto: onnx.ModelProto) -> Iterator[str]:
     for training in proto.training_info:
         for graph in (training.initialization, training.algorithm):
             yield from _graph_problems(graph, forward)
+
+
+def _texts_that_are_none(proto: onnx.ModelProto) -> Iterator[str]:
+    """Yield what should be text and is not UTF-8: the parser hands it out as bytes."""
+    from google.protobuf.message import Message
+
+    stack: list[Message] = [proto]
+    while stack:
+        message = stack.pop()
+        if isinstance(message, onnx.TensorProto):  # its numbers are many, and its texts are these
+            found: list[object] = [message.name, message.doc_string]
+            stack.extend(message.external_data)
+        else:
+            found = []
+            for field, value in message.ListFields():
+                items: list[Any] = [value] if isinstance(value, (Message, str, bytes)) else value
+                if field.cpp_type == field.CPPTYPE_MESSAGE:
+                    stack.extend(items)
+                elif field.type == field.TYPE_STRING:
+                    found.extend(items)
+        for text in found:
+            if isinstance(text, bytes):
+                yield f"{text!r} stands where a text should be"
+
+
+def _inputs_without_type(graph: onnx.GraphProto) -> Iterator[str]:
+    known = onnx.TensorProto.DataType.values()
+    for item in graph.input:
+        tensor = item.type.tensor_type
+        if item.type.HasField("tensor_type") and (tensor.elem_type not in known or not tensor.elem_type):
+            yield f"its input '{item.name}' has no known element type ({tensor.elem_type})"
+        elif not item.type.WhichOneof("value"):
+            yield f"its input '{item.name}' has no type"
 
 
 def _standard_version(imports: Iterable[onnx.OperatorSetIdProto]) -> int:
@@ -158,13 +195,13 @@ def _expanded(nodes: list[onnx.NodeProto], sizes: dict[Key, int]) -> int:
 def _work_of_naming(
     own: list[onnx.NodeProto], functions: dict[Key, list[onnx.NodeProto]], callees_first: list[Key]
 ) -> int:
-    """Return how many names are tried when functions are inlined: of n equal ones, the n-th is tried n times."""
+    """Return how many names are tried when functions are inlined: for n equal ones, n of them n times."""
     times: Counter[Key] = Counter((node.domain, node.op_type) for node in own)
     names: Counter[str] = Counter()
     for key in reversed(callees_first):
         for node in functions[key]:
             times[node.domain, node.op_type] += times[key]
-            names[f"node {node.name}"] += times[key]
+            names[f"node {node.name}" if node.name else f"node {id(node)}"] += times[key]
             names.update(dict.fromkeys(node.output, times[key]))
     return sum(count * count for count in names.values()) // 2
 

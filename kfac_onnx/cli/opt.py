@@ -60,8 +60,8 @@ def command(
         loaded = read_training_graph(model)
     else:
         loaded = load_model(model)
-        if not no_verify:
-            require_sound(loaded, model)
+    if not no_verify:
+        require_sound(loaded, model, own_operators=True)
 
     def run(source: str) -> Report:
         return passes.run(loaded, verify=not no_verify, print_after_change=print_after_change, timing=timing)

@@ -115,8 +115,8 @@ def command(
         gradients=gradient_pairs(gradients),
         **block_settings(ctx),
     )
-    save(made, output)
     report = inspect(made)
+    save(made, output)
     if as_json:
         print_json(
             {"output": output, "pipeline": report.pipeline, "sites": [s.to_json() for s in report.sites]}

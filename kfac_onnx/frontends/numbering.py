@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
-from kfac_onnx.frontends.values import ONNX_DOMAINS
+from kfac_onnx.frontends.values import ONNX_DOMAINS, contents_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -76,7 +76,7 @@ class Numbering:
         if node is None:
             if tensor is None or value.is_graph_input() or tensor.size > SMALL:
                 return ("source", id(value))
-            return ("constant", str(tensor.dtype), tuple(tensor.shape.numpy()), tensor.tobytes())
+            return ("constant", str(tensor.dtype), tuple(tensor.shape.numpy()), contents_of(tensor))
         if _is_opaque(node):
             return ("source", id(value))
         domain = "" if node.domain in ONNX_DOMAINS else node.domain

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.frontends.lowering.emit import Names
@@ -33,11 +33,20 @@ def flatten(model: ir.Model, place: str | None) -> None:
     """
     try:
         if model.functions:
+            RemoveUnusedFunctionsPass()(model)
+            _name_nodes(model)
             InlinePass()(model)
         for graph in all_graphs(model.graph):
             graph.sort()
     except (ValueError, ir.passes.PreconditionError, ir.passes.PassError) as error:
         raise UserError(f"the ONNX model is malformed: {first_line(error)}", place=place) from error
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Give the nodes of functions names: inlining makes names unique, which takes n² tries for n equal ones."""
+    for function in model.functions.values():
+        for index, node in enumerate(function.all_nodes()):
+            node.name = node.name or f"{function.name}/{index}"
 
 
 def _axes_to_input(names: Names, node: ir.Node) -> None:

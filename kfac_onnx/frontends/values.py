@@ -16,6 +16,7 @@ __all__ = [
     "ancestors",
     "bodies_of",
     "constant",
+    "contents_of",
     "dtype_of",
     "int_attribute",
     "is_filled",
@@ -93,6 +94,13 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
         return None if source is None else source.astype(value.dtype.numpy())
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else np.asarray(tensor.numpy())
+
+
+def contents_of(tensor: ir.TensorProtocol) -> bytes:
+    """Return bytes that are equal for two tensors of one dtype and shape just if their entries are."""
+    if tensor.dtype == ir.DataType.STRING:
+        return repr(tensor.numpy().tolist()).encode()
+    return tensor.tobytes()
 
 
 def int_attribute(node: ir.Node, name: str, default: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfac_onnx import metadata
@@ -15,7 +16,6 @@ from kfac_onnx.passes.why import Verdicts, why
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import onnx
     import onnx_ir as ir
@@ -267,6 +267,7 @@ def transform(
     dense = any(getattr(item, "shape", None) == "dense" for item in passes.passes)
     with collector_paused():
         model = _canonical(source, loss, gradients, keep_optimizer=dense)
+        _refuse_transformed(model, source)
         first: Mapping[str, Any] = _first_values(source) if initialize else {}
         if first or parameters:
             from kfac_onnx.passes.values import give_values
@@ -274,6 +275,15 @@ def transform(
             give_values(model, {**first, **(parameters or {})})
         passes.run(model, log=log)
     return model
+
+
+def _refuse_transformed(model: ir.Model, source: Source) -> None:
+    if any(f"kfac.{key}" in model.metadata_props for key in ("step", "state", "draft")):
+        raise UserError(
+            "the model is already transformed, so it cannot be transformed again",
+            place=str(source) if isinstance(source, (str, Path)) else None,
+            help="give the original training graph; `inspect MODEL` shows what was inserted",
+        )
 
 
 def _first_values(source: Source) -> Mapping[str, Any]:

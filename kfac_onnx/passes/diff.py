@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 from kfac_onnx.blame import blames_the_graph
+from kfac_onnx.frontends.values import contents_of
 from kfac_onnx.passes.printer import node_text, type_text
 from kfac_onnx.passes.rewriter import graphs_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import onnx_ir as ir
 
 __all__ = ["Difference", "Section", "diff"]
 
@@ -108,12 +109,7 @@ def _initializer_text(value: ir.Value) -> str:
 
     if value.const_value is None:
         return f"{value.name} {type_text(value)}"
-    tensor = value.const_value
-    if tensor.dtype == ir.DataType.STRING:
-        contents = repr(tensor.numpy().tolist()).encode()
-    else:
-        contents = tensor.tobytes()
-    digest = hashlib.sha256(contents).hexdigest()[:12]
+    digest = hashlib.sha256(contents_of(value.const_value)).hexdigest()[:12]
     return f"{value.name} {type_text(value)} sha256:{digest}"
 
 

@@ -26,6 +26,7 @@ __all__ = ["problems_of", "require_sound"]
 
 DIALECT: Final = "ai.kfac"
 
+_INITIAL: Final = ("parameter", "zeros", "ones", "identity")
 _PHASES: Final = frozenset(str(phase) for phase in metadata.Phase)
 _SHOWN: Final = 5
 """Problems that an error lists."""
@@ -34,24 +35,31 @@ Owner: TypeAlias = "str | ir.Node"
 """What a name stands for: in words, or the node whose output it is."""
 
 
-def problems_of(model: ir.Model) -> list[str]:
-    """Return one sentence for each thing that is wrong with `model`; an empty list when it is sound."""
+def problems_of(model: ir.Model, *, own_operators: bool = True) -> list[str]:
+    """Return one sentence for each thing that is wrong with `model`; an empty list when it is sound.
+
+    Without `own_operators` rule 4 is left out: a file made by another version of this package holds the
+    bodies of its own `ai.kfac` operators, and runs by them.
+    """
     problems: list[str] = []
     names: dict[str, Owner] = {}
-    problems += _graph_problems(model.graph, set(), names, dict(model.opset_imports))
+    problems += _graph_problems(model.graph, set(), names, dict(model.opset_imports), own=own_operators)
     for function in model.functions.values():
         where = f"in function {function.domain}::{function.name}: "
         problems += [
-            where + problem for problem in _graph_problems(function, set(), {}, dict(function.opset_imports))
+            where + problem
+            for problem in _graph_problems(
+                function, set(), {}, dict(function.opset_imports), own=own_operators
+            )
         ]
     problems += _metadata_problems(model, names)
     return problems
 
 
-def require_sound(model: ir.Model, place: str | None) -> None:
+def require_sound(model: ir.Model, place: str | None, *, own_operators: bool = False) -> None:
     """Raise UserError for a model that somebody else made and that breaks one of the rules above."""
     try:
-        problems = problems_of(model)
+        problems = problems_of(model, own_operators=own_operators)
     except UserError as e:
         e.place = e.place or place
         raise
@@ -74,6 +82,8 @@ def _graph_problems(
     scope: set[int],
     names: MutableMapping[str, Owner],
     imports: dict[str, int],
+    *,
+    own: bool,
 ) -> Iterator[str]:
     """Yield the problems of one graph; `scope` holds the ids of the values known so far, and gets its own."""
     for value in graph.inputs:
@@ -95,7 +105,8 @@ def _graph_problems(
             if value is not None and id(value) not in scope:
                 yield f"{_label(node)}, input {index}: '{value.name}' {_why_missing(value, graph)}"
         for body in bodies_of(node):
-            yield from _graph_problems(body, scope, ChainMap({}, names), imports)  # bodies may share names
+            inside = ChainMap({}, names)  # another body may use the same names
+            yield from _graph_problems(body, scope, inside, imports, own=own)
             scope.difference_update(map(id, _values_of(body)))
         for value in node.outputs:
             if value.name:
@@ -106,7 +117,7 @@ def _graph_problems(
         phase = node.metadata_props.get("kfac.phase")
         if phase is not None and phase not in _PHASES:
             yield f"{_label(node)} is of no known phase: '{phase}'"
-        if node.domain == DIALECT:
+        if own and node.domain == DIALECT:
             yield from (f"{_label(node)}: {problem}" for problem in _dialect_problems(node))
     for value in graph.outputs:
         if id(value) not in scope:
@@ -194,6 +205,10 @@ def _state_problems(state: metadata.State, value: ir.Value | None) -> Iterator[s
     """Yield where a state's entry contradicts what the graph declares for its input."""
     if min(state.shape, default=0) < 0:
         yield f"kfac.state of '{state.input}' has a negative dimension"
+    if isinstance(state.initial, str) and state.initial not in _INITIAL:
+        yield f"kfac.state of '{state.input}' begins as '{state.initial}', which is no known value"
+    if state.initial == "identity" and (len(state.shape) < 2 or state.shape[-1] != state.shape[-2]):
+        yield f"kfac.state of '{state.input}' begins as the identity, and is no square matrix"
     if value is None:
         return
     dims = None if value.shape is None else list(value.shape)

@@ -11,12 +11,14 @@ state has two: stages read the current one and write the spare one, and keeping 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.memory import require_memory
 from kfac_onnx.runtime.tensors import Buffer, Device, element_type, host_value, open_session
 
 if TYPE_CHECKING:
@@ -190,7 +192,7 @@ class Engine:
             for port in runner.inputs:
                 if port.flow and port.name not in made and port.name not in self._otherwise:
                     raise UserError(
-                        f"the input '{port.name}' has no value: it is neither a state of the step nor in its batch",
+                        f"the input '{port.name}' has no value: it is neither a state nor in the batch",
                         help="make the model again from the training graph that its exporter wrote",
                     )
             made.update(runner.loose)
@@ -202,7 +204,9 @@ class Engine:
             return _Port(name, holder=self._spare_of[name], spare=True)
         if self._is_fixed(name, shape) and not conditional:
             element = self._types[name][0]
-            zeros = np.zeros([int(str(size)) for size in shape])
+            sizes = [int(str(size)) for size in shape]
+            require_memory(math.prod(sizes) * 8, f"the value '{name}' of shape {sizes}")
+            zeros = np.zeros(sizes)
             place = Device("cpu", 0) if name in self._host else self._device
             buffer = Buffer(zeros, element, place)
             self._keep_alive.append(buffer)

@@ -6,6 +6,7 @@ else from `State.initial`), constants, and learning rates. What is left is the b
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.memory import require_memory
 from kfac_onnx.metadata import State, Step
 from kfac_onnx.runtime.batches import BatchInput
 from kfac_onnx.runtime.engine import Holder
@@ -79,6 +81,7 @@ def _initial(state: State, plan: Plan, values: Mapping[str, Array], element: int
             )
         return fitting_value(tensor.numpy(), state)
     dtype = numpy_dtype(element)
+    require_memory(math.prod(state.shape) * dtype.itemsize, f"the state '{state.input}'")
     match state.initial:
         case "zeros":
             return np.zeros(state.shape, dtype)

@@ -81,7 +81,10 @@ class Stepper:
         loss = self._plan.step.loss
         if loss is None:
             return None, kept
-        return float(np.asarray(self._engine.read(loss), np.float64).reshape(())), kept
+        value = np.asarray(self._engine.read(loss), np.float64)
+        if value.size != 1:
+            raise UserError(f"the loss '{loss}' is no scalar: it has the shape {list(value.shape)}")
+        return float(value.reshape(())), kept
 
     def _step(self, batch: Batch) -> bool:
         """Run the second half of a step; return whether it was kept."""

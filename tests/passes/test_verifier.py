@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import pytest
 
 from kfac_onnx import metadata
-from kfac_onnx.passes.verifier import problems_of
+from kfac_onnx.errors import UserError
+from kfac_onnx.passes.verifier import problems_of, require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,3 +143,73 @@ def test_metadata_may_not_name_what_is_not_there(model: ir.Model) -> None:
         "kfac.step names 'ok', which is not in the graph",
         "kfac.step names 'residual', which is not in the graph",
     ]
+
+
+def test_branches_may_share_names(model: ir.Model) -> None:
+    named(model, "third").attributes["else_branch"].as_graph().node(0).outputs[0].name = "p"
+    assert problems_of(model) == []
+
+
+def test_a_file_of_another_version_may_have_other_operators(model: ir.Model) -> None:
+    """Its functions are in the file, so it runs; only what this version inserts must fit this version."""
+    second = named(model, "second")
+    second.domain, second.op_type = "ai.kfac", "OutputFactorUpdate"
+    model.opset_imports["ai.kfac"] = 1
+    assert any("OutputFactorUpdate" in problem for problem in problems_of(model))
+    assert problems_of(model, own_operators=False) == []
+    require_sound(model, None)
+    with pytest.raises(UserError, match="the model contradicts itself"):
+        require_sound(model, None, own_operators=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("state", "[", "the entry 'kfac.state' of the model's metadata is damaged: it is not JSON: "),
+        ("state", '{"a": 1}', "the entry 'kfac.state' of the model's metadata is damaged: it is no list"),
+        ("step", "[]", "the entry 'kfac.step' of the model's metadata is damaged: it is no object"),
+        (
+            "loss",
+            '{"value": 3}',
+            "the entry 'kfac.loss' of the model's metadata is damaged: 'value' must be a text",
+        ),
+        (
+            "step",
+            "[" * 100_000,
+            "the entry 'kfac.step' of the model's metadata is damaged: it is nested too deeply",
+        ),
+        ("loss", '{"value": "\\ud800"}', "'value' is no valid text"),
+    ],
+)
+def test_damaged_metadata_is_the_users_fault(model: ir.Model, key: str, text: str, said: str) -> None:
+    model.metadata_props[f"kfac.{key}"] = text
+    with pytest.raises(UserError) as caught:
+        require_sound(model, "m.onnx")
+    assert said in caught.value.message
+    assert caught.value.place == "m.onnx"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": [3]}, "kfac.state: 'c' has the shape [3], which is not that of the input"),
+        ({"shape": [-1]}, "kfac.state of 'c' has a negative dimension"),
+        ({"initial": "zero3"}, "kfac.state of 'c' begins as 'zero3', which is no known value"),
+        ({"initial": "identity"}, "kfac.state of 'c' begins as the identity, and is no square matrix"),
+    ],
+)
+def test_states_fit_their_inputs(model: ir.Model, changes: dict[str, Any], said: str) -> None:
+    state = metadata.State("c", "z", (), "bool", "zeros", metadata.Phase.COUNT, "double", "z", "counter")
+    metadata.write(model, "state", [state])
+    assert problems_of(model) == []
+    metadata.write(model, "state", [dataclasses.asdict(state) | changes])
+    assert said in problems_of(model)
+    metadata.write(model, "state", [state, state])
+    assert problems_of(model) == ["kfac.state names 'c' 2 times"]
+
+
+def test_phases_are_known(model: ir.Model) -> None:
+    named(model, "first").metadata_props["kfac.phase"] = "commit"
+    assert problems_of(model) == []
+    named(model, "first").metadata_props["kfac.phase"] = "later"
+    assert problems_of(model) == ["node 'first' (Mul) is of no known phase: 'later'"]

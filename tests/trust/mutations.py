@@ -779,7 +779,7 @@ def edit_entry(rng: Random, model: ModelProto) -> None:
     entry = rng.choice(entries)
     try:
         data = json.loads(entry.value)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry.value = odd_text(rng)
         return
     entry.value = json.dumps(_edit_json(rng, data))

@@ -29,7 +29,9 @@ def _ignored(node: ir.Node) -> int | Miss | None:
     if position is None or len(node.inputs) <= position or node.inputs[position] is None:
         return None
     array = constant(node.inputs[position])
-    return Miss("its ignore_index is not a constant") if array is None else int(array.reshape(()))
+    if array is None or array.size != 1 or array.dtype.kind not in "iu":
+        return Miss("its ignore_index is not a constant number")
+    return int(array.reshape(()))
 
 
 def _reduction(node: ir.Node) -> str:

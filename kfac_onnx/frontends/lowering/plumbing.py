@@ -124,9 +124,11 @@ def dropout_grad(emit: Emit, node: ir.Node) -> Lowered:
     known, mode = constant(ratio), constant(training)
     if training is not None and mode is not None and not bool(mode):
         return [grad]
+    if known is not None and known.size != 1:
+        return Miss("its ratio is not one number")
     one = emit.scalar(1.0, work)
     if ratio is None or known is not None:
-        share = 0.5 if known is None else float(known.astype(np.float64).reshape(()))
+        share = 0.5 if known is None else float(known.astype(np.float64).reshape(-1)[0])
         factor = emit.scalar(0.0 if share >= 1 else 1 / (1 - share), work)
     else:
         factor = emit.op("Reciprocal", emit.op("Sub", one, emit.cast(ratio, work, dtype_of(ratio))))

@@ -208,8 +208,8 @@ def scatter_rows(ids: Array, rows: Array, *, vocab_size: int) -> tuple[Array, ..
 
 
 def all_finite(x: Array) -> tuple[Array, ...]:
-    """0, or NaN where an entry is not finite, or their sum does not fit into float32."""
-    return (np.asarray(0.0 if np.abs(x.sum(dtype=np.float64)) <= np.finfo(np.float32).max else np.nan),)
+    """0, or NaN where an entry is not finite, or the sum of their sizes does not fit into float32."""
+    return (np.asarray(0.0 if np.abs(x).sum(dtype=np.float64) <= np.finfo(np.float32).max else np.nan),)
 
 
 def sgd(W: Array, g: Array, lr: Array) -> tuple[Array, ...]:

@@ -120,6 +120,7 @@ CASES = [
     Case("none", "ScatterRows", (NO_IDS, NONE), {"vocab_size": V}),
     Case("finite", "AllFinite", (ROWS,)),
     Case("infinite", "AllFinite", (ROWS * [[1], [1], [np.inf], [1], [1]],)),
+    Case("too-large", "AllFinite", (np.array([[2e38, -2e38]]),)),
     Case("unknown", "AllFinite", (ROWS * [[1], [1], [np.nan], [1], [1]],)),
     Case("none", "AllFinite", (NONE,)),
     Case("matrix", "Sgd", (TABLE, TABLE[::-1], 0.1)),

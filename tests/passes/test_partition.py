@@ -11,13 +11,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from kfac_onnx import metadata
+from kfac_onnx import metadata, transform
 from kfac_onnx.errors import VerifyError
 from kfac_onnx.metadata import State, Step
 from kfac_onnx.passes.partition import Plan, Slot, Stage, extract, partition
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+
+GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,15 @@ def test_what_only_the_refresh_needs_runs_with_it(toy: ModuleType) -> None:
     watched = partition(toy.whole_step(), watch=["damping_g"])
     assert operators(stage(watched, Slot.REFRESH)) == ["FactorInverseRoot"]
     assert operators(stage(watched, Slot.GRADIENTS)).count("DampingRelative") == 2
+
+
+@pytest.mark.parametrize("preset", ["half", "adagrad", "adaptive"])
+def test_steps_without_a_refresh_do_no_work_for_one(preset: str) -> None:
+    plan = partition(transform(GRAPHS / "ortart_legcore__twotower.onnx", preset=preset))
+    refresh, rest = stage(plan, Slot.REFRESH), [s for s in plan.stages if s.slot != Slot.REFRESH]
+    alone = {"FactorDebias", "FactorTrace", "FactorInverseRoot"}
+    assert alone <= set(operators(refresh))
+    assert not alone.intersection(name for item in rest for name in operators(item))
 
 
 def test_the_optimizer_of_the_rest_does_not_wait_for_the_counts(toy: ModuleType) -> None:

@@ -183,7 +183,9 @@ def test_a_factor_whose_trace_overflows_is_skipped_at_once(graph_case: Callable[
     factor = session._holders["kfac/user_emb.weight/G"].live
     before = factor.read()
     factor.write(np.outer(signs, signs) * 9e36)
-    assert texts(session.step(case.batches[0])) == ["damping of the factor of 'user_emb.weight' is infinite"]
+    assert texts(session.step(case.batches[0])) == [
+        "new factor 'kfac/user_emb.weight/G': entries up to 8.55e+36, whose sum is beyond float32"
+    ]
     factor.write(before)
     assert session.step(case.batches[0])["skipped"] is False
 

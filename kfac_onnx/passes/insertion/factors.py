@@ -265,7 +265,7 @@ class TableFactors:
         )
         draft.keep(old, new, Phase.GRADIENTS)
         draft.keep(count, new_count, Phase.GRADIENTS)
-        draft.flag(new)
+        draft.flag(new)  # Σ|G|: kept with a trace beyond float32, G would make each refresh from then on fail
         if not preset.debias:
             return new
         outs = [Out("G.debiased", FLOAT, square)]
@@ -341,8 +341,7 @@ class TableFactors:
         )
         draft.remember(root, residual)
         draft.keep(old, root, Phase.REFRESH)
-        # A trace beyond float32 is a skip at once: kept, it would make every refresh from then on fail.
-        draft.flag(root, damping_g)
+        draft.flag(root)
         draft.roots.append(
             RootCheck(
                 parameter=self.site.parameter,

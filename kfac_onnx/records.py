@@ -85,7 +85,7 @@ def _value(kind: Any, data: Any, place: str) -> Any:
             _text(key, place): _value(parts[1], value, f"{place}.{key}") for key, value in entries.items()
         }
     if origin is Literal:
-        if data not in parts or isinstance(data, bool):
+        if not isinstance(data, str) or data not in parts:
             raise RecordError(f"'{place}' must be one of {', '.join(map(str, parts))}")
         return data
     if dataclasses.is_dataclass(kind):
@@ -131,7 +131,7 @@ def _scalar(kind: Any, data: Any, place: str) -> Any:
 
 def _typed(kind: type[T], data: Any, place: str, what: str) -> T:
     if not isinstance(data, kind):
-        raise RecordError(f"'{place}' must be a {what}")
+        raise RecordError(f"'{place}' must be {'an' if what == 'object' else 'a'} {what}")
     return data
 
 

@@ -43,7 +43,7 @@ def flatten(model: ir.Model, place: str | None) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Give the nodes of functions names: inlining makes names unique, which takes n² tries for n equal ones."""
+    """Name the nodes of functions: inlining makes names unique, which takes n² tries for n equal ones."""
     for function in model.functions.values():
         for index, node in enumerate(function.all_nodes()):
             node.name = node.name or f"{function.name}/{index}"

@@ -183,3 +183,13 @@ def test_lowering_twice_gives_the_same_text(arrays: dict[str, np.ndarray]) -> No
         lower_training_operators(model)
         texts.append(ir.to_proto(model).SerializeToString(deterministic=True))
     assert texts[0] == texts[1]
+
+
+def test_an_output_that_no_rule_makes_is_named() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>
+    g (float[2] x) => (float[2] y) { a, b = com.microsoft.TanhGrad (x, x)  y = Add(a, b) }"""
+    with pytest.raises(UserError) as caught:
+        lower_training_operators(ir.from_proto(onnx.parser.parse_model(text)))
+    assert caught.value.tried == (
+        "the node of 'a': com.microsoft::TanhGrad: only 1 of its outputs are known",
+    )

@@ -100,6 +100,10 @@ def _sweep(model: ir.Model, counts: dict[str, int]) -> list[str]:
             if isinstance(results, Miss):
                 missing.append(f"{_label(node)}: {domain}::{node.op_type}: {results.reason}")
                 continue
+            if any(value.uses() or value.is_graph_output() for value in node.outputs[len(results) :]):
+                known = f"only {len(results)} of its outputs are known"
+                missing.append(f"{_label(node)}: {domain}::{node.op_type}: {known}")
+                continue
             replace_node(node, emit, results, retired)
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
         graph.remove(retired)

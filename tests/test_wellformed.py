@@ -251,3 +251,44 @@ def test_loops_have_bodies_that_fit() -> None:
     proto.graph.node[0].attribute[0].g.input.pop()
     proto.graph.node[0].attribute[0].g.node[1].input[0] = "s"
     assert refusal(proto) == "node Loop 'y' has a body that does not fit its inputs and outputs"
+
+
+def _input_type(change: Callable[[onnx.TypeProto], object]) -> Callable[[onnx.ModelProto], None]:
+    return lambda proto: change(proto.graph.input[0].type) and None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_input_type(lambda kind: kind.Clear()), "its input 'x' is not declared as a tensor"),
+        (
+            _input_type(lambda kind: kind.sequence_type.SetInParent()),
+            "its input 'x' is not declared as a tensor",
+        ),
+        (
+            _input_type(lambda kind: setattr(kind.tensor_type, "elem_type", 99)),
+            "its input 'x' has no known element type (99)",
+        ),
+        (
+            _input_type(lambda kind: setattr(kind.tensor_type, "elem_type", 0)),
+            "its input 'x' has no known element type (0)",
+        ),
+    ],
+)
+def test_inputs_have_types(change: Callable[[onnx.ModelProto], None], said: str) -> None:
+    proto = model()
+    change(proto)
+    assert refusal(proto) == said
+
+
+def test_texts_are_utf8() -> None:
+    data = model().SerializeToString()
+    proto = onnx.ModelProto.FromString(data.replace(b"Concat", b"Conc\xf7t"))
+    assert refusal(proto) == r"b'Conc\xf7t' stands where a text should be"
+
+
+def test_inputs_may_be_sequences() -> None:
+    """As those of ONNX Runtime's optimizer models are."""
+    proto = model()
+    proto.graph.input[0].type.sequence_type.elem_type.tensor_type.elem_type = TensorProto.FLOAT
+    require_wellformed(proto, None)

@@ -62,6 +62,8 @@ def _bake(proto: onnx.ModelProto, values: Mapping[str, Array]) -> None:
     inputs = [value for value in graph.input if value.name not in values]
     tensors = [tensor for tensor in graph.initializer if tensor.name not in values]
     for name, array in values.items():
+        if not kinds[name]:
+            raise UserError(f"the input '{name}' is not declared as a tensor, so it can have no value")
         dtype = ir.DataType(kinds[name]).numpy()
         tensors.append(ir.to_proto(ir.tensor(array.astype(dtype), name=name)))
     del graph.input[:], graph.initializer[:]

@@ -122,10 +122,10 @@ def dropout_grad(emit: Emit, node: ir.Node) -> Lowered:
         return Miss("the type of its first input is unknown")
     work = ir.DataType.FLOAT if dtype in HALF_TYPES else dtype
     known, mode = constant(ratio), constant(training)
+    if any(item is not None and item.size != 1 for item in (known, mode)):
+        return Miss("its ratio or its mode is not one number")
     if training is not None and mode is not None and not bool(mode):
         return [grad]
-    if known is not None and known.size != 1:
-        return Miss("its ratio is not one number")
     one = emit.scalar(1.0, work)
     if ratio is None or known is not None:
         share = 0.5 if known is None else float(known.astype(np.float64).reshape(-1)[0])

@@ -210,7 +210,9 @@ def aten(emit: Emit, node: ir.Node) -> Lowered:
     pad, by_frequency = constant(padding), constant(node.inputs[4])
     if grad is None or ids is None or count is None or dtype is None or pad is None:
         return Miss("padding_idx must be a constant")
-    if by_frequency is None or bool(by_frequency):
+    if pad.size != 1 or pad.dtype.kind not in "iu":
+        return Miss("padding_idx must be one whole number")
+    if by_frequency is None or by_frequency.size != 1 or bool(by_frequency):
         return Miss("scale_grad_by_freq is not supported")
     rows = grad
     if int(pad) >= 0:

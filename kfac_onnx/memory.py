@@ -13,11 +13,17 @@ _UNKNOWN: Final = 1 << 62
 
 
 def machine_memory() -> int:
-    """Return the bytes of memory that the machine has; 2^62 where the system does not tell."""
+    """Return the bytes that the machine has, or that `ulimit -v` leaves; 2^62 where the system does not tell."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return _UNKNOWN
+        held = _UNKNOWN
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return held
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return held if limit == resource.RLIM_INFINITY else min(held, limit)
 
 
 def require_memory(needed: int, what: str) -> None:

@@ -127,6 +127,10 @@ def _run(arguments: list[str] | None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; there is nobody to tell
         return FINE
+    except MemoryError:
+        say("error: the memory ran out", err=True)
+        say("  help: a smaller batch, or more memory; `inspect` says what a model's states take", err=True)
+        return USER
     except OSError as e:
         if e.errno != errno.ENAMETOOLONG:
             return _bug(e, arguments)

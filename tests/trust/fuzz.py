@@ -84,6 +84,8 @@ def _problem(code: int, out: str, err: str, folder: Path, before: set[Path]) -> 
         report = re.search(r"help: report it with the file (\S+)", err)
         trace = json.loads(Path(report[1]).read_text())["traceback"] if report else [err[-2000:]]
         return f"exit code {code}\n" + "".join(trace)
+    if "the memory ran out" in err:
+        return "memory: it ran out before anybody looked at the sizes\n" + err
     if "Traceback" in err:
         return "traceback\n" + err
     if raw := RAW.search(out + err):

@@ -77,7 +77,7 @@ fuzz.work(1)
         ("bug", "exit code 3"),
         ("crash", "signal 11"),
         ("hang", "no end after 1 s"),
-        ("memory", "MemoryError"),
+        ("memory", "memory: it ran out"),
         ("escape", "raw control character '\\x1b'"),
         ("leftover", "left files behind"),
     ],

@@ -13,7 +13,7 @@ _UNKNOWN: Final = 1 << 62
 
 
 def machine_memory() -> int:
-    """Return the bytes that the machine has, or that `ulimit -v` leaves; 2^62 where the system does not tell."""
+    """Return the bytes that the machine has, or that `ulimit -v` leaves; 2^62 where nobody tells."""
     try:
         held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

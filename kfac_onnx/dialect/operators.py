@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from kfac_onnx.dialect.signature import Attribute, Cost, Operator, Sizes, Variant, ports
 
@@ -14,6 +14,9 @@ __all__ = ["DOMAIN", "OPERATORS", "VERSION"]
 DOMAIN: Final = "ai.kfac"
 VERSION: Final = 1
 
+Scatters = Literal["rows", "entries"]
+"""What an operator adds at ids; for single entries ScatterElements is as fast as a sequential ScatterND."""
+
 _DECAY = Attribute("decay", "float", 0.0, 1.0)
 _DEBIAS = Attribute("debias", "int", 0, 1)
 _VOCAB = Attribute("vocab_size", "int", 1, 2**62)
@@ -22,12 +25,12 @@ _EPSILON = Attribute("epsilon", "float", 0.0, 1.0)
 _BETAS = (Attribute("beta1", "float", 0.0, 1.0), Attribute("beta2", "float", 0.0, 1.0))
 
 
-def _bodies(module: str, name: str, scatters: bool) -> dict[Variant, tuple[str, str]]:
-    if not scatters:
+def _bodies(module: str, name: str, scatters: Scatters | None) -> dict[Variant, tuple[str, str]]:
+    if scatters is None:
         body = (module, name)
         return {"safe": body, "sequential": body, "atomic": body}
-    fast = (module, f"{name}_nd")
-    return {"safe": (module, f"{name}_elements"), "sequential": fast, "atomic": fast}
+    slow, fast = (module, f"{name}_elements"), (module, f"{name}_nd")
+    return {"safe": slow, "sequential": fast if scatters == "rows" else slow, "atomic": fast}
 
 
 def _operator(
@@ -38,7 +41,7 @@ def _operator(
     attributes: tuple[Attribute, ...] = (),
     *,
     cost: Callable[[Sizes], tuple[int, int]],
-    scatters: bool = False,
+    scatters: Scatters | None = None,
 ) -> Operator:
     inputs, outputs = signature.split("->")
     module, function = body.split(".")
@@ -71,7 +74,7 @@ _TABLE = (
         "input_factor.input_factor_update",
         "A:f32[V] ids:i64[N] increments:f32[N] -> A:f32[V]",
         cost=lambda s: (s.N, 20 * s.N),
-        scatters=True,
+        scatters="entries",
     ),
     _operator(
         "InputFactorAverage",
@@ -164,7 +167,7 @@ _TABLE = (
         "rows.merge_rows",
         "ids:i64[N] rows:f32[N,D] -> unique_ids:i64[U] sums:f32[U,D]",
         cost=lambda s: (s.N * s.D, 24 * s.N * s.D + 32 * s.N),
-        scatters=True,
+        scatters="rows",
     ),
     _operator(
         "RowAdagrad",
@@ -204,7 +207,7 @@ _TABLE = (
         "rows.apply_rows",
         "W:f32[V,D] ids:i64[N] update:f32[N,D] lr:f32[] -> W:f32[V,D]",
         cost=lambda s: (2 * s.N * s.D, 20 * s.N * s.D),
-        scatters=True,
+        scatters="rows",
     ),
     _operator(
         "ApplyColumns",
@@ -234,7 +237,7 @@ _TABLE = (
         "ids:i64[N] rows:f32[N,D] -> grad:f32[V,D]",
         (_VOCAB,),
         cost=lambda s: (s.N * s.D, 4 * s.V * s.D + 20 * s.N * s.D),
-        scatters=True,
+        scatters="rows",
     ),
     _operator(
         "AllFinite",

@@ -72,8 +72,14 @@ class CloseStep(Pass):
         return emitter.changes
 
     def _finite(self, draft: Draft, emitter: Emitter) -> ir.Value:
+        """Emit the flag of the step; what is known before counts and roots are is summed there."""
         emit = emitter.derive(phase=Phase.PRECONDITION)
         flags = [draft.value(name) for name in draft.flags]
+        late = _after_counts_and_roots(draft.model)
+        early = [flag for flag in flags if flag not in late]
+        if 1 < len(early) < len(flags):
+            first = emit.node("Sum", early, name="finite", dtype=FLOAT, shape=[])
+            flags = [first, *(flag for flag in flags if flag in late)]
         total = emit.node("Sum", flags, name="finite", dtype=FLOAT, shape=[])
         broken = emit.node("IsNaN", [total], name="broken", dtype=BOOL, shape=[])
         ok = emit.node("Not", [broken], name="kfac/ok", dtype=BOOL, shape=[], exact_name=True)
@@ -222,3 +228,13 @@ class CloseStep(Pass):
             shape=draft.settings.get("shape", "rows"),
             settings=settings,
         )
+
+
+def _after_counts_and_roots(model: ir.Model) -> set[ir.Value]:
+    """Return the values that depend on what the count or the refresh phase makes."""
+    late: set[ir.Value] = set()
+    for node in model.graph:
+        own = node.metadata_props.get("kfac.phase") in (Phase.COUNT, Phase.REFRESH)
+        if own or any(value in late for value in node.inputs if value is not None):
+            late.update(node.outputs)
+    return late

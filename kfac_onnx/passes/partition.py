@@ -10,11 +10,12 @@ a session read a table that the same session writes (DESIGN section 8). Hence th
 | forward      | always, if the loss is outside | predictions; the host then feeds their gradients    |
 | gradients    | always                       | reads tables; all that needs nothing of what follows  |
 | count-read   | always                       | reads that must come before the counts are written    |
-| count        | always, one thread           | writes counts                                         |
+| count        | always, one thread           | writes counts, if a refresh reads them                |
 | refresh-read | always                       | what the refresh needs from the counts                |
 | refresh      | if its condition holds       | then-branches of the phase's `If` nodes, merged, and  |
 |              |                              | what only they need; small roots in one thread        |
-| precondition | always                       | what needs counts or roots: updates, the finite flag  |
+| precondition | always                       | writes counts; what needs them or roots: updates, the |
+|              |                              | finite flag                                           |
 | commit       | if the step is kept          | one thread; writes tables (`commit-read` before it)   |
 | renormalize  | kept, if its condition holds | then-branches, merged; writes counts                  |
 | undo         | if the step is skipped       | one thread; restores the counts (`undo-read` before)  |
@@ -49,6 +50,7 @@ from kfac_onnx.passes.partition_slots import (
     Slot,
     assign_slots,
     check_hazards,
+    count_late,
     drop_selects,
     first_half,
     postponed,
@@ -178,6 +180,7 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
     roots.update(candidates.values())
     slots = assign_slots(items, versions)
     check_hazards(items, slots, versions)
+    slots = count_late(items, slots, versions)
     if not any(Slot.GRADIENTS < slot < Slot.PRECONDITION for slot in slots):
         slots = [Slot.GRADIENTS if slot == Slot.PRECONDITION else slot for slot in slots]
     if step.predictions:

@@ -18,7 +18,16 @@ from kfac_onnx.passes.partition_graph import Item, free_names, rename
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Slot", "assign_slots", "check_hazards", "drop_selects", "first_half", "postponed", "prune"]
+__all__ = [
+    "Slot",
+    "assign_slots",
+    "check_hazards",
+    "count_late",
+    "drop_selects",
+    "first_half",
+    "postponed",
+    "prune",
+]
 
 
 class Slot(enum.IntEnum):
@@ -134,6 +143,26 @@ def postponed(
         for name in item.reads:
             readers.setdefault(name, set()).add(reader)
     return found
+
+
+def count_late(items: Sequence[Item], slots: Sequence[Slot], versions: Mapping[str, str]) -> list[Slot]:
+    """Count together with what reads the counts, which saves a stage, where that is right.
+
+    It is where nothing in between reads the new counts, nothing at work then reads the old ones, and the
+    operators that count are right with several threads.
+    """
+    counting = [item for item, slot in zip(items, slots, strict=True) if slot == Slot.COUNT]
+    made = {name for item in counting for name in item.makes}
+    between = (Slot.REFRESH_READ, Slot.REFRESH)
+    read = {name for item, slot in zip(items, slots, strict=True) if slot in between for name in item.reads}
+    merged = [Slot.PRECONDITION if slot == Slot.COUNT else slot for slot in slots]
+    if made & read or any(item.node.op_type.startswith("Scatter") for item in counting):
+        return list(slots)
+    try:
+        check_hazards(items, merged, versions)
+    except VerifyError:
+        return list(slots)
+    return merged
 
 
 def _is_branch(item: Item) -> bool:

@@ -22,7 +22,7 @@ from kfac_onnx.memory import require_memory
 from kfac_onnx.runtime.tensors import Buffer, Device, element_type, host_value, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import onnx
     import onnxruntime as ort
@@ -72,14 +72,19 @@ class _Port:
 
 @dataclass
 class Runner:
-    """A stage with its session, ports and cached bindings; `loose` outputs are allocated at every run."""
+    """A stage with its session, ports and cached bindings.
+
+    `loose` outputs are allocated at every run, with their place in the outputs; `moving` inputs are bound at
+    every run.
+    """
 
     stage: Stage
     session: ort.InferenceSession
     inputs: list[_Port]
     outputs: list[_Port]
     holders: tuple[int, ...]
-    loose: tuple[str, ...]
+    loose: tuple[tuple[int, str], ...]
+    moving: tuple[_Port, ...]
     bindings: dict[tuple[int, ...], ort.IOBinding] = field(
         default_factory=dict[tuple[int, ...], "ort.IOBinding"]
     )
@@ -152,6 +157,13 @@ class Engine:
             for index, holder in enumerate(self._holders)
             if len(holder.buffers) == 2 and holder.state.input in plan.versions.values()
         }
+        self._doubles = [
+            (holder, candidate)
+            for index, (name, holder) in enumerate(zip(self._names, self._holders, strict=True))
+            if len(holder.buffers) == 2 and index not in self._copies
+            for candidate in (plan.candidates[name],)
+            if candidate != name
+        ]
         self._location = [0] * len(self._holders)
         self.runners = [self._open(stage, providers, threads) for stage in plan.stages]
         self._require_sources()
@@ -161,14 +173,14 @@ class Engine:
     def _open(self, stage: Stage, providers: Providers, threads: int) -> Runner:
         _fill_types(stage.model, self._types)
         session = open_session(stage.model, providers, threads=1 if stage.one_thread else threads)
-        loose: list[str] = []
+        loose: list[tuple[int, str]] = []
         outputs: list[_Port] = []
-        for info in session.get_outputs():
+        for place, info in enumerate(session.get_outputs()):
             shape = tuple(info.shape)
             self._types[info.name] = (element_type(info.type), shape)
             port = self._output_port(info.name, shape, conditional=stage.condition is not None)
             if port.flow:
-                loose.append(info.name)
+                loose.append((place, info.name))
             outputs.append(port)
         inputs = [self._input_port(info.name) for info in session.get_inputs()]
         for name, other in stage.otherwise.items():
@@ -183,7 +195,12 @@ class Engine:
                 self._readable[constant] = buffer.read()
             self._otherwise[name] = constant
         used = sorted({port.holder for port in (*inputs, *outputs) if port.holder is not None})
-        return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose))
+        return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose), self._moving(inputs))
+
+    def _moving(self, inputs: Sequence[_Port]) -> tuple[_Port, ...]:
+        """Return what is bound at every run: on a device, scalars of the host too, since binding copies."""
+        copied = set[str]() if self._device.is_cpu else set(self._scalars)
+        return tuple(port for port in inputs if port.batch or port.flow or port.name in copied)
 
     def _require_sources(self) -> None:
         """Raise UserError for a stage that reads what neither a stage before it nor the caller gives."""
@@ -195,7 +212,7 @@ class Engine:
                         f"the input '{port.name}' has no value: it is neither a state nor in the batch",
                         help="make the model again from the training graph that its exporter wrote",
                     )
-            made.update(runner.loose)
+            made.update(name for _, name in runner.loose)
 
     def _output_port(self, name: str, shape: tuple[object, ...], *, conditional: bool) -> _Port:
         if name in self._plan.versions:
@@ -258,7 +275,7 @@ class Engine:
         binding = runner.bindings.get(key)
         if binding is None:
             binding = runner.bindings[key] = self._bind(runner)
-        for port in runner.inputs:
+        for port in runner.moving:
             if port.batch:
                 value = batch[port.name]
                 if isinstance(value, np.ndarray):
@@ -267,9 +284,9 @@ class Engine:
                     binding.bind_ortvalue_input(port.name, value)
             elif port.flow:
                 binding.bind_ortvalue_input(port.name, self.value(port.name))
-            elif port.name in self._scalars and not self._device.is_cpu:  # binding copied what it was
+            else:
                 binding.bind_ortvalue_input(port.name, self._scalars[port.name])
-        for name in runner.loose:
+        for _, name in runner.loose:
             if name in self._host:
                 binding.bind_output(name, "cpu", 0)
             else:
@@ -281,8 +298,8 @@ class Engine:
         if not self._device.is_cpu:
             binding.synchronize_outputs()
         if runner.loose:
-            made = dict(zip(runner.stage.outputs, binding.get_outputs(), strict=True))
-            self._flow.update((name, made[name]) for name in runner.loose)
+            made = binding.get_outputs()
+            self._flow.update((name, made[place]) for place, name in runner.loose)
         for name, state in stage.writes.items():
             index = self._index[state]
             if index in self._copies and name in runner.stage.outputs:
@@ -345,14 +362,10 @@ class Engine:
 
     def swap(self) -> None:
         """Keep the step: make the new value of every state the current one."""
-        for index, holder in enumerate(self._holders):
-            if len(holder.buffers) == 1:
-                continue
-            if index in self._copies:
-                holder.current = self._location[index]
-                continue
-            candidate = self._plan.candidates[self._names[index]]
-            if candidate != self._names[index] and self._ran.get(candidate, True):
+        for index in self._copies:
+            self._holders[index].current = self._location[index]
+        for holder, candidate in self._doubles:
+            if self._ran.get(candidate, True):
                 holder.current ^= 1
 
     def settle(self) -> None:

@@ -93,7 +93,7 @@ class Stepper:
         try:
             for runner in self._before:
                 slot = runner.stage.slot
-                counted = counted or slot == Slot.COUNT
+                counted = counted or bool(runner.stage.writes)
                 first = slot == Slot.GRADIENTS
                 ran = self._run_first(runner, batch) if first else engine.run(runner, batch)
                 if slot == Slot.REFRESH and ran:

@@ -58,10 +58,10 @@ def reductions(item: Stage) -> set[tuple[str, str]]:
 def test_stages_of_the_toy(toy: ModuleType) -> None:
     plan = partition(toy.whole_step())
     assert [item.name for item in plan.stages] == [
-        "gradients", "count", "refresh", "precondition", "commit", "undo",
+        "gradients", "refresh", "precondition", "commit", "undo",
     ]  # fmt: skip
-    assert [item.one_thread for item in plan.stages] == [False, True, True, False, True, True]  # a small root
-    assert operators(stage(plan, Slot.COUNT)) == ["InputFactorUpdate"]
+    assert [item.one_thread for item in plan.stages] == [False, True, False, True, True]  # a small root
+    assert "InputFactorUpdate" in operators(stage(plan, Slot.PRECONDITION))
     assert operators(stage(plan, Slot.COMMIT)) == ["ApplyRows"]
     assert operators(stage(plan, Slot.UNDO)) == ["WriteRows"]
     assert not any("Where" in operators(item) for item in plan.stages)
@@ -104,7 +104,7 @@ def test_candidates_skip_the_select(toy: ModuleType) -> None:
 def test_one_thread_stages_get_sequential_scatters(toy: ModuleType) -> None:
     plan = partition(toy.whole_step())
     assert reductions(stage(plan, Slot.COMMIT)) == {("ScatterND", "add")}
-    assert reductions(stage(plan, Slot.COUNT)) == {("ScatterND", "add")}
+    assert ("ScatterElements", "add") in reductions(stage(plan, Slot.PRECONDITION))
     safe = partition(toy.whole_step(), sequential=False)
     assert reductions(stage(safe, Slot.COMMIT)) == {("ScatterElements", "add")}
     for item in plan.stages:

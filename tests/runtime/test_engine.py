@@ -31,10 +31,11 @@ def test_tables_and_counts_are_updated_where_they_lie(
     places = {name: session._holders[name].live.value.data_ptr() for name in ("emb.weight", "A")}
     for batch in toy.batches(4):
         session.step(batch)
-    for name, slot in (("emb.weight", Slot.COMMIT), ("A", Slot.COUNT)):
+    for name, slot in (("emb.weight", Slot.COMMIT), ("A", Slot.PRECONDITION)):
         bindings = list(runner_of(session, slot).bindings.values())
-        assert len(bindings) == 1
-        assert [value.data_ptr() for value in bindings[0].get_outputs()] == [places[name]]
+        assert len(bindings) in (1, 2)  # the root, which precondition reads, has two buffers
+        for binding in bindings:
+            assert places[name] in [value.data_ptr() for value in binding.get_outputs()]
         assert session._holders[name].live.value.data_ptr() == places[name]
 
 
@@ -164,5 +165,7 @@ def test_scalars_are_bound_anew_where_binding_copies_them(
     session.step(batch)
     assert not rates & set(bound)
     monkeypatch.setattr(session._engine, "_device", Elsewhere())
+    for runner in session._engine.runners:
+        runner.moving = session._engine._moving(runner.inputs)
     session.step(batch)
     assert rates <= set(bound)

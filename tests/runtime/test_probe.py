@@ -33,7 +33,7 @@ def test_other_reductions_are_not_trusted() -> None:
 def test_scatters_are_found_inside_functions(toy: ModuleType) -> None:
     plan = partition(toy.whole_step())
     found = probe.scatters_of(stage.model for stage in plan.stages if stage.writes)
-    assert found == {("ScatterND", "add"), ("ScatterND", "none")}
+    assert found == {("ScatterND", "add"), ("ScatterND", "none"), ("ScatterElements", "add")}
 
 
 def test_wrong_numbers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def test_a_batch_input_given_as_parameter_leaves_the_batch(
 
 def test_describe_says_what_runs_where(open_toy: Callable[..., TrainingSession]) -> None:
     described = open_toy().describe()
-    assert described["stages"] == ["gradients", "count", "refresh", "precondition", "commit", "undo"]
+    assert described["stages"] == ["gradients", "refresh", "precondition", "commit", "undo"]
     assert described["in_place"]
     assert described["device"] == "cpu:0"
     assert described["states"]["emb.weight"] == "in-place"

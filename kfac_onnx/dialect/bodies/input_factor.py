@@ -59,7 +59,7 @@ def input_factor_update_elements(A: FLOAT, ids: INT64, increments: FLOAT):
 
 @body
 def input_factor_update_nd(A: FLOAT, ids: INT64, increments: FLOAT):
-    """Ã[ids] += increments, repeated ids adding up, where scatters are sequential or atomic."""
+    """Ã[ids] += increments, repeated ids adding up, where scatters are atomic."""
     return op.ScatterND(A, op.Unsqueeze(ids, op.Constant(value_ints=[-1])), increments, reduction="add")
 
 

@@ -125,7 +125,7 @@ class TableFactors:
         draft.keep(total, new_total, Phase.GRADIENTS)
         draft.keep(count, new_count, Phase.GRADIENTS)
         self._renormalized(scale, new_scale, factor)
-        increments = self._per_lookup(increment)
+        increments = self._per_lookup(increment, Phase.COUNT)
         (counted,) = draft.op(
             "InputFactorUpdate", [factor, self.ids, increments], [Out("A", FLOAT, [self.V])], Phase.COUNT
         )
@@ -205,8 +205,8 @@ class TableFactors:
         )
         return ids, weights
 
-    def _per_lookup(self, scalar: ir.Value) -> ir.Value:
-        emit = self.emit.derive(phase=Phase.GRADIENTS)
+    def _per_lookup(self, scalar: ir.Value, phase: Phase = Phase.GRADIENTS) -> ir.Value:
+        emit = self.emit.derive(phase=phase)
         if self.mask is not None:
             return emit.node("Mul", [self.mask, scalar], name="increments", dtype=FLOAT, shape=[None])
         shape = emit.node("Shape", [self.ids], name="ids_shape", dtype=INT64, shape=[1])

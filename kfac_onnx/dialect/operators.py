@@ -149,9 +149,9 @@ _TABLE = (
         "PreconditionRows",
         "multiply gradient rows by powers of both damped factors",
         "precondition.precondition_rows",
-        "rows:f32[N,D] a:f32[N] damping_a:f32[] root:f32[D,D] -> update:f32[N,D]",
+        "rows:f32[N,D] a:f32[N] damping_a:f32[] root:f32[D,D] scale:f32[] -> update:f32[N,D]",
         (_EXPONENT,),
-        cost=lambda s: (2 * s.N * s.D**2 + s.N * s.D + 8 * s.N, 16 * s.N * s.D + 4 * s.D**2),
+        cost=lambda s: (2 * s.N * s.D**2 + s.N * s.D + 9 * s.N, 16 * s.N * s.D + 4 * s.D**2),
     ),
     _operator(
         "PreconditionDense",
@@ -200,6 +200,14 @@ _TABLE = (
         "rows:f32[U,D] acc:f32[U,D] -> update:f32[U,D] acc:f32[U,D]",
         (_EPSILON,),
         cost=lambda s: (5 * s.N * s.D, 20 * s.N * s.D),
+    ),
+    _operator(
+        "AddRows",
+        "add rows to the table's rows",
+        "rows.add_rows",
+        "W:f32[V,D] ids:i64[N] rows:f32[N,D] -> W:f32[V,D]",
+        cost=lambda s: (s.N * s.D, 12 * s.N * s.D),
+        scatters="rows",
     ),
     _operator(
         "ApplyRows",

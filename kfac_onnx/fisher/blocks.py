@@ -133,7 +133,8 @@ class KroneckerProductFB(FisherBlock):
         if isinstance(vector, SparseRows):
             self._check_shape(vector.dense_shape)
             a, rows = self.input_factor.rows(vector.indices), call("Cast", vector.values, to=_FLOAT)
-            (values,) = apply("PreconditionRows", rows, a, damping_a, matrix, exponent=float(exponent))
+            inputs = (rows, a, damping_a, matrix, constant(1.0))
+            (values,) = apply("PreconditionRows", *inputs, exponent=float(exponent))
             return SparseRows(vector.indices, self._renormed(values, exponent), vector.dense_shape)
         if vector.shape is not None:
             self._check_shape(tuple(vector.shape))

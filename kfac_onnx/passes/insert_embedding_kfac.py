@@ -18,7 +18,7 @@ from kfac_onnx.passes.insertion.draft import FLOAT, Draft
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
 from kfac_onnx.passes.insertion.table import RowUpdate, TableBlock, from_rows
-from kfac_onnx.passes.insertion.writing import drop_gradient, write_table
+from kfac_onnx.passes.insertion.writing import drop_gradient, takes_steps, write_table
 from kfac_onnx.passes.options import opt
 from kfac_onnx.passes.registry import register
 from kfac_onnx.passes.rewriter import Emitter, Out
@@ -120,9 +120,14 @@ class InsertEmbeddingKfac(Pass):
     def _insert(self, site: Site, preset: Preset, draft: Draft, scale: ir.Value | None, log: Log) -> None:
         both = site.projections if self.tied == "both" else ()
         uses = len(site.uses) + len(both) if self.uses == "multi-indep" else 1
-        result = TableBlock(site, preset.for_uses(uses), draft, scale, both).update()
+        rate: ir.Value | None = None
+        if self.shape == "rows":
+            default = LEARNING_RATES[preset.name] if self.lr is None else self.lr
+            rate = draft.learning_rate("kfac/lr", default)
+        block = TableBlock(site, preset.for_uses(uses), draft, scale, both)
+        result = block.update(rate if takes_steps(site, draft) else None)
         with draft.at(draft.emitter.derive(site=site.parameter)):
-            if self.shape == "dense":
+            if rate is None:
                 pair = row_gradient_of(draft.model, site.parameter)
                 update = host_update_of(draft.model, site.parameter)
                 if pair is not None:
@@ -135,9 +140,6 @@ class InsertEmbeddingKfac(Pass):
                     replace_source(update, source, site, result, gradient, draft)
             else:
                 drop_gradient(draft, site.gradient)
-                rate = draft.learning_rate(
-                    "kfac/lr", LEARNING_RATES[preset.name] if self.lr is None else self.lr
-                )
                 write_table(site, result, rate, draft)
         log.count("tables")
 

@@ -130,18 +130,18 @@ def factor_inverse_root(G: Array, damping_g: Array, previous: Array, *, iteratio
 
 
 def precondition_rows(
-    rows: Array, a: Array, damping_a: Array, root: Array, *, exponent: float
+    rows: Array, a: Array, damping_a: Array, root: Array, scale: Array | float, *, exponent: float
 ) -> tuple[Array, ...]:
-    """Return (a + damping_a)^exponent · (rows · root)."""
+    """Return scale · (a + damping_a)^exponent · (rows · root)."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (((a + damping_a) ** exponent)[:, None] * (rows @ root),)
+        return ((scale * (a + damping_a) ** exponent)[:, None] * (rows @ root),)
 
 
 def precondition_dense(
     grad: Array, A: Array, gain: Array, damping_a: Array, root: Array, *, exponent: float
 ) -> tuple[Array, ...]:
     """(gain·Ã + damping_a)^exponent · (grad · root)."""
-    return precondition_rows(grad, gain * A, damping_a, root, exponent=exponent)
+    return precondition_rows(grad, gain * A, damping_a, root, 1.0, exponent=exponent)
 
 
 def merge_rows(ids: Array, rows: Array) -> tuple[Array, ...]:
@@ -177,6 +177,11 @@ def row_window(rows: Array, r: Array, fresh: Array) -> tuple[Array, ...]:
     r = r + fresh * (rows**2).mean(axis=1)
     root = np.where(r > 0, np.sqrt(r), np.inf)
     return (rows / root[:, None], r)
+
+
+def add_rows(W: Array, ids: Array, rows: Array) -> tuple[Array, ...]:
+    """W[ids] += rows."""
+    return (scatter_add(W, ids, rows),)
 
 
 def apply_rows(W: Array, ids: Array, update: Array, lr: Array) -> tuple[Array, ...]:
@@ -258,6 +263,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "WindowDecay": window_decay,
     "RowWindow": row_window,
     "RowElementAdagrad": row_element_adagrad,
+    "AddRows": add_rows,
     "ApplyRows": apply_rows,
     "ApplyColumns": apply_columns,
     "ApplyFlat": apply_flat,

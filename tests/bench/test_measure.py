@@ -63,7 +63,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     assert case.roofline.added_ms == pytest.approx(half.ms - sgd.ms)
     assert [item.arm for item in case.profiles] == ["plain-sgd", "half"]
     operators = {item.operator for item in case.profiles[1].operators}
-    assert {"graph", "OutputFactorUpdate", "PreconditionRows", "ApplyRows"} <= operators
+    assert {"graph", "OutputFactorUpdate", "PreconditionRows", "AddRows"} <= operators
     for item in case.profiles:
         assert item.step_ms == pytest.approx(item.host_ms + sum(phase.ms for phase in item.phases))
     path = tmp_path / "results.json"

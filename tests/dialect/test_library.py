@@ -47,7 +47,9 @@ def test_every_operator_has_a_body_that_matches_its_signature(variant: dialect.V
 
 
 @pytest.mark.parametrize("variant", ["safe", "sequential", "atomic"])
-@pytest.mark.parametrize("name", ["InputFactorUpdate", "ApplyRows", "ApplyColumns", "ApplyFlat", "WriteRows"])
+@pytest.mark.parametrize(
+    "name", ["InputFactorUpdate", "AddRows", "ApplyRows", "ApplyColumns", "ApplyFlat", "WriteRows"]
+)
 def test_writers_end_in_the_scatter_that_makes_their_output(name: str, variant: dialect.Variant) -> None:
     body = dialect.functions(variant, [name])[name]
     last = body.outputs[0].producer()
@@ -59,7 +61,7 @@ def test_writers_end_in_the_scatter_that_makes_their_output(name: str, variant: 
     assert last.op_type == ("ScatterElements" if safe or always else "ScatterND")
 
 
-@pytest.mark.parametrize("name", ["InputFactorUpdate", "ApplyRows", "WriteRows"])
+@pytest.mark.parametrize("name", ["InputFactorUpdate", "AddRows", "ApplyRows", "WriteRows"])
 def test_writers_update_a_bound_buffer_in_place(name: str, make_model: Callable[..., ir.Model]) -> None:
     table = np.zeros(6, np.float32) if name == "InputFactorUpdate" else np.zeros((6, 3), np.float32)
     ids, rows = np.array([1, 4, 1]), np.ones((3, *table.shape[1:]), np.float32)
@@ -215,7 +217,7 @@ def test_costs_grow_with_lookups_and_not_with_the_vocabulary() -> None:
         assert operator.cost(small).bytes > 0
     more = dialect.Sizes(V=10**4, D=64, N=1024)
     rows = dialect.OPERATORS["PreconditionRows"]
-    assert rows.cost(small).flops == 2 * 512 * 64**2 + 512 * 64 + 8 * 512
+    assert rows.cost(small).flops == 2 * 512 * 64**2 + 512 * 64 + 9 * 512
     assert rows.cost(more).flops == 2 * rows.cost(small).flops
 
 

@@ -85,10 +85,11 @@ CASES = [
     Case("no-trace", "FactorInverse", (0 * G, 0.1, 3 * np.eye(D))),
     Case("usual", "FactorInverseRoot", (G, 0.1, np.eye(D)), {"iterations": 20}),
     Case("no-trace", "FactorInverseRoot", (0 * G, 0.1, 3 * np.eye(D)), {"iterations": 20}),
-    Case("half", "PreconditionRows", (ROWS, COUNTS[IDS], 0.1, G), {"exponent": -0.5}),
-    Case("inverse", "PreconditionRows", (ROWS, COUNTS[IDS], 0.1, G), {"exponent": -1.0}),
-    Case("unseen", "PreconditionRows", (ROWS, 0 * COUNTS[IDS], 0.0, G), {"exponent": -1.0}),
-    Case("none", "PreconditionRows", (NONE, [], 0.1, G), {"exponent": -0.5}),
+    Case("half", "PreconditionRows", (ROWS, COUNTS[IDS], 0.1, G, 1.0), {"exponent": -0.5}),
+    Case("step", "PreconditionRows", (ROWS, COUNTS[IDS], 0.1, G, -0.03), {"exponent": -0.5}),
+    Case("inverse", "PreconditionRows", (ROWS, COUNTS[IDS], 0.1, G, 1.0), {"exponent": -1.0}),
+    Case("unseen", "PreconditionRows", (ROWS, 0 * COUNTS[IDS], 0.0, G, 1.0), {"exponent": -1.0}),
+    Case("none", "PreconditionRows", (NONE, [], 0.1, G, 1.0), {"exponent": -0.5}),
     Case("half", "PreconditionDense", (TABLE, COUNTS, 0.7, 0.1, G), {"exponent": -0.5}),
     Case("repeated", "MergeRows", (IDS, ROWS)),
     Case("one", "MergeRows", (IDS[:1], ROWS[:1])),
@@ -106,6 +107,8 @@ CASES = [
     Case("usual", "RowWindow", (ROWS, np.arange(5.0), 0.3)),
     Case("zero", "RowWindow", (ROWS * [[1], [0], [1], [0], [1]], np.zeros(5), 0.3)),
     Case("none", "RowWindow", (NONE, [], 0.3)),
+    Case("repeated", "AddRows", (TABLE, IDS, ROWS)),
+    Case("none", "AddRows", (TABLE, NO_IDS, NONE)),
     Case("repeated", "ApplyRows", (TABLE, IDS, ROWS, 0.1)),
     Case("none", "ApplyRows", (TABLE, NO_IDS, NONE, 0.1)),
     Case("repeated", "ApplyColumns", (TABLE.T, IDS, ROWS, 0.1)),
@@ -174,7 +177,7 @@ def compared(case: Case, found: list[Any]) -> list[tuple[Any, Any]]:
     return pairs[:1] if case.name.startswith("FactorInverse") else pairs
 
 
-SCATTERING = {"InputFactorUpdate", "MergeRows", "ApplyRows", "ScatterRows"}
+SCATTERING = {"InputFactorUpdate", "MergeRows", "AddRows", "ApplyRows", "ScatterRows"}
 VARIANTS = [(case, "safe") for case in CASES]
 VARIANTS += [(case, "sequential") for case in CASES if case.name in SCATTERING]
 
@@ -265,6 +268,7 @@ def test_safe_scatters_are_right_with_four_threads(run_operator: Runner) -> None
     added = run_operator("InputFactorUpdate", (np.zeros(10), ids, np.ones(20_000)), threads=4)[0]
     assert np.array_equal(added, counts)
     for name, inputs, attributes in (
+        ("AddRows", (np.zeros((10, 8)), ids, rows), {}),
         ("ApplyRows", (np.zeros((10, 8)), ids, rows, -1.0), {}),
         ("ScatterRows", (ids, rows), {"vocab_size": 10}),
     ):

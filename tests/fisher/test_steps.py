@@ -81,8 +81,10 @@ def step_model(preset: Preset) -> tuple[ir.Model, list[str]]:
         refreshed, _ = apply("FactorInverseRoot", *root_of, iterations=preset.iterations(D))
     new["root"] = root = call("Where", refresh, refreshed, value["root"])
     if preset.row_scale == "factor":
-        (update,) = apply("PreconditionRows", rows, a, damping_a, root, exponent=preset.exponent)
-        (written,) = apply("ApplyRows", W, ids, update, lr)
+        (update,) = apply(
+            "PreconditionRows", rows, a, damping_a, root, call("Neg", lr), exponent=preset.exponent
+        )
+        (written,) = apply("AddRows", W, ids, update)
     else:
         unique, sums = apply("MergeRows", ids, call("MatMul", rows, root))
         old = call("Gather", value["history"], unique)

@@ -111,7 +111,7 @@ def test_exporters_racing_scatters_are_gone() -> None:
 
 def test_cuda_target_adds_with_scatter_nd() -> None:
     model = transform(NPLM.path, target="cuda")
-    body = model.functions[("ai.kfac", "ApplyRows", "")].graph
+    body = model.functions[("ai.kfac", "AddRows", "")].graph
     assert [node.op_type for node in body][-1] == "ScatterND"
 
 

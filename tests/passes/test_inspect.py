@@ -40,7 +40,7 @@ def test_sizes_and_state(site: SiteReport) -> None:
 
 def test_costs_are_those_of_the_operators(site: SiteReport) -> None:
     groups = {group.operator: group for group in site.groups}
-    for name in ("OutputFactorUpdate", "PreconditionRows", "ApplyRows"):
+    for name in ("OutputFactorUpdate", "PreconditionRows", "AddRows"):
         for lookups in (0, 7, 1000):
             expected = OPERATORS[name].cost(Sizes(V, D, lookups))
             assert groups[name].cost.at(lookups) == (expected.flops, expected.bytes)

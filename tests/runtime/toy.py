@@ -161,7 +161,7 @@ def whole_step(
     if kfac:
         g.add("Gather", ["A/counted", "row_ids"], ["a_raw"], axis=0)
         g.add("Mul", ["a_raw", "gain"], ["a"])
-        g.kfac("PreconditionRows", ["rows", "a", "damping_a", "root/now"], ["update"], exponent=-0.5)
+        g.kfac("PreconditionRows", ["rows", "a", "damping_a", "root/now", "one"], ["update"], exponent=-0.5)
     g.kfac(
         "Momentum",
         ["readout", "readout_grad", "readout/v", "kfac/rest_lr"],

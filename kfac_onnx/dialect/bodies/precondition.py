@@ -1,8 +1,9 @@
 """The preconditioner itself: rows of a gradient times powers of the two damped factors.
 
-    update[n] = (a[n] + damping_a)^exponent · (rows[n] · root)        root = (G + damping_g·I)^exponent
+    update[n] = scale · (a[n] + damping_a)^exponent · (rows[n] · root)     root = (G + damping_g·I)^exponent
 
-The map is linear in the rows, so repeated rows need no merging. Source: spec sections 1 and 2.
+The map is linear in the rows, so repeated rows need no merging. `scale` is 1, or −lr where the result goes
+into the table as it is: a factor per row costs less than one per entry. Source: spec sections 1 and 2.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ __all__ = ["precondition_dense", "precondition_rows"]
 
 
 @body
-def precondition_rows(rows: FLOAT, a: FLOAT, damping_a: FLOAT, root: FLOAT, exponent: float):
-    """Compute (a + damping_a)^exponent · (rows · root); `a` is A at the row of each lookup."""
-    weight = op.Pow(op.Add(a, damping_a), op.Constant(value_float=exponent))
+def precondition_rows(rows: FLOAT, a: FLOAT, damping_a: FLOAT, root: FLOAT, scale: FLOAT, exponent: float):
+    """Compute scale · (a + damping_a)^exponent · (rows · root); `a` is A at the row of each lookup."""
+    weight = op.Mul(scale, op.Pow(op.Add(a, damping_a), op.Constant(value_float=exponent)))
     return op.Mul(op.Unsqueeze(weight, op.Constant(value_ints=[1])), op.MatMul(rows, root))
 
 

@@ -13,6 +13,8 @@ from onnxscript import FLOAT, INT64  # noqa: TC002  onnxscript reads annotations
 from kfac_onnx.dialect.bodies.opsets import F32, body, op
 
 __all__ = [
+    "add_rows_elements",
+    "add_rows_nd",
     "all_finite",
     "apply_columns",
     "apply_flat",
@@ -44,6 +46,19 @@ def merge_rows_nd(ids: INT64, rows: FLOAT):
     zeros = op.Expand(op.Constant(value_float=0.0), shape)
     index = op.Unsqueeze(inverse, op.Constant(value_ints=[-1]))
     return unique_ids, op.ScatterND(zeros, index, rows, reduction="add")
+
+
+@body
+def add_rows_elements(W: FLOAT, ids: INT64, rows: FLOAT):
+    """W[ids] += rows, repeated ids adding up; W is [V, D]."""
+    index = op.Expand(op.Unsqueeze(ids, op.Constant(value_ints=[1])), op.Shape(rows))
+    return op.ScatterElements(W, index, rows, axis=0, reduction="add")
+
+
+@body
+def add_rows_nd(W: FLOAT, ids: INT64, rows: FLOAT):
+    """W[ids] += rows, repeated ids adding up; W is [V, D]."""
+    return op.ScatterND(W, op.Unsqueeze(ids, op.Constant(value_ints=[-1])), rows, reduction="add")
 
 
 @body

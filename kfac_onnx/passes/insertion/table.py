@@ -34,6 +34,8 @@ class RowUpdate:
     update: ir.Value
     unique: bool
     """Whether no id occurs twice."""
+    step: bool = False
+    """Whether −lr is in it, so that the rows are added as they are."""
 
     @property
     def dense(self) -> bool:
@@ -44,8 +46,11 @@ class RowUpdate:
 class TableBlock(TableFactors):
     """Emits the block of one site: its factors, and the update of its rows."""
 
-    def update(self) -> RowUpdate:
-        """Emit everything and return the update of the table's rows."""
+    def update(self, rate: ir.Value | None = None) -> RowUpdate:
+        """Emit everything and return the update of the table's rows.
+
+        Given the learning rate, the rows of a sparse update are what is added to the table: −lr is in them.
+        """
         with self.draft.at(self.emit):
             lookups = self._lookups()
             if self.preset.row_scale == "factor":
@@ -53,7 +58,7 @@ class TableBlock(TableFactors):
                 ghat = self._output_factor(lookups)
                 damping_a, damping_g = self._dampings(total, ghat)
                 root = self._active(self._root(ghat, damping_g), ghat, lookups)
-                result = self._by_counts(gain, damping_a, root)
+                result = self._by_counts(gain, damping_a, root, rate)
             else:
                 ghat = self._output_factor(lookups)
                 one = self.emit.constant(np.float32(1.0), "one")
@@ -70,7 +75,9 @@ class TableBlock(TableFactors):
             raise AssertionError("only tied tables have a dense gradient")
         return to_rows(emit, self.draft.value(self.site.dense), self.site)
 
-    def _by_counts(self, gain: ir.Value, damping_a: ir.Value, root: ir.Value) -> RowUpdate:
+    def _by_counts(
+        self, gain: ir.Value, damping_a: ir.Value, root: ir.Value, rate: ir.Value | None
+    ) -> RowUpdate:
         draft, exponent = self.draft, self.preset.exponent
         emit = self.emit.derive(phase=Phase.PRECONDITION)
         counts = emit.node(
@@ -94,14 +101,18 @@ class TableBlock(TableFactors):
             )
             return RowUpdate(None, update, unique=True)
         a = emit.node("Mul", [counts, gain], name="a", dtype=FLOAT, shape=[None])
+        if rate is None:
+            scale = emit.constant(np.float32(1.0), "one")
+        else:
+            scale = emit.node("Neg", [rate], name="scale", dtype=FLOAT, shape=[])
         (update,) = draft.op(
             "PreconditionRows",
-            [self.rows, a, damping_a, root],
-            [Out("update", FLOAT, [None, self.D])],
+            [self.rows, a, damping_a, root, scale],
+            [Out("update" if rate is None else "step", FLOAT, [None, self.D])],
             Phase.PRECONDITION,
             exponent=exponent,
         )
-        return RowUpdate(self.ids, update, unique=False)
+        return RowUpdate(self.ids, update, unique=False, step=rate is not None)
 
     def _by_squares(self, root: ir.Value, lookups: ir.Value) -> RowUpdate:
         """Row scales from squares of the rotated gradient: presets `adagrad` and `adaptive`."""

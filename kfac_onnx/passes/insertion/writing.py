@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.passes.rewriter import Emitter
 
-__all__ = ["as_float32", "drop_gradient", "keep_parameter", "write_table"]
+__all__ = ["as_float32", "drop_gradient", "keep_parameter", "takes_steps", "write_table"]
 
 _APPLY = {"rows": "ApplyRows", "columns": "ApplyColumns", "flat": "ApplyFlat"}
 
@@ -60,6 +60,15 @@ def write_table(site: Site, result: RowUpdate, rate: ir.Value, draft: Draft) -> 
     emit = draft.emitter.derive(phase=Phase.PRECONDITION)
     if result.ids is None:
         _write_whole(site, result.update, weight, rate, draft)
+        return
+    if result.step:
+        (written,) = draft.op(
+            "AddRows",
+            [weight, result.ids, result.update],
+            [Out("written", FLOAT, weight.shape)],
+            Phase.COMMIT,
+        )
+        _in_place(draft, weight, written, None)
         return
     if weight.dtype == FLOAT:
         (written,) = draft.op(
@@ -107,6 +116,11 @@ def write_table(site: Site, result: RowUpdate, rate: ir.Value, draft: Draft) -> 
         "WriteRows", [weight, ids, rounded], [Out("written", weight.dtype, weight.shape)], Phase.COMMIT
     )
     _in_place(draft, weight, written, before)
+
+
+def takes_steps(site: Site, draft: Draft) -> bool:
+    """Return whether the table's rows can be given as their whole step, the learning rate included."""
+    return site.layout == "rows" and site.dense is None and draft.value(site.parameter).dtype == FLOAT
 
 
 def _in_place(draft: Draft, weight: ir.Value, written: ir.Value, fallback: ir.Value | None) -> None:

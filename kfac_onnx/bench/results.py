@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CaseResult",
     "Convergence",
+    "Growth",
     "Memory",
     "OperatorTime",
     "PhaseTime",
@@ -28,7 +29,7 @@ __all__ = [
     "read_results",
 ]
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,18 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What `half` adds to plain SGD at two vocabularies whose steps took turns: medians of `steps`."""
+
+    name: str
+    small: int
+    large: int
+    added_small_ms: float
+    added_large_ms: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Convergence:
     """Held-out RMSE of one arm on MovieLens at the learning rate that was best for it.
 
@@ -194,6 +207,7 @@ class Results:
     cases: tuple[CaseResult, ...]
     convergence: tuple[Convergence, ...] = ()
     level: float | None = None
+    growth: tuple[Growth, ...] = ()
     version: int = field(default=VERSION)
 
     def to_json(self) -> dict[str, Any]:
@@ -211,6 +225,7 @@ class Results:
             cases=tuple(_case(item) for item in data["cases"]),
             convergence=tuple(_made(Convergence, item) for item in data["convergence"]),
             level=data["level"],
+            growth=tuple(_made(Growth, item) for item in data["growth"]),
         )
 
 

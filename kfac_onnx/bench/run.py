@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kfac_onnx.bench.arms import Arm
+    from kfac_onnx.bench.results import Growth
     from kfac_onnx.bench.roofline import Machine
     from kfac_onnx.bench.workloads import Case
 
@@ -64,6 +65,7 @@ def run(
 
     """
     from kfac_onnx.bench.convergence import LEVEL, converge
+    from kfac_onnx.bench.growth import measure_growth
     from kfac_onnx.bench.movielens import read_ratings
     from kfac_onnx.bench.roofline import Machine
 
@@ -93,7 +95,34 @@ def run(
             if case.workload == "movielens" and data is not None:
                 found = converge(case, arms, data, parameters, threads=settings.threads, tell=tell)
                 results = replace(results, convergence=found, level=LEVEL)
-    return replace(results, cases=tuple(done))
+    growth: list[Growth] = []
+    for small, large in _extremes(todo) if {"half", "plain-sgd"} <= {arm.name for arm in arms} else ():
+        tell(f"{small.name}: what half adds at V={small.vocab_size:,} and at V={large.vocab_size:,}, in turn")
+        with tempfile.TemporaryDirectory(prefix="kfac-bench-", dir=scratch) as folder:
+            found_growth = measure_growth(
+                small,
+                large,
+                Path(folder),
+                steps=settings.steps,
+                threads=settings.threads,
+                seconds=settings.seconds,
+            )
+        growth += [] if found_growth is None else [found_growth]
+    return replace(results, cases=tuple(done), growth=tuple(growth))
+
+
+def _extremes(todo: Sequence[Case]) -> list[tuple[Case, Case]]:
+    """Return each case of more than one vocabulary at its smallest and its largest."""
+    by_name: dict[str, list[Case]] = {}
+    for case in todo:
+        by_name.setdefault(case.name, []).append(case)
+    pairs: list[tuple[Case, Case]] = []
+    for same in by_name.values():
+        small = min(same, key=lambda case: case.vocab_size)
+        large = max(same, key=lambda case: case.vocab_size)
+        if large.vocab_size > small.vocab_size:
+            pairs.append((small, large))
+    return pairs
 
 
 def _case(

@@ -36,13 +36,11 @@ def targets(results: Results) -> list[Target]:
     found: list[Target] = []
     for case in results.cases:
         found += _of_case(case)
-    added = {case.vocab_size: _added(case) for case in results.cases if case.name == _NAMED}
-    known = {V: ms for V, ms in sorted(added.items()) if ms is not None and ms > 0}
-    if len(known) > 1:
-        (small, first), *_, (large, last) = known.items()
-        found.append(
-            Target(f"{_NAMED}: what half adds at V={large:,} over that at V={small:,}", last / first, 1.5)
-        )
+    for item in results.growth:
+        if item.name == _NAMED and item.added_small_ms > 0:
+            ratio = item.added_large_ms / item.added_small_ms
+            aim = f"{item.name}: what half adds at V={item.large:,} over that at V={item.small:,}"
+            found.append(Target(aim, ratio, 1.5))
     return found
 
 
@@ -76,10 +74,3 @@ def _of_case(case: CaseResult) -> list[Target]:
             Target(f"{where}: floor of the added work over its time", case.roofline.share, 0.6, at_least=True)
         )
     return found
-
-
-def _added(case: CaseResult) -> float | None:
-    half = case.timing("half")
-    if half is None or half.ms is None or half.ratio_sgd is None:
-        return None
-    return half.ms - half.ms / half.ratio_sgd

@@ -11,6 +11,7 @@ from kfac_onnx.bench.movielens import read_ratings
 from kfac_onnx.bench.results import (
     CaseResult,
     Convergence,
+    Growth,
     Memory,
     OperatorTime,
     PhaseTime,
@@ -104,4 +105,5 @@ def recorded() -> Results:
             Convergence("half", 0.02, 0.95, None, None, 0.9, (20, 90), (0.98, 0.95)),
         ),
         0.94,
+        (Growth("mf D=64 N=4096", 10_000, 1_000_000, 0.8, 1.2, 60),),
     )

@@ -10,9 +10,11 @@ import pytest
 
 from kfac_onnx.bench import Results, Settings, run
 from kfac_onnx.bench.arms import choose
+from kfac_onnx.bench.growth import measure_growth
 from kfac_onnx.bench.measure import groups_that_fit, timing
 from kfac_onnx.bench.memory import measure_memory, peak_bytes
 from kfac_onnx.bench.results import Memory, read_results
+from kfac_onnx.bench.workloads import cases
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +71,25 @@ def test_a_small_run(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results.to_json()))
     assert read_results(path) == results
+
+
+def test_growth_is_measured_between_the_extremes(tmp_path: Path) -> None:
+    settings = Settings(
+        workloads=("mf",), vocab_sizes=(300, 700, 500), widths=(8,), lookups=(32,), steps=4, threads=1,
+        arms=("half",),
+    )  # fmt: skip
+    results = run(settings, scratch=tmp_path)
+    (growth,) = results.growth
+    assert (growth.name, growth.small, growth.large, growth.steps) == ("mf D=8 N=32", 300, 700, 4)
+    assert 0 < growth.added_small_ms < 100
+    assert 0 < growth.added_large_ms < 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_growth_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kfac_onnx.bench.growth.available_bytes", lambda: 1.6e9)
+    small, large = (cases("mf", vocab_sizes=(V,), widths=(64,), lookups=(32,))[0] for V in (1_000, 100_000))
+    assert measure_growth(small, large, tmp_path, steps=1, threads=1, seconds=1.0) is None
 
 
 def test_memory_of_an_arm(small: Callable[[str], tuple[Case, Path]]) -> None:

@@ -1,0 +1,74 @@
+"""What `half` adds to a step of plain SGD at the smallest and at the largest vocabulary, in the same minutes.
+
+Times of two cases that run one after the other differ by whatever else the machine does in between. Here
+the four trainees (two arms at two vocabularies) make their steps in turn, in an order that rotates; what is
+added is the median over steps of `half` less `plain-sgd` of the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kfac_onnx.bench.arms import ARMS, open_arm
+from kfac_onnx.bench.measure import available_bytes
+from kfac_onnx.bench.results import Growth
+from kfac_onnx.bench.workloads import write_parameters
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kfac_onnx.bench.arms import Trainee
+    from kfac_onnx.bench.workloads import Case
+
+__all__ = ["measure_growth"]
+
+_ARMS: Final = ("plain-sgd", "half")
+_WARM_UP: Final = 10
+_SPARE: Final = 1.5e9
+"""Bytes left to everything that is no table."""
+
+
+def measure_growth(
+    small: Case, large: Case, folder: Path, *, steps: int, threads: int | None, seconds: float
+) -> Growth | None:
+    """Return what `half` adds at both vocabularies, in milliseconds; None where both do not fit into memory.
+
+    Initial values are written to `folder`. The four trainees together are timed for `seconds` each at most.
+    """
+    cases = (small, large)
+    if sum(len(_ARMS) * case.table_bytes for case in cases) > available_bytes() - _SPARE:
+        return None
+    with ExitStack() as stack:
+        opened: list[Trainee] = []
+        for index, case in enumerate(cases):
+            parameters = folder / f"growth-{index}.safetensors"
+            write_parameters(case, parameters)
+            for name in _ARMS:
+                opened.append(open_arm(ARMS[name], case, parameters, threads=threads))
+                stack.callback(opened[-1].close)
+            parameters.unlink()
+        batches = [case.batches(0) for case in cases]
+        times: list[list[float]] = [[] for _ in opened]
+        end = time.perf_counter() + len(opened) * seconds
+        for step in range(_WARM_UP + steps):
+            now = [next(source) for source in batches]
+            turn = step % len(opened)
+            for index in (*range(turn, len(opened)), *range(turn)):
+                start = time.perf_counter()
+                opened[index].step(now[index // len(_ARMS)])
+                times[index].append(1e3 * (time.perf_counter() - start))
+            if time.perf_counter() > end and step > 2 * _WARM_UP:
+                break
+    plain_small, half_small, plain_large, half_large = (np.array(own[_WARM_UP:]) for own in times)
+    return Growth(
+        name=small.name,
+        small=small.vocab_size,
+        large=large.vocab_size,
+        added_small_ms=float(np.median(half_small - plain_small)),
+        added_large_ms=float(np.median(half_large - plain_large)),
+        steps=len(plain_small),
+    )

@@ -1,12 +1,13 @@
 """What `half` adds to a step of plain SGD at the smallest and at the largest vocabulary, in the same minutes.
 
 Times of two cases that run one after the other differ by whatever else the machine does in between. Here
-the four trainees (two arms at two vocabularies) make their steps in turn, in an order that rotates; what is
-added is the median over steps of `half` less `plain-sgd` of the same step.
+the four trainees (two arms at two vocabularies) take turns of a few steps, in an order that rotates; what is
+added is the median over steps of `half` less `plain-sgd` on the same batch.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kfac_onnx.bench.arms import ARMS, open_arm
-from kfac_onnx.bench.measure import available_bytes
+from kfac_onnx.bench.measure import RUN, available_bytes
 from kfac_onnx.bench.results import Growth
 from kfac_onnx.bench.workloads import write_parameters
 
@@ -54,16 +55,18 @@ def measure_growth(
         batches = [case.batches(0) for case in cases]
         times: list[list[float]] = [[] for _ in opened]
         end = time.perf_counter() + len(opened) * seconds
-        for step in range(_WARM_UP + steps):
-            now = [next(source) for source in batches]
-            turn = step % len(opened)
+        for round_ in itertools.count():
+            now = [[next(source) for _ in range(RUN)] for source in batches]
+            turn = round_ % len(opened)
             for index in (*range(turn, len(opened)), *range(turn)):
-                start = time.perf_counter()
-                opened[index].step(now[index // len(_ARMS)])
-                times[index].append(1e3 * (time.perf_counter() - start))
-            if time.perf_counter() > end and step > 2 * _WARM_UP:
+                for place, batch in enumerate(now[index // len(_ARMS)]):
+                    start = time.perf_counter()
+                    opened[index].step(batch)
+                    if place > 0 and round_ >= _WARM_UP / RUN:
+                        times[index].append(1e3 * (time.perf_counter() - start))
+            if len(times[0]) >= steps or (time.perf_counter() > end and times[0]):
                 break
-    plain_small, half_small, plain_large, half_large = (np.array(own[_WARM_UP:]) for own in times)
+    plain_small, half_small, plain_large, half_large = (np.array(own[:steps]) for own in times)
     return Growth(
         name=small.name,
         small=small.vocab_size,

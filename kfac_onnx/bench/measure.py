@@ -1,9 +1,9 @@
-"""Time arms step by step in turn, on the same batches, in one process.
+"""Time arms in turn, a few steps at a time, on the same batches, in one process.
 
 Arms are opened in groups that fit into memory together; each group has the arm that ratios are to, so that a
 ratio is always between times of the same minutes. Arms that touch every row are a group apart, since they
-leave nothing of the others' rows in the caches. The order within a step rotates, so that no arm always
-finds the caches as the same other one left them.
+leave nothing of the others' rows in the caches. An arm makes some steps in a row, as it would in training,
+and the first of them, which finds the caches as another arm left them, is not counted. The order rotates.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ REFERENCE: Final = "plain-sgd"
 TORCH_REFERENCE: Final = "torch-sgd"
 _WARM_UP: Final = 10
 """Steps before any is timed: the first ones allocate, and refresh roots more often."""
+RUN: Final = 6
+"""Steps that an arm makes in a row."""
 _FEWEST: Final = 5
 """Steps timed of an arm that is over its seconds."""
 _SPARE: Final = 1.5e9
@@ -122,24 +124,29 @@ def measure(
 
 
 def _interleave(case: Case, opened: dict[str, Trainee], steps: int, seconds: float) -> dict[str, list[float]]:
-    """Return milliseconds of each arm's steps, warm-up left out."""
+    """Return milliseconds of each arm's steps, without warm-up and the first step of each turn."""
     times: dict[str, list[float]] = {name: [] for name in opened}
-    spent = dict.fromkeys(opened, 0.0)
-    names = list(opened)
+    made, spent = dict.fromkeys(opened, 0), dict.fromkeys(opened, 0.0)
+    names, turn = list(opened), 0
     batches = case.batches(0)
-    for step in range(_WARM_UP + steps):
-        batch = next(batches)
-        turn = step % len(names)
+
+    def done(name: str) -> bool:
+        return len(times[name]) >= steps or (spent[name] > seconds and len(times[name]) >= _FEWEST)
+
+    while not all(done(name) for name in names):
+        some = [next(batches) for _ in range(RUN)]
         for name in names[turn:] + names[:turn]:
-            warm = step >= _WARM_UP if not ARMS[name].dense else step >= 2
-            if spent[name] > seconds and len(times[name]) >= _FEWEST:
-                continue
-            start = time.perf_counter()
-            opened[name].step(batch)
-            taken = time.perf_counter() - start
-            spent[name] += taken
-            if warm:
-                times[name].append(1e3 * taken)
+            for place, batch in enumerate(some):
+                if done(name):
+                    break
+                start = time.perf_counter()
+                opened[name].step(batch)
+                taken = time.perf_counter() - start
+                made[name] += 1
+                spent[name] += taken
+                if place > 0 and made[name] > (2 if ARMS[name].dense else _WARM_UP):
+                    times[name].append(1e3 * taken)
+        turn = (turn + 1) % len(names)
     return times
 
 

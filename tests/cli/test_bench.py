@@ -45,7 +45,7 @@ def test_a_run_is_written_and_compared(tmp_path: Path, capsys: pytest.CaptureFix
 def test_json_is_the_whole_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *SMALL, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["version"] == 1
+    assert data["version"] == 2
     assert data["machine"]["cores"]
     assert set(data["cases"][0]) == {
         "workload", "name", "vocab_size", "tables", "table_bytes", "timings", "memory", "roofline", "profiles",

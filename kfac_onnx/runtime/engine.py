@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Holder", "Runner", "StageError"]
 
 _log = logging.getLogger(__name__)
+_OTHER_SHAPE: Final = ("but the computed output shape", "shape verification failed")
+"""What ONNX Runtime (1.32; before) says when an output that is bound to memory has another shape."""
 
 
 class StageError(Exception):
@@ -74,8 +76,9 @@ class _Port:
 class Runner:
     """A stage with its session, ports and cached bindings.
 
-    `loose` outputs are allocated at every run, with their place in the outputs; `moving` inputs are bound at
-    every run.
+    `loose` outputs are allocated by ONNX Runtime, with their place in the outputs; `moving` inputs are bound
+    at every run. While `keeps` holds, loose outputs stay bound as long as the batch has the same shapes: `kept`
+    has, for each binding, those shapes and the outputs.
     """
 
     stage: Stage
@@ -85,8 +88,12 @@ class Runner:
     holders: tuple[int, ...]
     loose: tuple[tuple[int, str], ...]
     moving: tuple[_Port, ...]
+    keeps: bool
     bindings: dict[tuple[int, ...], ort.IOBinding] = field(
         default_factory=dict[tuple[int, ...], "ort.IOBinding"]
+    )
+    kept: dict[tuple[int, ...], tuple[object, dict[str, ort.OrtValue]]] = field(
+        default_factory=dict[tuple[int, ...], tuple[object, dict[str, "ort.OrtValue"]]]
     )
 
 
@@ -195,7 +202,10 @@ class Engine:
                 self._readable[constant] = buffer.read()
             self._otherwise[name] = constant
         used = sorted({port.holder for port in (*inputs, *outputs) if port.holder is not None})
-        return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose), self._moving(inputs))
+        moving = self._moving(inputs)
+        # A stage that writes in place could not be run again if an output turned out to have another shape.
+        keeps = bool(loose) and not stage.writes and not any(port.flow for port in moving)
+        return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose), moving, keeps)
 
     def _moving(self, inputs: Sequence[_Port]) -> tuple[_Port, ...]:
         """Return what is bound at every run: on a device, scalars of the host too, since binding copies."""
@@ -286,6 +296,24 @@ class Engine:
                 binding.bind_ortvalue_input(port.name, self.value(port.name))
             else:
                 binding.bind_ortvalue_input(port.name, self._scalars[port.name])
+        if runner.keeps:
+            given = [batch[port.name] for port in runner.moving if port.batch]
+            shapes = [value.shape if isinstance(value, np.ndarray) else value.shape() for value in given]
+            earlier, made = runner.kept.get(key, (None, {}))
+            if shapes != earlier or not self._run_kept(runner, binding):
+                made = self._run_loose(runner, binding)
+                runner.kept[key] = shapes, made
+            self._flow.update(made)
+        else:
+            self._flow.update(self._run_loose(runner, binding))
+        for name, state in stage.writes.items():
+            index = self._index[state]
+            if index in self._copies and name in runner.stage.outputs:
+                self._location[index] ^= 1
+        return True
+
+    def _run_loose(self, runner: Runner, binding: ort.IOBinding) -> dict[str, ort.OrtValue]:
+        """Run a stage whose loose outputs get new memory, and return them."""
         for _, name in runner.loose:
             if name in self._host:
                 binding.bind_output(name, "cpu", 0)
@@ -294,16 +322,28 @@ class Engine:
         try:
             runner.session.run_with_iobinding(binding)
         except Exception as e:  # ONNX Runtime's exceptions share no class of their own
-            raise StageError(first_line(e), stage.name) from e
+            raise StageError(first_line(e), runner.stage.name) from e
         if not self._device.is_cpu:
             binding.synchronize_outputs()
-        if runner.loose:
-            made = binding.get_outputs()
-            self._flow.update((name, made[place]) for place, name in runner.loose)
-        for name, state in stage.writes.items():
-            index = self._index[state]
-            if index in self._copies and name in runner.stage.outputs:
-                self._location[index] ^= 1
+        if not runner.loose:
+            return {}
+        made = binding.get_outputs()
+        return {name: made[place] for place, name in runner.loose}
+
+    def _run_kept(self, runner: Runner, binding: ort.IOBinding) -> bool:
+        """Run a stage into the loose outputs of the run before; return False if they have another shape now.
+
+        Their shapes depend on the values of the batch then, so that they are not kept any more.
+        """
+        try:
+            runner.session.run_with_iobinding(binding)
+        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+            if any(words in str(e) for words in _OTHER_SHAPE):
+                runner.keeps = False
+                return False
+            raise StageError(first_line(e), runner.stage.name) from e
+        if not self._device.is_cpu:
+            binding.synchronize_outputs()
         return True
 
     def _bind(self, runner: Runner) -> ort.IOBinding:
@@ -397,5 +437,6 @@ class Engine:
         """Release the sessions and their bindings."""
         for runner in self.runners:
             runner.bindings.clear()
+            runner.kept.clear()
         self.runners.clear()
         self._flow.clear()

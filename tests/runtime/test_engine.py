@@ -16,6 +16,7 @@ from kfac_onnx.runtime.engine import StageError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
+    from typing import Any
 
     from kfac_onnx.runtime import TrainingSession
 
@@ -70,6 +71,56 @@ def test_bindings_are_few_however_long_the_run(
         session.step(batch)
     # Two states of the swapped buffers, times two for the root, which is swapped at refreshes only.
     assert max(len(runner.bindings) for runner in session._engine.runners) <= 4
+
+
+def test_outputs_are_bound_anew_only_for_other_shapes(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime as ort
+
+    bound: list[str] = []
+    real = ort.IOBinding.bind_output
+
+    def bind(self: ort.IOBinding, name: str, *rest: Any) -> None:
+        bound.append(name)
+        real(self, name, *rest)
+
+    session, other = open_toy(), open_toy()
+    loose = {name for _, name in runner_of(session, Slot.GRADIENTS).loose}
+    assert loose
+    batches = toy.batches(8)
+    small = {name: array[:3] for name, array in batches[0].items()}
+    for batch in batches[:4]:
+        session.step(batch)
+    monkeypatch.setattr(ort.IOBinding, "bind_output", bind)
+    for batch in batches[4:]:
+        session.step(batch)
+    assert not loose & set(bound)
+    session.step(small)
+    assert loose <= set(bound)
+    session.step(batches[0])
+    monkeypatch.undo()
+    for batch in (*batches, small, batches[0]):  # another session, which binds all anew, is at the same bits
+        for runner in other._engine.runners:
+            runner.keeps = False
+        other.step(batch)
+    assert {key: array.tobytes() for key, array in session.states.items()} == {
+        key: array.tobytes() for key, array in other.states.items()
+    }
+
+
+def test_outputs_whose_shape_depends_on_values_are_not_kept(graph_case: Callable[..., Any]) -> None:
+    case = graph_case("ortart_legcore__twotower", preset="adagrad")
+    session, other = case.open(), case.open()
+    assert runner_of(session, Slot.GRADIENTS).keeps
+    other._engine.runners[0].keeps = False
+    first = case.batches[0]
+    same = {key: array * 0 if array.dtype.kind == "i" else array for key, array in first.items()}
+    for batch in (first, first, first, same, first, same, same):  # as many merged rows as distinct ids
+        assert session.step(batch)["loss"] == other.step(batch)["loss"]
+    assert not runner_of(session, Slot.GRADIENTS).keeps
+    for key, array in session.states.items():
+        assert np.array_equal(array, other.states[key]), key
 
 
 @pytest.mark.parametrize("model", [{}, {"renormalize_below": 0.9}])

@@ -77,8 +77,8 @@ class Runner:
     """A stage with its session, ports and cached bindings.
 
     `loose` outputs are allocated by ONNX Runtime, with their place in the outputs; `moving` inputs are bound
-    at every run. While `keeps` holds, loose outputs stay bound as long as the batch has the same shapes: `kept`
-    has, for each binding, those shapes and the outputs.
+    at every run. While `keeps` holds, loose outputs stay bound as long as the batch has the same shapes;
+    `kept` has, for each binding, those shapes and the outputs.
     """
 
     stage: Stage

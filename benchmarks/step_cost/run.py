@@ -21,13 +21,13 @@ LOOKUPS, WIDTH = 4096, 64
 
 
 def session(vocab_size: int, preset: str, threads: int) -> TrainingSession:
-    """Return a session over the graph of this vocabulary, with random tables."""
+    """Return a session over the graph of this vocabulary, with random tables, at a rate that cannot diverge."""
     rng = np.random.default_rng(0)
     tables = {
         name: 0.1 * rng.standard_normal((vocab_size, WIDTH), dtype=np.float32)
         for name in ("user.weight", "item.weight")
     }
-    model = transform(FOLDER / f"mf_{vocab_size}.onnx", preset=preset, lr=1e-4)  # random ratings: a usual rate would diverge
+    model = transform(FOLDER / f"mf_{vocab_size}.onnx", preset=preset, lr=1e-4)
     return TrainingSession(model, parameters=tables | {"bias": np.zeros((), np.float32)}, threads=threads)
 
 

@@ -18,7 +18,7 @@ from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.files import load_proto
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import onnx
     import onnx_ir as ir
@@ -33,6 +33,16 @@ R = TypeVar("R")
 LOG: Final = logging.getLogger(__name__)
 LARGE: Final = 1000
 """Bytes above which only the shape of an initializer is given to ONNX's checks."""
+LISTS: Final[dict[str, tuple[int, ...]]] = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Pad": (1,),
+    "Reshape": (1,),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Tile": (1,),
+}
+"""Operator -> the inputs that are lists of integers; those of reductions are their second ones."""
 
 
 def blames_the_graph(function: Callable[P, R]) -> Callable[P, R]:
@@ -121,10 +131,33 @@ def _checked(proto: onnx.ModelProto) -> str | None:
 def _inferred(proto: onnx.ModelProto) -> str | None:
     import onnx
 
+    from kfac_onnx.inference import inferred
+
     try:
-        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+        found = inferred(proto, strict=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError, UnicodeDecodeError) as error:
         return _told(error)
+    return _no_list(found.graph, {})
+
+
+def _no_list(graph: onnx.GraphProto, around: Mapping[str, int]) -> str | None:
+    """Return which node reads a number or a table as a list of integers, which inference lets pass."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    for item in (*graph.input, *graph.value_info, *graph.output):
+        if item.type.tensor_type.HasField("shape"):
+            ranks[item.name] = len(item.type.tensor_type.shape.dim)
+    known = {**around, **ranks}
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        for place in (1,) if node.op_type.startswith("Reduce") else LISTS.get(node.op_type, ()):
+            name = node.input[place] if place < len(node.input) else ""
+            if known.get(name, 1) != 1:
+                return f"{node.op_type} '{node.output[0]}' reads '{name}' of rank {known[name]} as a list"
+        for attribute in node.attribute:
+            problem = _no_list(attribute.g, known) if attribute.HasField("g") else None
+            if problem is not None:
+                return problem
     return None
 
 

@@ -277,6 +277,16 @@ class RootCheck:
 
 
 @dataclass(frozen=True)
+class _Settings:
+    """Those of a step's settings that are read again; the others are for people."""
+
+    g_rows: int | None = None
+    g_every: int = 1
+    uses: str | None = None
+    tied: str | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """Everything a host needs to run the training step that the model is.
 
@@ -296,6 +306,10 @@ class Step:
     shape: Literal["rows", "dense"] = "rows"
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     predictions: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
+
+    def __post_init__(self) -> None:
+        """Raise RecordError where `settings` holds what no writer of this package writes."""
+        build(_Settings, self.settings, "settings")
 
     @property
     def ends(self) -> tuple[str, ...]:

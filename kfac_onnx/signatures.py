@@ -86,6 +86,15 @@ INPUTS: Final[dict[tuple[str, str], int]] = {
 }
 """Operator without a schema here -> how many of its first inputs must be there."""
 
+ATTRIBUTES: Final = {
+    "operator": onnx.AttributeProto.STRING,
+    "output_type": onnx.AttributeProto.INT,
+    "scale_down": onnx.AttributeProto.INT,
+    "transBatchA": onnx.AttributeProto.INT,
+    "transBatchB": onnx.AttributeProto.INT,
+}
+"""Attribute of these operators that ONNX's own have not -> its type."""
+
 ATEN_INPUTS: Final = {b"embedding": 2, b"embedding_backward": 5}
 """Torch operator of an `ATen` node -> the same."""
 
@@ -166,8 +175,8 @@ def _body_problems(node: onnx.NodeProto, given: dict[str, onnx.AttributeProto]) 
 
 @functools.cache
 def _usual_types() -> dict[str, int]:
-    """Return the attributes that have one type in all of ONNX's operators that have them, with that type."""
-    found: dict[str, set[int]] = {"operator": {int(onnx.AttributeProto.STRING)}}
+    """Return the attributes that have one type in all operators that have them, with that type."""
+    found: dict[str, set[int]] = {name: {int(kind)} for name, kind in ATTRIBUTES.items()}
     for schema in onnx.defs.get_all_schemas_with_history():
         for name, attribute in schema.attributes.items():
             found.setdefault(name, set()).add(_kind(attribute))

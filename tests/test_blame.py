@@ -59,6 +59,24 @@ def test_the_users_errors_pass() -> None:
     assert caught.value is error
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("inside", [False, True])
+def test_lists_that_are_none(rank: int, inside: bool) -> None:
+    """ONNX's inference says nothing of them; ONNX Runtime refuses them."""
+    add = "s = ReduceSum <keepdims = 0> (y, axes)"
+    if inside:
+        add = f"b = If (c) <then_branch = t () => (float[] s) {{ {add} }},"
+        add += " else_branch = e () => (float[] u) { u = ReduceMax <keepdims = 0> (y) }>"
+    text = TEXT.replace("> (x) }", f"> (x) {add} }}").replace("(float[4, 2] x)", "(float[4, 2] x, bool c)")
+    proto = onnx.parser.parse_model(text)
+    tensor = onnx.numpy_helper.from_array(np.ones((1,) * rank, np.int64), "axes")
+    proto.graph.initializer.append(tensor)
+    assert invalid(proto) == f"ReduceSum 's' reads 'axes' of rank {rank} as a list"
+    tensor.dims[:] = [1]
+    proto.graph.initializer[0].CopyFrom(tensor)
+    assert invalid(proto) is None
+
+
 def test_large_tensors_are_not_copied_into_the_judgement() -> None:
     proto = model()
     tensor = onnx.numpy_helper.from_array(np.zeros((4, 200), np.float32), "w")

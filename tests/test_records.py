@@ -108,6 +108,23 @@ def test_what_is_no_json(text: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"g_rows": {}}, "'settings.g_rows' must be a whole number"),
+        ({"g_every": "2"}, "'settings.g_every' must be a whole number"),
+        ({"tied": ["both"]}, "'settings.tied' must be a text"),
+    ],
+)
+def test_settings_that_are_read_again_have_their_types(settings: dict[str, object], said: str) -> None:
+    data = {"loss": None, "ok": "ok", "batch": [], "learning_rates": [], "settings": settings}
+    with pytest.raises(RecordError) as caught:
+        build(Step, data)
+    assert str(caught.value) == said
+    data["settings"] = {"preset": [1], "mine": {"g_rows": {}}}
+    assert build(Step, data).settings == data["settings"]
+
+
 def test_the_records_of_models_come_back() -> None:
     state = State("i", "o", (2, 3), "float32", 0.5, Phase.COUNT, "double", "c", "factor", aliases=("i", "o"))
     assert build(State, json.loads(json.dumps(dataclasses.asdict(state)))) == state

@@ -222,6 +222,10 @@ def _aten(operator: str, count: int) -> Callable[[onnx.ModelProto], None]:
             _grad(axis="0"),
             "node com.microsoft::GatherGrad 'z' has an attribute 'axis' that is not of type INT",
         ),
+        (
+            _grad(output_type=[1.0]),
+            "node com.microsoft::GatherGrad 'z' has an attribute 'output_type' that is not of type INT",
+        ),
         (_aten("embedding_backward", 4), "node org.pytorch.aten::ATen 'z' lacks inputs: 5 are needed"),
     ],
 )

@@ -32,7 +32,7 @@ from kfac_onnx.frontends.training_gradients import expand_gradients
 from kfac_onnx.frontends.training_info import with_algorithm
 from kfac_onnx.frontends.updates import calibrate, optimizer_inside, scaled
 from kfac_onnx.frontends.upgrade import clean_imports, flatten, upgrade
-from kfac_onnx.frontends.validity import require_consistent
+from kfac_onnx.frontends.validity import require_consistent, require_tensors
 from kfac_onnx.frontends.values import dtype_of, rank_of, static_shape
 from kfac_onnx.frontends.widen import widen
 from kfac_onnx.frontends.window_scatters import raise_window_scatters
@@ -75,6 +75,7 @@ def read_training_graph(
     """
     exported, training = with_algorithm(load(source))
     model, place = exported.model, exported.place
+    require_tensors(model, place)
     flatten(model, place)
     notes = [note for note in (upgrade(model, place),) if note is not None]
     notes += mend(model)

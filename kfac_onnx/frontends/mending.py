@@ -3,6 +3,7 @@
 - A constant of one entry whose stored type is not the one that the graph declares for it: jax2onnx stores the
   NaN that fills in for invalid ids as float32, also for a float16 table. The declared type is the one that
   its readers need; the entry is converted.
+- A constant that is declared with other dimensions than its data has, numbers or names: the data is right.
 - A Gemm with `beta = 0` whose third input, all zeros, has another type than its operands: it adds nothing
   and is left out.
 """
@@ -24,6 +25,9 @@ __all__ = ["mend"]
 
 def mend(model: ir.Model) -> list[str]:
     """Correct such slips in place; return a note for each kind, with how many there were."""
+    for graph in all_graphs(model.graph):
+        for value in _constants(graph):
+            _reshape(value)
     retyped = sum(_retype(value) for graph in all_graphs(model.graph) for value in _constants(graph))
     dropped = sum(_drop_bias(node) for graph in all_graphs(model.graph) for node in graph)
     notes = [f"constants stored in their declared type: {retyped}"] if retyped else []
@@ -44,6 +48,14 @@ def _retype(value: ir.Value) -> bool:
         return False
     value.const_value = ir.tensor(tensor.numpy().astype(declared.numpy()), name=value.name)
     return True
+
+
+def _reshape(value: ir.Value) -> None:
+    """Declare the shape that a constant has; exporters leave the sizes of another batch or names behind."""
+    if value.const_value is not None and value.shape is not None:
+        held = [int(dim) for dim in value.const_value.shape.numpy()]
+        if list(value.shape) != held:
+            value.shape = ir.Shape(held)
 
 
 def _drop_bias(node: ir.Node) -> bool:

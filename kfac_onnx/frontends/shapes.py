@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from kfac_onnx.errors import first_line
 from kfac_onnx.frontends.values import REMEMBERED, all_graphs, bodies_of, dtype_of
+from kfac_onnx.inference import inferred
 
 __all__ = ["infer_missing_shapes", "infer_shapes"]
 
@@ -38,13 +39,11 @@ def infer_shapes(model: ir.Model) -> None:
     type, and what it finds for the others is filled in.
     """
     try:
-        inferred = onnx.shape_inference.infer_shapes(
-            _without_large_tensors(model), check_type=False, strict_mode=False, data_prop=True
-        )
+        found = inferred(_without_large_tensors(model))
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:  # ONNX gives it up
         LOG.debug("shapes are not inferred: %s", first_line(error))
     else:
-        _merge(model.graph, inferred.graph)
+        _merge(model.graph, found.graph)
     for graph in all_graphs(model.graph):
         for node in graph:
             for value in node.outputs:
@@ -97,20 +96,20 @@ def _without_large_tensors(model: ir.Model) -> onnx.ModelProto:
         graph.inputs.extend(inputs)
 
 
-def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
+def _merge(graph: ir.Graph, found: onnx.GraphProto) -> None:
     """Take over shapes and types, also of the graphs inside: both have the same nodes in the same order."""
-    known = {info.name: info.type for info in (*inferred.input, *inferred.value_info, *inferred.output)}
+    known = {info.name: info.type for info in (*found.input, *found.value_info, *found.output)}
     for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
         if value.name in known:
             _take(value, known[value.name])
-    for node, proto in zip(graph, inferred.node, strict=True):
+    for node, proto in zip(graph, found.node, strict=True):
         bodies = bodies_of(node)
         if not bodies:
             continue
         single = onnx.AttributeProto.GRAPH
         inner = [g for item in proto.attribute for g in ([item.g] if item.type == single else item.graphs)]
-        for body, found in zip(bodies, inner, strict=True):
-            _merge(body, found)
+        for body, inside in zip(bodies, inner, strict=True):
+            _merge(body, inside)
 
 
 def _take(value: ir.Value, found: onnx.TypeProto) -> None:

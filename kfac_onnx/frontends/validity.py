@@ -7,15 +7,14 @@ shows only in that both operands begin with the batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends.values import ONNX_DOMAINS, all_graphs, dtype_of, int_attribute
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = ["require_consistent"]
+__all__ = ["require_consistent", "require_tensors"]
 
 ARITHMETIC: Final = frozenset(
     {"Add", "Div", "Max", "Mean", "Min", "Mul", "PRelu", "Sub", "Sum", "Where", "Gemm", "MatMul"}
@@ -49,6 +48,18 @@ EXPORTERS: Final = {
 
 
 REMEDY: Final = "the exporter wrote an invalid graph: export with another version of it, or another way"
+
+
+def require_tensors(model: ir.Model, place: str | None) -> None:
+    """Raise UserError for the first input that is a sequence or anything else that no batch can hold."""
+    for value in model.graph.inputs:
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            kind = type(value.type).__name__.removesuffix("Type").lower()
+            raise UserError(
+                f"the input '{value.name}' is a {kind}; training graphs take tensors only",
+                place=place,
+                help="export the graph with one input for each tensor",
+            )
 
 
 def require_consistent(model: ir.Model, place: str | None) -> None:

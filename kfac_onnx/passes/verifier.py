@@ -186,6 +186,9 @@ def _metadata_problems(model: ir.Model, names: dict[str, Owner]) -> Iterator[str
     step = metadata.read(model, "step", metadata.Step)
     if step is None:
         return
+    for value in model.graph.inputs:
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            yield f"the input '{value.name}' of a training step is no tensor"
     for name in (*step.batch, *step.constants, *(rate.input for rate in step.learning_rates)):
         if name not in inputs:
             yield f"kfac.step: '{name}' is not an input of the graph"

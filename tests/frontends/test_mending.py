@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from kfac_onnx.frontends.mending import mend
 
@@ -36,6 +37,18 @@ def test_a_constant_of_its_declared_type_stays(build: Callable[[str], ir.Model])
     model = half_where(build, declared=ir.DataType.FLOAT)
     assert mend(model) == []
     assert model.graph.initializers["fill"].const_value.dtype == ir.DataType.FLOAT
+
+
+@pytest.mark.parametrize("declared", [["B", 2], [7, 2], [2], []])
+def test_a_constant_has_the_shape_of_its_data(
+    declared: list[int | str], build: Callable[[str], ir.Model]
+) -> None:
+    model = build("""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 2] x) => (float[N, 2] z) <float[1, 2] w = {1, 2}> { z = Add (x, w) }""")
+    w = model.graph.initializers["w"]
+    w.shape = ir.Shape(declared)
+    assert mend(model) == []
+    assert w.shape == ir.Shape([1, 2])
 
 
 GEMM = """<ir_version: 10, opset_import: ["" : 21]>

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
 import pytest
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.frontends import read_training_graph
-from kfac_onnx.frontends.validity import require_consistent
+from kfac_onnx.frontends.validity import require_consistent, require_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import onnx_ir as ir
 
 GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
 
@@ -89,3 +88,18 @@ def test_contradictions_are_refused(name: str, build: Callable[[str], ir.Model])
 )
 def test_what_may_run_passes(inputs: str, node: str, build: Callable[[str], ir.Model]) -> None:
     require_consistent(graph(inputs, node, build), None)
+
+
+@pytest.mark.parametrize("kind", [ir.SequenceType, ir.OptionalType, ir.SparseTensorType])
+def test_inputs_are_tensors(kind: type, build: Callable[[str], ir.Model]) -> None:
+    model = graph("float[B, 3] x, float[3] y", "z = Add (x, y)", build)
+    require_tensors(model, None)
+    inner = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.inputs[1].type = (
+        ir.SparseTensorType(inner.dtype) if kind is ir.SparseTensorType else kind(inner)
+    )
+    with pytest.raises(
+        UserError, match=r"the input 'y' is a .*; training graphs take tensors only"
+    ) as caught:
+        require_tensors(model, "train.onnx")
+    assert caught.value.place == "train.onnx"

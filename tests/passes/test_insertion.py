@@ -13,8 +13,10 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.metadata import Phase, State, Step
 from kfac_onnx.passes.api import pipeline_text, transform
 from kfac_onnx.passes.find_embeddings import FindEmbeddings
+from kfac_onnx.passes.insertion.draft import Draft
 from kfac_onnx.passes.log import Log
 from kfac_onnx.passes.pipeline import parse_pipeline
+from kfac_onnx.passes.rewriter import Emitter
 
 NPLM = Case("torchjoint_in__nplm")
 
@@ -262,3 +264,16 @@ def test_grad_scale_is_refused_where_it_means_nothing() -> None:
         "  in:   insert-embedding-kfac, pass 2 of 6\n"
         "  help: leave it out, or take preset r1.7"
     )
+
+
+def test_a_state_has_a_number_for_each_dimension() -> None:
+    """A dimension with a name was left out of the shape: the table came out with one dimension less."""
+    model = model_of("g (float[V, 3] w) => (float[V, 3] w_new) { w_new = Neg (w) }", {}, None)
+    (table,), (new,) = model.graph.inputs, model.graph.outputs
+    draft = Draft(model, Emitter(model, "test"), {})
+    with pytest.raises(UserError, match="the parameter 'w' has dimensions without a number"):
+        draft.write(table, new, Phase.COMMIT)
+    assert draft.states == []
+    table.shape = ir.Shape([5, 3])
+    draft.write(table, new, Phase.COMMIT)
+    assert draft.states[0].shape == (5, 3)

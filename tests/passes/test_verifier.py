@@ -145,6 +145,14 @@ def test_metadata_may_not_name_what_is_not_there(model: ir.Model) -> None:
     ]
 
 
+def test_a_step_is_given_tensors(model: ir.Model) -> None:
+    step = metadata.Step(loss="y", ok="c", batch=("x",), learning_rates=())
+    model.graph.inputs[0].type = ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))
+    assert problems_of(model) == []
+    metadata.write(model, "step", step)
+    assert problems_of(model) == ["the input 'x' of a training step is no tensor"]
+
+
 def test_branches_may_share_names(model: ir.Model) -> None:
     named(model, "third").attributes["else_branch"].as_graph().node(0).outputs[0].name = "p"
     assert problems_of(model) == []

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from kfac_onnx.frontends.loops.recurrence import captured
 from kfac_onnx.frontends.values import dtype_of, static_shape
+from kfac_onnx.inference import inferred
 
 if TYPE_CHECKING:
     from kfac_onnx.frontends.constants import Constants
@@ -102,7 +103,7 @@ def _inferred(loop: Recurrence, assumed: list[State], constants: Constants) -> d
     opset = onnx.helper.make_opsetid("", constants.opset)
     model = onnx.helper.make_model(graph, opset_imports=[opset])
     try:
-        result = onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=True)
+        result = inferred(model)
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):
         return None
     found: dict[str, Dims] = {}

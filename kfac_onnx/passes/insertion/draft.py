@@ -15,7 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
+from kfac_onnx.errors import UserError
 from kfac_onnx.fisher.presets import EARLY_REFRESHES
+from kfac_onnx.frontends.values import static_shape
 from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ class Draft:
             State(
                 input=str(old.name),
                 output="",
-                shape=tuple(int(dim) for dim in (old.shape or ()) if isinstance(dim, int)),
+                shape=_fixed_shape(old),
                 dtype="float32" if old.dtype is None else old.dtype.numpy().name,
                 initial="parameter",
                 phase=phase,
@@ -226,3 +228,17 @@ class Draft:
         )
         self.remember(*made)
         return made
+
+
+def _fixed_shape(parameter: ir.Value) -> tuple[int, ...]:
+    """Return the shape of a trained parameter.
+
+    Raises UserError where the graph leaves a dimension open: no buffer could hold it.
+    """
+    shape = static_shape(parameter)
+    if shape is None:
+        raise UserError(
+            f"the parameter '{parameter.name}' has dimensions without a number",
+            help="export the graph with its weights, or with inputs of fixed shapes",
+        )
+    return shape

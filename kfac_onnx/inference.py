@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Final
 import onnx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["LONGEST", "inferred"]
 
 LONGEST: Final = 4096
 """Entries that the vectors a node reads may have together for ONNX to propagate what is in them."""
+_WITH_BODIES: Final = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+"""The operators into whose graphs ONNX's inference goes."""
 _TURNS: Final = 50
 """No exporter computes shapes of shapes so often; what is left unknown then stays unknown."""
 
@@ -79,7 +81,7 @@ def _forget_names(proto: onnx.ModelProto, names: set[str]) -> None:
 
 def _declared(proto: onnx.ModelProto) -> Iterable[tuple[int, str, Sequence[onnx.TensorShapeProto.Dimension]]]:
     """Yield the values whose shape is declared: the number of their graph, their name, their dimensions."""
-    for number, graph in enumerate((proto.graph, *_all_bodies(proto.graph))):
+    for number, (graph, _, _) in enumerate(_graphs(proto.graph)):
         for item in (*graph.input, *graph.value_info, *graph.output):
             if item.type.tensor_type.HasField("shape"):
                 yield number, item.name, item.type.tensor_type.shape.dim
@@ -89,7 +91,7 @@ def _with_sizes_of_data(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which constants are declared as their data is: ONNX believes declarations more."""
     found = onnx.ModelProto()
     found.CopyFrom(proto)
-    for graph in (found.graph, *_all_bodies(found.graph)):
+    for graph, _, _ in _graphs(found.graph):
         held = {tensor.name: tensor.dims for tensor in graph.initializer}
         for item in graph.value_info:
             dims = item.type.tensor_type.shape.dim
@@ -99,11 +101,17 @@ def _with_sizes_of_data(proto: onnx.ModelProto) -> onnx.ModelProto:
     return found
 
 
-def _all_bodies(graph: onnx.GraphProto) -> Iterable[onnx.GraphProto]:
+def _graphs(
+    graph: onnx.GraphProto, around: int = -1, within: str = "", start: int = 0
+) -> list[tuple[onnx.GraphProto, int, str]]:
+    """Return a graph and those in it, each with the number of the one around it and the operator it is in."""
+    found = [(graph, around, within)]
     for node in graph.node:
-        for body in _bodies(node):
-            yield body
-            yield from _all_bodies(body)
+        if node.op_type in _WITH_BODIES:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    found += _graphs(attribute.g, start, node.op_type, start + len(found))
+    return found
 
 
 def _run(proto: onnx.ModelProto, *, strict: bool, propagate: bool) -> onnx.ModelProto:
@@ -113,7 +121,7 @@ def _run(proto: onnx.ModelProto, *, strict: bool, propagate: bool) -> onnx.Model
 
 
 def _long_nodes(proto: onnx.ModelProto) -> frozenset[int]:
-    """Return the numbers of the nodes that may read a long vector, in the order of `_each_node`.
+    """Return the numbers of the nodes that may read a long vector, as `_nodes` counts them.
 
     A vector whose length is unknown may be long, but an input that declares none will not get one: ONNX
     leaves those of the model as they are, and says of those of a Loop only what the body declares. Calls of
@@ -122,73 +130,64 @@ def _long_nodes(proto: onnx.ModelProto) -> frozenset[int]:
     version = max((item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")), default=1)
     functions = {(item.domain, item.name) for item in proto.functions}
     found: set[int] = set()
-
-    def look(number: int, node: onnx.NodeProto, lengths: Mapping[str, float]) -> None:
-        if (node.domain, node.op_type) in functions:
-            found.add(number)
-        elif node.domain in ("", "ai.onnx") and _propagates(node.op_type, version):
-            entries = sum(lengths.get(name, math.inf) for name in node.input if name)
-            found.update([number] if entries > LONGEST else [])
-
-    _each_node(proto, look)
+    known: list[ChainMap[str, float]] = []
+    first = 0
+    for graph, around, within in _graphs(proto.graph):
+        own = _lengths(graph, 0 if within in ("", "Loop") else math.inf)
+        known.append(ChainMap(own, *(known[around].maps if around >= 0 else ())))
+        for number, node in enumerate(graph.node, first):
+            if (node.domain, node.op_type) in functions:
+                found.add(number)
+            elif node.domain in ("", "ai.onnx") and _propagates(node.op_type, version):
+                lengths = (known[-1].get(name, math.inf) for name in node.input if name)
+                found.update([number] if sum(lengths) > LONGEST else [])
+        first += len(graph.node)
     return frozenset(found)
 
 
-def _hide(proto: onnx.ModelProto, numbers: frozenset[int]) -> dict[int, str]:
-    """Give nodes the domain that hides them; return the domains that they had."""
-    domains: dict[int, str] = {}
+def _lengths(graph: onnx.GraphProto, unknown: float) -> dict[str, float]:
+    """Return the lengths of vectors by name: infinite where one may turn out, 0 for what is no vector.
+
+    Of inputs that declare none it is `unknown`; what is declared twice has the longer one.
+    """
+    lengths: dict[str, float] = {}
+    otherwise: dict[str, float] = {item.name: unknown for item in graph.input}
+    for tensor in graph.initializer:
+        otherwise[tensor.name] = lengths[tensor.name] = tensor.dims[0] if len(tensor.dims) == 1 else 0
+    for item in (*graph.input, *graph.value_info, *graph.output):
+        name = item.name
+        length = _length(item.type, otherwise.get(name, math.inf))
+        lengths[name] = max(length, lengths.get(name, 0))
+    return lengths
+
+
+def _nodes(proto: onnx.ModelProto, numbers: Iterable[int]) -> list[onnx.NodeProto]:
+    """Return the nodes with these numbers: those of the graph, then those of each graph in it."""
+    every: list[onnx.NodeProto] = []
+    for graph, _, _ in _graphs(proto.graph):
+        every += graph.node
+    return [every[number] for number in numbers]
+
+
+def _hide(proto: onnx.ModelProto, numbers: Iterable[int]) -> dict[int, str]:
+    """Give nodes a domain that hides them; return the domains that they had."""
     taken = {item.domain for item in (*proto.functions, *proto.opset_import)}
     hidden = next(name for count in itertools.count() if (name := f"hidden.{count}") not in taken)
-
-    def hide(number: int, node: onnx.NodeProto, _: Mapping[str, float]) -> None:
-        if number in numbers:
-            domains[number], node.domain = node.domain, hidden
-
-    if numbers:
-        _each_node(proto, hide)
+    nodes = dict(zip(numbers, _nodes(proto, numbers), strict=True))
+    domains = {number: node.domain for number, node in nodes.items()}
+    for node in nodes.values():
+        node.domain = hidden
+    if domains:
         proto.opset_import.add(domain=hidden, version=1)
     return domains
 
 
 def _show(proto: onnx.ModelProto, domains: dict[int, str]) -> None:
     """Undo `_hide`."""
-
-    def show(number: int, node: onnx.NodeProto, _: Mapping[str, float]) -> None:
-        if number in domains:
-            node.domain = domains[number]
-
+    for node, domain in zip(_nodes(proto, domains), domains.values(), strict=True):
+        node.domain = domain
     if domains:
-        _each_node(proto, show)
         del proto.opset_import[-1]
-
-
-def _each_node(
-    proto: onnx.ModelProto, call: Callable[[int, onnx.NodeProto, Mapping[str, float]], None]
-) -> None:
-    """Call `call(number, node, lengths)` for the nodes of the graph and of the graphs in it.
-
-    The lengths are those of vectors by name: infinite where one may turn out, 0 for what is no vector. What
-    is declared twice has the longer one.
-    """
-    count = 0
-
-    def walk(graph: onnx.GraphProto, around: MutableMapping[str, float], unknown: float) -> None:
-        nonlocal count
-        lengths: dict[str, float] = {}
-        otherwise: dict[str, float] = {item.name: unknown for item in graph.input}
-        for tensor in graph.initializer:
-            otherwise[tensor.name] = lengths[tensor.name] = tensor.dims[0] if len(tensor.dims) == 1 else 0
-        for item in (*graph.input, *graph.value_info, *graph.output):
-            length = _length(item.type, otherwise.get(item.name, math.inf))
-            lengths[item.name] = max(length, lengths.get(item.name, 0))
-        known = ChainMap(lengths, around)
-        for node in graph.node:
-            call(count, node, known)
-            count += 1
-            for body in _bodies(node):
-                walk(body, known, 0 if node.op_type == "Loop" else math.inf)
-
-    walk(proto.graph, {}, 0)
 
 
 def _length(kind: onnx.TypeProto, unknown: float) -> float:
@@ -203,13 +202,6 @@ def _length(kind: onnx.TypeProto, unknown: float) -> float:
     if len(tensor.shape.dim) != 1:
         return 0
     return tensor.shape.dim[0].dim_value if tensor.shape.dim[0].HasField("dim_value") else unknown
-
-
-def _bodies(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
 
 
 @functools.cache

@@ -21,7 +21,7 @@ LOOKUPS, WIDTH = 4096, 64
 
 
 def session(vocab_size: int, preset: str, threads: int) -> TrainingSession:
-    """Return a session over the graph of this vocabulary, with random tables, at a rate that cannot diverge."""
+    """Return a session over the graph of this vocabulary: random tables, and a rate that cannot diverge."""
     rng = np.random.default_rng(0)
     tables = {
         name: 0.1 * rng.standard_normal((vocab_size, WIDTH), dtype=np.float32)

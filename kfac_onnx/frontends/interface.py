@@ -97,6 +97,8 @@ def ort_artifacts(exported: Exported) -> Interface | Miss:
         if buffer is None or gradient is None:
             return Miss("an InPlaceAccumulatorV2 node lacks its buffer or gradient")
         name = (buffer.name or "").removesuffix(BUFFER_SUFFIX).removesuffix(GRADIENT_SUFFIX)
+        if node.outputs[0].uses():
+            return Miss("the flag of an InPlaceAccumulatorV2 node is read by another node")
         (gradients if _known(model, name) else orphans)[name] = str(gradient.name)
     state = {value for node in nodes for value in (node.inputs[0], *node.inputs[2:]) if value is not None}
     results = {value for node in nodes for value in node.outputs}

@@ -155,7 +155,8 @@ def _from_producer(value: ir.Value) -> ir.DataType | ir.Value | None:
     if node.op_type in BOOL_RESULTS:
         return ir.DataType.BOOL
     if node.op_type == "Cast":
-        return ir.DataType(node.attributes["to"].as_int())
+        to = node.attributes.get("to")  # another domain's Cast may have none
+        return None if to is None else ir.DataType(to.as_int())
     if node.op_type in ("Constant", "ConstantOfShape"):
         return _constant_type(node)
     index = LIKE_INPUT.get(node.op_type, 0)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from kfac_onnx import metadata
+from kfac_onnx.errors import UserError
 from kfac_onnx.frontends import read_training_graph
 from kfac_onnx.frontends.values import constant, dtype_of, rank_of, static_shape
 
@@ -105,3 +106,29 @@ def test_a_graph_that_says_no_shapes_is_read_as_well(
     assert len(metadata.read_list(model, "parameters", metadata.Parameter)) == len(results) - 1
     for output, array in expected.items():
         check(results[output], array, 2e-6)  # float32, in another order of summation at most
+
+
+def test_the_type_of_another_domains_cast_is_not_known(build: Callable[[str], ir.Model]) -> None:
+    model = build("""<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
+        g (float[n] x) => (float[n] y) {
+            cast = com.microsoft.Cast (x)
+            y = Identity (cast)
+        }""")
+    cast = next(iter(model.graph)).outputs[0]
+    cast.type = None
+    assert dtype_of(cast) is None
+
+
+@pytest.mark.parametrize("damage", ["axis", "flag"])
+def test_damaged_training_operators_are_a_sentence(damage: str, tmp_path: Path) -> None:
+    model = onnx.load(GRAPHS / "ortart_dyncore__nplm.onnx")
+    if damage == "axis":
+        node = next(node for node in model.graph.node if node.op_type == "GatherGrad")
+        del node.attribute[:]
+        node.attribute.append(onnx.helper.make_attribute("axis", 7))
+    else:
+        node = next(node for node in model.graph.node if node.op_type == "InPlaceAccumulatorV2")
+        model.graph.node.append(onnx.helper.make_node("Not", [node.output[0]], ["read"]))
+    onnx.save(model, tmp_path / "damaged.onnx")
+    with pytest.raises(UserError):
+        read_training_graph(tmp_path / "damaged.onnx")

@@ -46,6 +46,8 @@ def gather_grad(emit: Emit, node: ir.Node) -> Lowered:
     runtime, static = shape_and_static(emit, shape, node.outputs[0])
     if static is None and axis < -1:
         return Miss(f"axis {axis} counts from the end of a tensor of unknown rank")
+    if static is not None and not -len(static) <= axis < len(static):
+        return Miss(f"its result has rank {len(static)}, so that there is no axis {axis}")
     return [scatter_slices(emit, None, runtime, ids, grad, axis=axis, dtype=dtype, static=static)]
 
 

@@ -5,6 +5,9 @@ error. What stands after it is what the caller wants to fall back on where it do
 said in a warning. ONNX Runtime itself falls back on the CPU without being asked: a provider whose libraries
 are missing is only logged. So each one is tried on a model of one node, and every session is asked which
 providers it really has.
+
+The plain wheel and the one for CUDA are two packages that install the same folder `onnxruntime`: of both, the
+one that was installed last is there, and pip knows nothing of it. That too is found and said.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.errors import UserError, did_you_mean, first_line
+from kfac_onnx.provider_options import CUDA, checked_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,18 +31,20 @@ if TYPE_CHECKING:
     Provider = str | tuple[str, dict[str, str]]
     """A name, or a name with options, as ONNX Runtime takes it."""
     Providers = Sequence[Provider]
+    GivenProviders = Sequence[str | tuple[str, Mapping[str, object]]]
+    """As callers may give them: short names, options of any type."""
 
 __all__ = ["SHORT_NAMES", "provider_list", "require_providers"]
 
 _log = logging.getLogger(__name__)
 
 CPU: Final = "CPUExecutionProvider"
-SHORT_NAMES: Final = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
+SHORT_NAMES: Final = {"cpu": CPU, "cuda": CUDA}
 """What people may write for the usual providers."""
 
 _GPU: Final = "onnxruntime-gpu[cuda,cudnn]"
 _WHEELS: Final = {
-    "CUDAExecutionProvider": _GPU,
+    CUDA: _GPU,
     "TensorrtExecutionProvider": _GPU,
     "DmlExecutionProvider": "onnxruntime-directml",
     "MIGraphXExecutionProvider": "onnxruntime-migraphx",
@@ -47,17 +53,17 @@ _WHEELS: Final = {
     "CANNExecutionProvider": "onnxruntime-cann",
 }
 """The package on PyPI that has a provider which the plain one lacks."""
-_LIBRARIES: Final = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
+_LIBRARIES: Final = {CUDA: "cuda", "TensorrtExecutionProvider": "tensorrt"}
 """Providers that live in a library of their own, which needs NVIDIA's."""
 
 
-def provider_list(providers: Sequence[str | tuple[str, Mapping[str, object]]]) -> list[Provider]:
+def provider_list(providers: GivenProviders) -> list[Provider]:
     """Return those of the execution providers that work here, in their order, as ONNX Runtime takes them.
 
     One that does not work is left out with a warning where another one follows it and works.
 
-    Raises UserError for a name that ONNX Runtime does not know, and where the last provider does not work
-    either; it says what to install.
+    Raises UserError for a name that ONNX Runtime does not know, for an option that CUDA does not have, and
+    where the last provider does not work either; it says what to install.
     """
     import onnxruntime as ort
 
@@ -85,9 +91,10 @@ def require_providers(session: ort.InferenceSession, providers: Providers) -> No
 
 
 def _plain(item: str | tuple[str, Mapping[str, object]]) -> Provider:
-    if isinstance(item, str):
-        return SHORT_NAMES.get(item, item)
-    return SHORT_NAMES.get(item[0], item[0]), {key: str(value) for key, value in item[1].items()}
+    given = item if isinstance(item, str) else item[0]
+    name = SHORT_NAMES.get(given, given)
+    checked = checked_options(name, {} if isinstance(item, str) else item[1])
+    return (name, checked) if checked or not isinstance(item, str) else name
 
 
 def _name(item: Provider) -> str:
@@ -109,13 +116,7 @@ def _problem(item: Provider, available: Sequence[str]) -> UserError | None:
     """Return why a provider does not work here, or None if it does."""
     name = _name(item)
     if name not in available:
-        wheel = _WHEELS.get(name)
-        advice = (
-            f"it is in another wheel: pip uninstall onnxruntime && pip install '{wheel}'"
-            if wheel is not None
-            else f"it has {', '.join(available)}"
-        )
-        return UserError(f"this onnxruntime has no execution provider '{name}'", help=advice)
+        return _not_in_wheel(name, available)
     if name == CPU:
         return None
     if name in _LIBRARIES:
@@ -125,6 +126,30 @@ def _problem(item: Provider, available: Sequence[str]) -> UserError | None:
     except Exception as e:  # ONNX Runtime's exceptions share no class of their own
         return _cannot_be_created(name, first_line(e))
     return None if name in has else _cannot_be_created(name, "")
+
+
+def _not_in_wheel(name: str, available: Sequence[str]) -> UserError:
+    """Return the error for a provider that the onnxruntime which is imported was not built with."""
+    message = f"this onnxruntime has no execution provider '{name}'"
+    wheel = _WHEELS.get(name)
+    if wheel is None:
+        return UserError(message, help=f"it has {', '.join(available)}")
+    package = wheel.partition("[")[0]
+    if not {"onnxruntime", package} <= _installed():
+        return UserError(
+            message, help=f"it is in another wheel: pip uninstall onnxruntime && pip install '{wheel}'"
+        )
+    return UserError(
+        f"{message}: the packages 'onnxruntime' and '{package}' are installed over each other",
+        help=f"keep one: pip uninstall -y onnxruntime {package} && pip install '{wheel}'",
+    )
+
+
+def _installed() -> set[str]:
+    """Return the names of the installed packages, in lower case."""
+    import importlib.metadata
+
+    return {str(each.name).lower().replace("_", "-") for each in importlib.metadata.distributions()}
 
 
 def _load_wheels() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GRAPHS = Path(__file__).parent / "data" / "graphs"
+SET = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
 GPU_WHEEL = "onnxruntime-gpu[cuda,cudnn]"
 NO_CUDA = (
     f"this onnxruntime has no execution provider '{CUDA}'\n"
@@ -172,7 +173,7 @@ def test_what_onnxruntime_raises_is_quoted(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_working_provider_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = GpuWheel(monkeypatch, work=[CUDA])
-    assert provider_list([(CUDA, {"device_id": 0}), CPU]) == [(CUDA, {"device_id": "0"}), CPU]
+    assert provider_list([(CUDA, {"device_id": 0}), CPU]) == [(CUDA, {**SET, "device_id": "0"}), CPU]
     assert wheel.opened == [[CUDA]]
 
 
@@ -194,7 +195,7 @@ def test_one_that_is_not_the_first_is_fallen_back_on(
     GpuWheel(monkeypatch, work=[CUDA])
     libraries(monkeypatch, "libnvinfer.so.10: cannot open")
     with caplog.at_level(logging.WARNING):
-        assert provider_list([TENSORRT, CUDA]) == [CUDA]
+        assert provider_list([TENSORRT, CUDA]) == [(CUDA, SET)]
     assert len(caplog.messages) == 1
     assert caplog.messages[0].endswith(f"; '{CUDA}' is used instead")
 

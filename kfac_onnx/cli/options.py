@@ -12,10 +12,13 @@ from kfac_onnx.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from kfac_onnx.providers import Provider
+
 __all__ = [
     "BLOCK_OPTIONS",
     "block_options",
     "block_settings",
+    "chosen_providers",
     "common",
     "given_options",
     "gradient_pairs",
@@ -173,13 +176,49 @@ def given_options(ctx: click.Context, names: Iterable[str]) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in names if ctx.get_parameter_source(name) == commandline]
 
 
-provider_option = click.option(
-    "--provider",
-    metavar="NAME",
-    multiple=True,
-    help="ONNX Runtime's execution provider: cpu (default), cuda, or its full name. 'cuda,cpu' falls back, "
-    "with a warning, where CUDA does not work.",
-)
+def provider_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `--provider` and `--provider-option`; `chosen_providers` reads them."""
+    function = click.option(
+        "--provider-option",
+        metavar="NAME=VALUE",
+        multiple=True,
+        expose_value=False,
+        callback=_keep_provider_options,
+        help="An option of that provider, such as device_id=1 or gpu_mem_limit=8000000000 (bytes, of each "
+        "stage's arena); may be given several times.",
+    )(function)
+    return click.option(
+        "--provider",
+        metavar="NAME",
+        multiple=True,
+        help="ONNX Runtime's execution provider: cpu (default), cuda, or its full name. 'cuda,cpu' falls "
+        "back, with a warning, where CUDA does not work.",
+    )(function)
+
+
+_PROVIDER: Final = "kfac_onnx.provider"
+
+
+def _keep_provider_options(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> None:
+    from kfac_onnx.provider_options import option_pairs
+
+    ctx.meta[_PROVIDER] = option_pairs(words)
+
+
+def chosen_providers(ctx: click.Context, words: tuple[str, ...]) -> list[Provider]:
+    """Return the execution providers of `--provider`, the first with what `--provider-option` says.
+
+    Raises UserError for an option without a provider that has any.
+    """
+    names = provider_names(words)
+    options: dict[str, str] = ctx.meta.get(_PROVIDER, {})
+    if not options:
+        return [*names]
+    if names[0] == provider_names(())[0]:
+        raise UserError(
+            "--provider-option is given, but the CPU has no options", help="name a provider: --provider cuda"
+        )
+    return [(names[0], options), *names[1:]]
 
 
 def provider_names(words: tuple[str, ...]) -> list[str]:

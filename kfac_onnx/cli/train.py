@@ -14,6 +14,7 @@ from kfac_onnx.cli.options import (
     BLOCK_OPTIONS,
     block_options,
     block_settings,
+    chosen_providers,
     common,
     given_options,
     gradient_pairs,
@@ -21,7 +22,6 @@ from kfac_onnx.cli.options import (
     model_argument,
     optimizer_options,
     parameters_option,
-    provider_names,
     provider_option,
     reading_options,
 )
@@ -168,7 +168,7 @@ def command(
     from kfac_onnx.runtime.export import filled
     from kfac_onnx.runtime.source import require_source, source_hash
 
-    providers = provider_names(provider)
+    providers = chosen_providers(ctx, provider)
     if resume is not None and begun is not None:
         session = TrainingSession.resume(begun, providers=providers, threads=threads)
         require_source(session, model)

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from kfac_onnx.cli.options import (
+    chosen_providers,
     common,
     gradient_pairs,
     parameters_option,
-    provider_names,
     provider_option,
     reading_options,
 )
 from kfac_onnx.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from kfac_onnx.providers import Provider
     from kfac_onnx.runtime.verify import GradientCheck
 
 __all__ = ["command"]
@@ -60,7 +61,7 @@ def command(
     in float64. Exits 2 if a check fails. --provider runs the graph, or the block; what it is compared with is
     always made on the CPU.
     """
-    providers = provider_names(provider)
+    providers = chosen_providers(ctx, provider)
     if golden:
         _golden(ctx, [*golden, *([model] if model else []), *more], providers, as_json)
         return
@@ -112,7 +113,7 @@ def _print(checks: list[GradientCheck], as_json: bool) -> None:
     )
 
 
-def _golden(ctx: click.Context, paths: list[str], providers: list[str], as_json: bool) -> None:
+def _golden(ctx: click.Context, paths: list[str], providers: list[Provider], as_json: bool) -> None:
     from kfac_onnx.fisher.golden import TOLERANCE, verify_golden
 
     rows = verify_golden(paths, providers=providers)

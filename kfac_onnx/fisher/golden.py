@@ -21,11 +21,12 @@ from kfac_onnx.fisher.symbols import placeholder
 from kfac_onnx.reference import BlockReference, BlockSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from kfac_onnx.fisher.blocks import EmbeddingKFACFB
     from kfac_onnx.fisher.symbols import Array
+    from kfac_onnx.providers import GivenProviders
 
 __all__ = ["TOLERANCE", "GoldenRow", "relative_error", "verify_golden"]
 
@@ -46,7 +47,9 @@ class GoldenRow:
 
 
 def verify_golden(
-    paths: Iterable[str | Path], *, providers: Sequence[str] = ("CPUExecutionProvider",)
+    paths: Iterable[str | Path],
+    *,
+    providers: GivenProviders = ("CPUExecutionProvider",),
 ) -> list[GoldenRow]:
     """Return a row for every number of every file, by ONNX on these execution providers and in float64.
 
@@ -72,7 +75,7 @@ def relative_error(found: Array, expected: Array) -> float:
 class _Runs:
     """The same run by ONNX and in float64, kept in step."""
 
-    def __init__(self, golden: GoldenFile, providers: Sequence[str]) -> None:
+    def __init__(self, golden: GoldenFile, providers: GivenProviders) -> None:
         self.golden = golden
         self.uses = 1 if golden.num_uses is None else golden.num_uses
         self.fed_damping = golden.damping_is_tensor or bool(golden.overrides)
@@ -209,7 +212,7 @@ class _Runs:
         return self.session.paths.get(stored.name or "", "initial")
 
 
-def _verify_file(golden: GoldenFile, providers: Sequence[str]) -> list[GoldenRow]:
+def _verify_file(golden: GoldenFile, providers: GivenProviders) -> list[GoldenRow]:
     runs = _Runs(golden, providers)
     rows: list[GoldenRow] = []
     for verb, argument in golden.schedule:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.fisher.blocks import FisherBlock
     from kfac_onnx.fisher.layer_collection import LayerCollection
+    from kfac_onnx.providers import GivenProviders
 
 __all__ = ["FisherSession", "build_model", "host_power"]
 
@@ -45,7 +46,7 @@ class FisherSession:
         *,
         ema_decay: float = 0.95,
         threads: int | None = None,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: GivenProviders = ("CPUExecutionProvider",),
     ) -> None:
         self._collection = layer_collection
         self._ema_decay = ema_decay

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     import onnx
 
+    from kfac_onnx.providers import GivenProviders
     from kfac_onnx.runtime.derivative import LossFunction
 
 __all__ = ["GradientCheck", "verify_gradients"]
@@ -86,7 +87,7 @@ def verify_gradients(
     parameters: Mapping[str, Array] | None = None,
     sites: Iterable[Site] = (),
     id_checks: Iterable[IdCheck] = (),
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: GivenProviders = ("CPUExecutionProvider",),
     seed: int = 0,
 ) -> list[GradientCheck]:
     """Return a verdict on each trained parameter of a canonical training graph.

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.memory import require_memory
+from kfac_onnx.runtime.runner import Port, Runner, StageError
 from kfac_onnx.runtime.tensors import Buffer, Device, element_type, host_value, open_session
 
 if TYPE_CHECKING:
@@ -27,74 +27,15 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
-    from kfac_onnx.metadata import State
     from kfac_onnx.passes.partition import Plan, Slot, Stage
     from kfac_onnx.providers import Providers
+    from kfac_onnx.runtime.runner import Holder
 
-__all__ = ["Engine", "Holder", "Runner", "StageError"]
+__all__ = ["Engine"]
 
 _log = logging.getLogger(__name__)
 _OTHER_SHAPE: Final = ("but the computed output shape", "shape verification failed")
 """What ONNX Runtime (1.32; before) says when an output that is bound to memory has another shape."""
-
-
-class StageError(Exception):
-    """ONNX Runtime could not run a stage; the text is the first line of its own."""
-
-    def __init__(self, text: str, stage: str = "") -> None:
-        super().__init__(text)
-        self.stage = stage
-
-
-@dataclass
-class Holder:
-    """A state's buffers; `current` is the one that holds its value between steps."""
-
-    state: State
-    buffers: list[Buffer]
-    current: int = 0
-
-    @property
-    def live(self) -> Buffer:
-        """The buffer that holds the state's value."""
-        return self.buffers[self.current]
-
-
-@dataclass
-class _Port:
-    """How a stage's input or output finds its value: a state's buffer, a fixed value, or the flow."""
-
-    name: str
-    holder: int | None = None
-    spare: bool = False
-    fixed: ort.OrtValue | None = None
-    flow: bool = False
-    batch: bool = False
-
-
-@dataclass
-class Runner:
-    """A stage with its session, ports and cached bindings.
-
-    `loose` outputs are allocated by ONNX Runtime, with their place in the outputs; `moving` inputs are bound
-    at every run. While `keeps` holds, loose outputs stay bound as long as the batch has the same shapes;
-    `kept` has, for each binding, those shapes and the outputs.
-    """
-
-    stage: Stage
-    session: ort.InferenceSession
-    inputs: list[_Port]
-    outputs: list[_Port]
-    holders: tuple[int, ...]
-    loose: tuple[tuple[int, str], ...]
-    moving: tuple[_Port, ...]
-    keeps: bool
-    bindings: dict[tuple[int, ...], ort.IOBinding] = field(
-        default_factory=dict[tuple[int, ...], "ort.IOBinding"]
-    )
-    kept: dict[tuple[int, ...], tuple[object, dict[str, ort.OrtValue]]] = field(
-        default_factory=dict[tuple[int, ...], tuple[object, dict[str, "ort.OrtValue"]]]
-    )
 
 
 def _fill_types(model: onnx.ModelProto, types: Mapping[str, tuple[int, tuple[object, ...]]]) -> None:
@@ -181,7 +122,7 @@ class Engine:
         _fill_types(stage.model, self._types)
         session = open_session(stage.model, providers, threads=1 if stage.one_thread else threads)
         loose: list[tuple[int, str]] = []
-        outputs: list[_Port] = []
+        outputs: list[Port] = []
         for place, info in enumerate(session.get_outputs()):
             shape = tuple(info.shape)
             self._types[info.name] = (element_type(info.type), shape)
@@ -207,7 +148,7 @@ class Engine:
         keeps = bool(loose) and not stage.writes and not any(port.flow for port in moving)
         return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose), moving, keeps)
 
-    def _moving(self, inputs: Sequence[_Port]) -> tuple[_Port, ...]:
+    def _moving(self, inputs: Sequence[Port]) -> tuple[Port, ...]:
         """Return what is bound at every run: on a device, scalars of the host too, since binding copies."""
         copied = set[str]() if self._device.is_cpu else set(self._scalars)
         return tuple(port for port in inputs if port.batch or port.flow or port.name in copied)
@@ -224,11 +165,11 @@ class Engine:
                     )
             made.update(name for _, name in runner.loose)
 
-    def _output_port(self, name: str, shape: tuple[object, ...], *, conditional: bool) -> _Port:
+    def _output_port(self, name: str, shape: tuple[object, ...], *, conditional: bool) -> Port:
         if name in self._plan.versions:
-            return _Port(name, holder=self._index[self._plan.versions[name]], spare=True)
+            return Port(name, holder=self._index[self._plan.versions[name]], spare=True)
         if name in self._spare_of:
-            return _Port(name, holder=self._spare_of[name], spare=True)
+            return Port(name, holder=self._spare_of[name], spare=True)
         if self._is_fixed(name, shape) and not conditional:
             element = self._types[name][0]
             sizes = [int(str(size)) for size in shape]
@@ -240,8 +181,8 @@ class Engine:
             self._fixed[name] = buffer.value
             if buffer.array is not None:
                 self._readable[name] = buffer.array
-            return _Port(name, fixed=buffer.value)
-        return _Port(name, flow=True)
+            return Port(name, fixed=buffer.value)
+        return Port(name, flow=True)
 
     def _is_fixed(self, name: str, shape: tuple[object, ...]) -> bool:
         """Return whether a value has one shape always; no dimensions are a scalar if the model says so."""
@@ -251,18 +192,18 @@ class Engine:
         kind = None if declared is None else declared.type.tensor_type
         return kind is not None and kind.HasField("shape") and not kind.shape.dim
 
-    def _input_port(self, name: str) -> _Port:
+    def _input_port(self, name: str) -> Port:
         if name in self._plan.versions:
-            return _Port(name, holder=self._index[self._plan.versions[name]])
+            return Port(name, holder=self._index[self._plan.versions[name]])
         if name in self._index:
-            return _Port(name, holder=self._index[name])
+            return Port(name, holder=self._index[name])
         if name in self._otherwise:
-            return _Port(name, flow=True)
+            return Port(name, flow=True)
         if name in self._spare_of:
-            return _Port(name, holder=self._spare_of[name], spare=True)
+            return Port(name, holder=self._spare_of[name], spare=True)
         if name in self._fixed:
-            return _Port(name, fixed=self._fixed[name])
-        return _Port(name, batch=name in self._batch, flow=name not in self._batch)
+            return Port(name, fixed=self._fixed[name])
+        return Port(name, batch=name in self._batch, flow=name not in self._batch)
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -362,7 +303,7 @@ class Engine:
                 binding.bind_output(port.name, self._device.name, self._device.index)
         return binding
 
-    def _buffer(self, port: _Port) -> Buffer:
+    def _buffer(self, port: Port) -> Buffer:
         index = 0 if port.holder is None else port.holder
         holder = self._holders[index]
         location = self._location[index]
@@ -385,10 +326,10 @@ class Engine:
         while name in self._otherwise and not self._ran.get(name, False):
             name = self._otherwise[name]
         if name in self._plan.versions:
-            return self._buffer(_Port(name, holder=self._index[self._plan.versions[name]]))
+            return self._buffer(Port(name, holder=self._index[self._plan.versions[name]]))
         if name in self._index:
-            return self._buffer(_Port(name, holder=self._index[name]))
-        return self._buffer(_Port(name, holder=self._spare_of[name], spare=True))
+            return self._buffer(Port(name, holder=self._index[name]))
+        return self._buffer(Port(name, holder=self._spare_of[name], spare=True))
 
     def read(self, name: str) -> np.ndarray:
         """Return a value of this step on the host (not a copy where it lives there)."""

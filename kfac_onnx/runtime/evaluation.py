@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kfac_onnx.passes.partition import Plan
     from kfac_onnx.providers import Providers
     from kfac_onnx.runtime.batches import BatchInput
-    from kfac_onnx.runtime.engine import Holder
+    from kfac_onnx.runtime.runner import Holder
 
 __all__ = ["Evaluator"]
 

@@ -17,7 +17,7 @@ from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.memory import require_memory
 from kfac_onnx.metadata import State, Step
 from kfac_onnx.runtime.batches import BatchInput
-from kfac_onnx.runtime.engine import Holder
+from kfac_onnx.runtime.runner import Holder
 from kfac_onnx.runtime.stored import StoredArray
 from kfac_onnx.runtime.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
 

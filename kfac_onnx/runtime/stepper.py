@@ -8,9 +8,9 @@ import numpy as np
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.partition import Slot
-from kfac_onnx.runtime.engine import StageError
 from kfac_onnx.runtime.ids import check_ids, explain_failure, origin_of
 from kfac_onnx.runtime.monitor import RootMonitor
+from kfac_onnx.runtime.runner import StageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from kfac_onnx.metadata import IdCheck
     from kfac_onnx.passes.partition import Plan
-    from kfac_onnx.runtime.engine import Engine, Runner
+    from kfac_onnx.runtime.engine import Engine
+    from kfac_onnx.runtime.runner import Runner
 
     Batch = Mapping[str, np.ndarray | ort.OrtValue]
 

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kfac_onnx.runtime.engine import Holder
+    from kfac_onnx.runtime.runner import Holder
     from kfac_onnx.runtime.skips import Cause
     from kfac_onnx.runtime.tensors import Device
 

@@ -11,7 +11,7 @@ import pytest
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.partition import Slot
 from kfac_onnx.runtime import probe
-from kfac_onnx.runtime.engine import StageError
+from kfac_onnx.runtime.runner import StageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

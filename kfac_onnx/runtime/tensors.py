@@ -1,12 +1,14 @@
 """Tensors on a device: dtypes, buffers that are bound once, and copies in and out.
 
-On the CPU a buffer is a NumPy array that ONNX Runtime uses as it stands (no copy is made either way).
+On the CPU a buffer is a NumPy array that ONNX Runtime uses as it stands (no copy is made either way). On a
+CUDA device it is memory of that device, written and read by one copy each, without a second buffer there.
 bfloat16 has no NumPy dtype that ONNX Runtime understands, so its bits travel as uint16 and come out as
 `ml_dtypes.bfloat16`.
 """
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +25,7 @@ from kfac_onnx.providers import require_providers
 from kfac_onnx.runtime.stored import StoredArray
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kfac_onnx.providers import Providers
     from kfac_onnx.runtime.stored import Array
@@ -35,10 +37,13 @@ __all__ = [
     "dtype_name",
     "element_type",
     "host_value",
+    "new_value",
     "numpy_dtype",
     "open_session",
+    "read_value",
     "same_bits",
     "session_maker",
+    "write_value",
 ]
 
 session_maker: Final[ContextVar[Callable[..., ort.InferenceSession]]] = ContextVar(
@@ -55,6 +60,8 @@ _DEVICE_OF: Final = {
     "DmlExecutionProvider": "dml",
     "CANNExecutionProvider": "cann",
 }
+_COPIED_WHOLE: Final = ("cpu", "cuda")
+"""Devices of which `OrtValue.numpy` and `update_inplace` copy any dtype that NumPy has."""
 _ORT_TYPES: Final = {
     "float": onnx.TensorProto.FLOAT,
     "double": onnx.TensorProto.DOUBLE,
@@ -150,9 +157,7 @@ class Buffer:
         if device.is_cpu:
             self.value = host_value(own, element)
         else:
-            self.value = ort.OrtValue.ortvalue_from_shape_and_type(
-                list(self.shape), element, device.name, device.index
-            )
+            self.value = new_value(self.shape, element, device)
             self.write(own)
 
     @property
@@ -164,9 +169,7 @@ class Buffer:
         """Return a copy of the contents."""
         if self.array is not None:
             return self.array.copy()
-        result = np.empty(self.shape, numpy_dtype(self.element))
-        _transfer(self.value, host_value(result, self.element), self.element)
-        return result
+        return read_value(self.value, self.element)
 
     def view(self) -> np.ndarray:
         """Return the contents: the buffer's own memory on the CPU, a copy elsewhere."""
@@ -181,7 +184,42 @@ class Buffer:
         if self.array is not None:
             self.array[...] = own
         else:
-            _transfer(host_value(own, self.element), self.value, self.element)
+            write_value(self.value, own, self.element)
+
+
+def new_value(shape: Sequence[int], element: int, device: Device) -> ort.OrtValue:
+    """Return memory on a device; what is in it is whatever was there.
+
+    Raises UserError where the device has no room for it.
+    """
+    try:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element, device.name, device.index)
+    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        size = math.prod(shape) * numpy_dtype(element).itemsize
+        raise UserError(
+            f"device {device.name}:{device.index} has no room for {size / 1e9:.2f} GB: {first_line(e)}",
+            help="give other programs' memory free, or train a smaller table",
+        ) from e
+
+
+def read_value(value: ort.OrtValue, element: int) -> np.ndarray:
+    """Return a copy of a value, wherever it is."""
+    if element != BFLOAT16 and value.device_name() in _COPIED_WHOLE:
+        return np.array(value.numpy())
+    result = np.empty(tuple(value.shape()), numpy_dtype(element))
+    _transfer(value, host_value(result, element), element)
+    return result
+
+
+def write_value(value: ort.OrtValue, array: np.ndarray, element: int) -> None:
+    """Copy an array of the value's shape and dtype into it, wherever it is; done when it returns."""
+    if array.size == 0:
+        return
+    if value.device_name() in _COPIED_WHOLE:
+        # The bits are copied as they are: one copy over the bus, and the call waits for its end.
+        value.update_inplace(_stored(array, element))
+    else:
+        _transfer(host_value(array, element), value, element)
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:

@@ -20,14 +20,15 @@ a session read a table that the same session writes (DESIGN section 8). Hence th
 | renormalize  | kept, if its condition holds | then-branches, merged; writes counts                  |
 | undo         | if the step is skipped       | one thread; restores the counts (`undo-read` before)  |
 
-Empty stages do not exist, and gradients and precondition become one where nothing lies between.
+Empty stages do not exist, and gradients and precondition become one where nothing lies between. Between two
+refreshes a host may run both in one session: see `partition_short_cut`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import onnx
@@ -46,6 +47,7 @@ from kfac_onnx.passes.partition_graph import (
     read_source,
     with_functions,
 )
+from kfac_onnx.passes.partition_short_cut import ShortCut, short_cut
 from kfac_onnx.passes.partition_slots import (
     Slot,
     assign_slots,
@@ -56,11 +58,11 @@ from kfac_onnx.passes.partition_slots import (
     postponed,
     prune,
 )
+from kfac_onnx.passes.partition_stage import Stage, stage_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    import numpy as np
     import onnx_ir as ir
 
 __all__ = ["Plan", "Slot", "Stage", "extract", "partition"]
@@ -70,38 +72,14 @@ ALONE: Final = 128 * 128
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One sub-model.
-
-    `condition` names the bool scalar that must hold for the stage to run; where it does not, each output is
-    the value named in `otherwise` or the array in `fixed`. `writes` maps an output to the `State.input` of
-    the in-place state whose buffer it is.
-    """
-
-    slot: Slot
-    model: onnx.ModelProto
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    one_thread: bool
-    condition: str | None = None
-    otherwise: Mapping[str, str] = field(default_factory=dict[str, str])
-    fixed: Mapping[str, np.ndarray] = field(default_factory=dict[str, "np.ndarray"])
-    writes: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    @property
-    def name(self) -> str:
-        """The stage's name for people, such as `count-read`."""
-        return self.slot.name.lower().replace("_", "-")
-
-
-@dataclass(frozen=True)
 class Plan:
     """A training step in stages.
 
     `candidates` maps each `State.input` to the value that is the state after a kept step, `versions` each
     value name that is an in-place state's buffer to that `State.input`, `frozen` holds large initializers
     that stages take as inputs, `initial` the parameters' values that the model brings along, and `source` is
-    the whole model without those.
+    the whole model without those. `short`, where there is one, may take the place of the stages up to
+    precondition.
     """
 
     stages: tuple[Stage, ...]
@@ -112,6 +90,7 @@ class Plan:
     frozen: Mapping[str, ir.TensorProtocol]
     initial: Mapping[str, ir.TensorProtocol]
     source: Source
+    short: ShortCut | None = None
 
 
 def _states(model: ir.Model, source: Source) -> tuple[State, ...]:
@@ -208,13 +187,14 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
             own = one_thread if lone else source
             nodes = [item.node for item in members]
             built = build_model(own, nodes, outputs, name=slot.name.lower(), as_inputs=as_inputs)
-            stages.append(_stage(slot, built, versions, lone=lone))
+            stages.append(stage_of(slot, built, versions, lone=lone))
+    short = short_cut(source, items, slots, stages, versions, as_inputs)
     used = {name for item in source.items for name in item.reads} - as_inputs
     frozen = {name: t for name, t in source.initializers.items() if name in used and t.nbytes > FROZEN_BYTES}
     initial = {name: tensor for name, tensor in source.initializers.items() if name in as_inputs}
     rest = {name: tensor for name, tensor in source.initializers.items() if name not in initial}
     lean = dataclasses.replace(source, initializers=rest)
-    return Plan(tuple(stages), step, states, candidates, versions, frozen, initial, lean)
+    return Plan(tuple(stages), step, states, candidates, versions, frozen, initial, lean, short)
 
 
 def _one_thread_source(source: Source) -> Source:
@@ -247,18 +227,6 @@ def _own_candidates(
     return items, owned
 
 
-def _stage(slot: Slot, model: onnx.ModelProto, versions: Mapping[str, str], *, lone: bool) -> Stage:
-    outputs = tuple(value.name for value in model.graph.output)
-    return Stage(
-        slot=slot,
-        model=model,
-        inputs=tuple(value.name for value in model.graph.input),
-        outputs=outputs,
-        one_thread=lone,
-        writes={name: versions[name] for name in outputs if name in versions},
-    )
-
-
 def _branch_stage(
     source: Source,
     branch: Branch,
@@ -271,7 +239,7 @@ def _branch_stage(
     built = build_model(
         source, branch.nodes, outputs, name=slot.name.lower(), as_inputs=as_inputs, extra=branch.initializers
     )
-    stage = _stage(slot, built, versions, lone=False)
+    stage = stage_of(slot, built, versions, lone=False)
     return Stage(
         slot=slot,
         model=built,

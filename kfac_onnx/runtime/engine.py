@@ -115,10 +115,19 @@ class Engine:
         self._location = [0] * len(self._holders)
         self.runners = [self._open(stage, providers, threads) for stage in plan.stages]
         self._require_sources()
+        self._conditional = [name for r in self.runners if r.stage.condition for name in r.stage.outputs]
+        self.due: Runner | None = None
+        self.whole: Runner | None = None
+        if plan.short is not None and device.is_cpu:
+            whole = self._open(plan.short.whole, providers, threads, stands_in=True)
+            if not any(port.flow for port in whole.moving):
+                self.due = self._open(plan.short.due, providers, 1, stands_in=True)
+                self.whole = whole
 
     # -- opening ---------------------------------------------------------------------------------
 
-    def _open(self, stage: Stage, providers: Providers, threads: int) -> Runner:
+    def _open(self, stage: Stage, providers: Providers, threads: int, *, stands_in: bool = False) -> Runner:
+        """Open a stage; one that stands in for others has no buffers of its own."""
         _fill_types(stage.model, self._types)
         session = open_session(stage.model, providers, threads=1 if stage.one_thread else threads)
         loose: list[tuple[int, str]] = []
@@ -126,7 +135,8 @@ class Engine:
         for place, info in enumerate(session.get_outputs()):
             shape = tuple(info.shape)
             self._types[info.name] = (element_type(info.type), shape)
-            port = self._output_port(info.name, shape, conditional=stage.condition is not None)
+            may_fix = stage.condition is None and not stands_in
+            port = self._output_port(info.name, shape, may_fix=may_fix)
             if port.flow:
                 loose.append((place, info.name))
             outputs.append(port)
@@ -146,7 +156,8 @@ class Engine:
         moving = self._moving(inputs)
         # A stage that writes in place could not be run again if an output turned out to have another shape.
         keeps = bool(loose) and not stage.writes and not any(port.flow for port in moving)
-        return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose), moving, keeps)
+        batch = tuple(port.name for port in moving if port.batch)
+        return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose), moving, keeps, batch)
 
     def _moving(self, inputs: Sequence[Port]) -> tuple[Port, ...]:
         """Return what is bound at every run: on a device, scalars of the host too, since binding copies."""
@@ -165,12 +176,14 @@ class Engine:
                     )
             made.update(name for _, name in runner.loose)
 
-    def _output_port(self, name: str, shape: tuple[object, ...], *, conditional: bool) -> Port:
+    def _output_port(self, name: str, shape: tuple[object, ...], *, may_fix: bool) -> Port:
         if name in self._plan.versions:
             return Port(name, holder=self._index[self._plan.versions[name]], spare=True)
         if name in self._spare_of:
             return Port(name, holder=self._spare_of[name], spare=True)
-        if self._is_fixed(name, shape) and not conditional:
+        if name in self._fixed:  # two stages that stand for each other write the same
+            return Port(name, fixed=self._fixed[name])
+        if may_fix and self._is_fixed(name, shape):
             element = self._types[name][0]
             sizes = [int(str(size)) for size in shape]
             require_memory(math.prod(sizes) * 8, f"the value '{name}' of shape {sizes}")
@@ -222,10 +235,51 @@ class Engine:
             self._ran.update(dict.fromkeys(stage.outputs, holds))
             if not holds:
                 return False
+        key, binding = self._ready(runner, batch, {})
+        if runner.keeps:
+            given = [batch[name] for name in runner.batch]
+            shapes = [value.shape if isinstance(value, np.ndarray) else value.shape() for value in given]
+            earlier, made = runner.kept.get(key, (None, {}))
+            if shapes != earlier or not self._run_kept(runner, binding):
+                made = self._run_loose(runner, binding)
+                runner.kept[key] = shapes, made
+            self._flow.update(made)
+        else:
+            self._flow.update(self._run_loose(runner, binding))
+        self._written(stage)
+        return True
+
+    def run_whole(
+        self, batch: Mapping[str, np.ndarray | ort.OrtValue], made: Mapping[str, ort.OrtValue] | None = None
+    ) -> None:
+        """Run the short cut; `made` is where its outputs of no fixed shape go, the same as in the last call.
+
+        It may be left out where nothing is written in place. Raises StageError; by then something may be
+        written.
+        """
+        runner = self.whole
+        if runner is None:
+            raise ValueError("this step has no short cut")
+        self._ran.update(dict.fromkeys(self._conditional, False))
+        if made is None:
+            self.run(runner, batch)
+            return
+        self._flow.update(made)
+        _, binding = self._ready(runner, batch, made)
+        self._run(runner, binding)
+        self._written(runner.stage)
+
+    def _ready(
+        self,
+        runner: Runner,
+        batch: Mapping[str, np.ndarray | ort.OrtValue],
+        made: Mapping[str, ort.OrtValue],
+    ) -> tuple[tuple[int, ...], ort.IOBinding]:
+        """Bind what moves, and at first the rest; return the buffers the stage works on, and its binding."""
         key = tuple(self._location[index] for index in runner.holders)
         binding = runner.bindings.get(key)
         if binding is None:
-            binding = runner.bindings[key] = self._bind(runner)
+            binding = runner.bindings[key] = self._bind(runner, made)
         for port in runner.moving:
             if port.batch:
                 value = batch[port.name]
@@ -237,21 +291,23 @@ class Engine:
                 binding.bind_ortvalue_input(port.name, self.value(port.name))
             else:
                 binding.bind_ortvalue_input(port.name, self._scalars[port.name])
-        if runner.keeps:
-            given = [batch[port.name] for port in runner.moving if port.batch]
-            shapes = [value.shape if isinstance(value, np.ndarray) else value.shape() for value in given]
-            earlier, made = runner.kept.get(key, (None, {}))
-            if shapes != earlier or not self._run_kept(runner, binding):
-                made = self._run_loose(runner, binding)
-                runner.kept[key] = shapes, made
-            self._flow.update(made)
-        else:
-            self._flow.update(self._run_loose(runner, binding))
+        return key, binding
+
+    def _written(self, stage: Stage) -> None:
+        """Note where states lie that a stage wrote into their other buffer."""
         for name, state in stage.writes.items():
             index = self._index[state]
-            if index in self._copies and name in runner.stage.outputs:
+            if index in self._copies and name in stage.outputs:
                 self._location[index] ^= 1
-        return True
+
+    def _run(self, runner: Runner, binding: ort.IOBinding) -> None:
+        try:
+            runner.session.run_with_iobinding(binding)
+        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+            other_shape = any(words in str(e) for words in _OTHER_SHAPE)
+            raise StageError(first_line(e), runner.stage.name, other_shape=other_shape) from e
+        if not self._device.is_cpu:
+            binding.synchronize_outputs()
 
     def _run_loose(self, runner: Runner, binding: ort.IOBinding) -> dict[str, ort.OrtValue]:
         """Run a stage whose loose outputs get new memory, and return them."""
@@ -260,12 +316,7 @@ class Engine:
                 binding.bind_output(name, "cpu", 0)
             else:
                 binding.bind_output(name, self._device.name, self._device.index)
-        try:
-            runner.session.run_with_iobinding(binding)
-        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
-            raise StageError(first_line(e), runner.stage.name) from e
-        if not self._device.is_cpu:
-            binding.synchronize_outputs()
+        self._run(runner, binding)
         if not runner.loose:
             return {}
         made = binding.get_outputs()
@@ -277,17 +328,15 @@ class Engine:
         Their shapes depend on the values of the batch then, so that they are not kept any more.
         """
         try:
-            runner.session.run_with_iobinding(binding)
-        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
-            if any(words in str(e) for words in _OTHER_SHAPE):
+            self._run(runner, binding)
+        except StageError as e:
+            if e.other_shape:
                 runner.keeps = False
                 return False
-            raise StageError(first_line(e), runner.stage.name) from e
-        if not self._device.is_cpu:
-            binding.synchronize_outputs()
+            raise
         return True
 
-    def _bind(self, runner: Runner) -> ort.IOBinding:
+    def _bind(self, runner: Runner, made: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
         binding = runner.session.io_binding()
         for port in runner.inputs:
             if port.fixed is not None:
@@ -299,6 +348,8 @@ class Engine:
                 binding.bind_ortvalue_output(port.name, port.fixed)
             elif port.holder is not None:
                 binding.bind_ortvalue_output(port.name, self._buffer(port).value)
+            elif port.name in made:
+                binding.bind_ortvalue_output(port.name, made[port.name])
             else:
                 binding.bind_output(port.name, self._device.name, self._device.index)
         return binding
@@ -376,8 +427,11 @@ class Engine:
 
     def close(self) -> None:
         """Release the sessions and their bindings."""
-        for runner in self.runners:
-            runner.bindings.clear()
-            runner.kept.clear()
+        for runner in (*self.runners, self.due, self.whole):
+            if runner is not None:
+                runner.bindings.clear()
+                runner.kept.clear()
         self.runners.clear()
+        self.due = None
+        self.whole = None
         self._flow.clear()

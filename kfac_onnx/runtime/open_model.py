@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -95,11 +96,14 @@ class OpenModel:
         watch = [check.ids for check in checks]
         self._extra = own_outputs(loaded, step)
         plan = _divided(loaded, [*watch, *self._extra], name)
-        parts = [stage.model for stage in plan.stages]
+        short = plan.short
+        parts = [*(stage.model for stage in plan.stages), *([] if short is None else [short.whole.model])]
         self._random = RandomKeys(
             make_stateless(parts, plan.source.types) if self._device.is_cpu else (), seed
         )
-        self._restarting = seed_random_nodes(parts, seed)
+        self._restarting = seed_random_nodes(parts[: len(plan.stages)], seed)
+        if self._restarting:  # two sessions would draw from two sequences
+            plan = replace(plan, short=None)
         self._plan = plan
         self._metadata = kfac_metadata(loaded)
         loss = metadata.read(loaded, "loss", Loss)

@@ -16,11 +16,15 @@ __all__ = ["Holder", "Port", "Runner", "StageError"]
 
 
 class StageError(Exception):
-    """ONNX Runtime could not run a stage; the text is the first line of its own."""
+    """ONNX Runtime could not run a stage; the text is the first line of its own.
 
-    def __init__(self, text: str, stage: str = "") -> None:
+    `other_shape`: an output that was bound to memory turned out to have another shape.
+    """
+
+    def __init__(self, text: str, stage: str = "", *, other_shape: bool = False) -> None:
         super().__init__(text)
         self.stage = stage
+        self.other_shape = other_shape
 
 
 @dataclass
@@ -54,8 +58,8 @@ class Runner:
     """A stage with its session, ports and cached bindings.
 
     `loose` outputs are allocated by ONNX Runtime, with their place in the outputs; `moving` inputs are bound
-    at every run. While `keeps` holds, loose outputs stay bound as long as the batch has the same shapes;
-    `kept` has, for each binding, those shapes and the outputs.
+    at every run, those of the `batch` among them. While `keeps` holds, loose outputs stay bound as long as
+    the batch has the same shapes; `kept` has, for each binding, those shapes and the outputs.
     """
 
     stage: Stage
@@ -66,6 +70,7 @@ class Runner:
     loose: tuple[tuple[int, str], ...]
     moving: tuple[Port, ...]
     keeps: bool
+    batch: tuple[str, ...]
     bindings: dict[tuple[int, ...], ort.IOBinding] = field(
         default_factory=dict[tuple[int, ...], "ort.IOBinding"]
     )

@@ -75,10 +75,12 @@ def make_stateless(
 ) -> list[RandomOperator]:
     """Rewrite the random operators of some models in place; return them, in the order of their keys.
 
+    One that several models have, because a host runs the one or the other, has one key.
+
     Left as they are: operators within loops and branches (iterations would draw the same), `Multinomial`,
     what has no known float type, and all where opset or onnxruntime lack the operators on integers.
     """
-    found: list[RandomOperator] = []
+    found: dict[RandomOperator, int] = {}
     for model in models:
         versions = [item.version for item in model.opset_import if item.domain in ("", "ai.onnx")]
         chosen = [_element(node, types) for node in model.graph.node]
@@ -89,15 +91,15 @@ def make_stateless(
             if not element:
                 nodes.append(node)
                 continue
-            into = RandomNodes(len(found))
+            drawn = RandomOperator(node.output[0], _attributes(node).get("seed"))
+            into = RandomNodes(found.setdefault(drawn, len(found)))
             _RULES[node.op_type](into, node, element)
             nodes += into.nodes
             model.graph.initializer.extend(into.constants)
-            found.append(RandomOperator(node.output[0], _attributes(node).get("seed")))
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         model.graph.input.append(helper.make_tensor_value_info(KEYS, TensorProto.UINT64, [None]))
-    return found
+    return [*found]
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from kfac_onnx.passes.partition import Slot
 from kfac_onnx.runtime.ids import check_ids, explain_failure, origin_of
 from kfac_onnx.runtime.monitor import RootMonitor
 from kfac_onnx.runtime.runner import StageError
+from kfac_onnx.runtime.short_cut import ShortWay
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,6 +46,9 @@ class Stepper:
         self._before = engine.stages(lambda slot: Slot.FORWARD < slot <= Slot.PRECONDITION)
         self._keep = engine.stages(lambda slot: Slot.PRECONDITION < slot <= Slot.RENORMALIZE)
         self._undo = engine.stages(lambda slot: slot >= Slot.UNDO_READ)
+        self._short: ShortWay | None = None
+        if plan.short is not None and engine.whole is not None:
+            self._short = ShortWay(plan.short, engine, self._restore)
         self.roots = RootMonitor(plan.step.root_checks)
         self.broken = False
 
@@ -92,13 +96,19 @@ class Stepper:
         engine = self._engine
         counted = settled = False
         try:
-            for runner in self._before:
-                slot = runner.stage.slot
-                counted = counted or bool(runner.stage.writes)
-                first = slot == Slot.GRADIENTS
-                ran = self._run_first(runner, batch) if first else engine.run(runner, batch)
-                if slot == Slot.REFRESH and ran:
-                    self.roots.after_refresh(engine, runner.stage.outputs)
+            counted = self._short is not None and self._short.take(batch)
+            if counted:
+                self._check_ids(batch)
+            else:
+                for runner in self._before:
+                    slot = runner.stage.slot
+                    counted = counted or bool(runner.stage.writes)
+                    first = slot == Slot.GRADIENTS
+                    ran = self._run_first(runner, batch) if first else engine.run(runner, batch)
+                    if slot == Slot.REFRESH and ran:
+                        self.roots.after_refresh(engine, runner.stage.outputs)
+                if self._short is not None:
+                    self._short.learn(batch)
             kept = bool(engine.read(self._plan.step.ok))
             if kept:
                 self._commit(batch)
@@ -136,8 +146,12 @@ class Stepper:
             explain_failure(self._plan, batch, self._engine.value)
             message = f"the batch cannot be run through the graph: {e}"
             raise UserError(message, help="nothing was written") from e
+        self._check_ids(batch)
+        return ran
+
+    def _check_ids(self, batch: Batch) -> None:
+        """Raise UserError for an id that is no row of its table."""
         for check in self._checks:
             given = batch.get(check.ids)
             ids = given if isinstance(given, np.ndarray) else self._engine.read(check.ids)
             check_ids(check, ids, lambda check=check: origin_of(self._plan, check, batch))
-        return ran

@@ -125,11 +125,6 @@ class TableFactors:
         draft.keep(total, new_total, Phase.GRADIENTS)
         draft.keep(count, new_count, Phase.GRADIENTS)
         self._renormalized(scale, new_scale, factor)
-        increments = self._per_lookup(increment, Phase.COUNT)
-        (counted,) = draft.op(
-            "InputFactorUpdate", [factor, self.ids, increments], [Out("A", FLOAT, [self.V])], Phase.COUNT
-        )
-        draft.write(factor, counted, Phase.COUNT)
         kept = self.emit.node(
             "GatherElements",
             [factor, self.ids],
@@ -139,6 +134,11 @@ class TableFactors:
             shape=[None],
         )
         draft.remember(kept)
+        increments = self._increments(increment, kept)
+        (counted,) = draft.op(
+            "InputFactorUpdate", [factor, self.ids, increments], [Out("A", FLOAT, [self.V])], Phase.COUNT
+        )
+        draft.write(factor, counted, Phase.COUNT)
         undo = draft.settings.setdefault("undo", [])
         undo.append({"state": factor.name, "ids": self.ids.name, "before": kept.name})
         self.counts = counted
@@ -205,12 +205,20 @@ class TableFactors:
         )
         return ids, weights
 
-    def _per_lookup(self, scalar: ir.Value, phase: Phase = Phase.GRADIENTS) -> ir.Value:
-        emit = self.emit.derive(phase=phase)
+    def _per_lookup(self, scalar: ir.Value) -> ir.Value:
+        emit = self.emit.derive(phase=Phase.GRADIENTS)
         if self.mask is not None:
             return emit.node("Mul", [self.mask, scalar], name="increments", dtype=FLOAT, shape=[None])
         shape = emit.node("Shape", [self.ids], name="ids_shape", dtype=INT64, shape=[1])
         return emit.node("Expand", [scalar, shape], name="increments", dtype=FLOAT, shape=[None])
+
+    def _increments(self, scalar: ir.Value, before: ir.Value) -> ir.Value:
+        """Return the increment of each lookup plus 0·before: counts written in place are read before that."""
+        emit = self.emit.derive(phase=Phase.COUNT)
+        zero = emit.constant(np.float32(0.0), "zero")
+        increment = scalar if self.mask is None else self._per_lookup(scalar)
+        nothing = emit.node("Mul", [before, zero], name="nothing", dtype=FLOAT, shape=[None])
+        return emit.node("Add", [nothing, increment], name="increments", dtype=FLOAT, shape=[None])
 
     def _counter(self, what: str, dtype: ir.DataType, initial: float) -> ir.Value:
         return self.draft.state(

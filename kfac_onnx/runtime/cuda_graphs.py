@@ -50,6 +50,8 @@ _PLAIN: Final = -1
 """The id of a run that is neither captured nor replayed."""
 MOST: Final = 16
 """Graphs of one stage: pairs of buffers and places of batches; further ones run plainly."""
+_REMEMBERED: Final = 256
+"""Places that are remembered to see whether they come back."""
 CHECKED: Final = 3
 """Replays of each graph that are compared with a plain run."""
 TOLERANCE: Final = 1e-4
@@ -123,6 +125,7 @@ class CudaGraphs:
         self._session = session
         self._lock = lock if lock is not None else nullcontext()
         self._graphs: dict[Hashable, _Graph] = {}
+        self._seen: set[Hashable] = set()
         self._options: dict[int, ort.RunOptions] = {}
         self.problem: str | None = None
 
@@ -145,7 +148,7 @@ class CudaGraphs:
 
         """
         graph = self._graphs.get(places)
-        if self.problem is not None or places is None or (graph is None and len(self._graphs) >= MOST):
+        if self.problem is not None or places is None or (graph is None and not self._comes_back(places)):
             self._run(binding, _PLAIN)
             return
         if graph is not None and graph.compared >= CHECKED:
@@ -167,6 +170,14 @@ class CudaGraphs:
                 return
             self._give_up(f"a replay gives another '{wrong}' than a run")
         self._run(binding, _PLAIN)
+
+    def _comes_back(self, places: Hashable) -> bool:
+        """Return whether a graph is worth capturing: the places were there before, and there is room."""
+        known = places in self._seen
+        if len(self._seen) >= _REMEMBERED:
+            self._seen.clear()
+        self._seen.add(places)
+        return known and len(self._graphs) < MOST
 
     def _run(self, binding: ort.IOBinding, number: int) -> None:
         options = self._options.get(number)

@@ -129,7 +129,7 @@ class Engine:
     def _open(self, stage: Stage, providers: Providers, threads: int, *, stands_in: bool = False) -> Runner:
         """Open a stage; one that stands in for others has no buffers of its own."""
         _fill_types(stage.model, self._types)
-        session = open_session(stage.model, providers, threads=1 if stage.one_thread else threads)
+        session = self._session(stage, providers, 1 if stage.one_thread else threads)
         loose: list[tuple[int, str]] = []
         outputs: list[Port] = []
         for place, info in enumerate(session.get_outputs()):
@@ -153,16 +153,18 @@ class Engine:
                 self._readable[constant] = buffer.read()
             self._otherwise[name] = constant
         used = sorted({port.holder for port in (*inputs, *outputs) if port.holder is not None})
-        moving = self._moving(inputs)
+        moving = self._moving(inputs, session)
         # A stage that writes in place could not be run again if an output turned out to have another shape.
         keeps = bool(loose) and not stage.writes and not any(port.flow for port in moving)
         batch = tuple(port.name for port in moving if port.batch)
         return Runner(stage, session, inputs, outputs, tuple(used), tuple(loose), moving, keeps, batch)
 
-    def _moving(self, inputs: Sequence[Port]) -> tuple[Port, ...]:
-        """Return what is bound at every run: on a device, scalars of the host too, since binding copies."""
-        copied = set[str]() if self._device.is_cpu else set(self._scalars)
-        return tuple(port for port in inputs if port.batch or port.flow or port.name in copied)
+    def _session(self, stage: Stage, providers: Providers, threads: int) -> ort.InferenceSession:
+        return open_session(stage.model, providers, threads=threads)
+
+    def _moving(self, inputs: Sequence[Port], session: ort.InferenceSession) -> tuple[Port, ...]:
+        """Return what is bound at every run."""
+        return tuple(port for port in inputs if port.batch or port.flow)
 
     def _require_sources(self) -> None:
         """Raise UserError for a stage that reads what neither a stage before it nor the caller gives."""
@@ -282,7 +284,7 @@ class Engine:
             binding = runner.bindings[key] = self._bind(runner, made)
         for port in runner.moving:
             if port.batch:
-                value = batch[port.name]
+                value = self._given(runner, port, batch)
                 if isinstance(value, np.ndarray):
                     binding.bind_cpu_input(port.name, value)
                 else:
@@ -290,7 +292,8 @@ class Engine:
             elif port.flow:
                 binding.bind_ortvalue_input(port.name, self.value(port.name))
             else:
-                binding.bind_ortvalue_input(port.name, self._scalars[port.name])
+                value = port.fixed if port.fixed is not None else self._buffer(port).value
+                binding.bind_ortvalue_input(port.name, value)
         return key, binding
 
     def _written(self, stage: Stage) -> None:
@@ -300,14 +303,20 @@ class Engine:
             if index in self._copies and name in stage.outputs:
                 self._location[index] ^= 1
 
+    def _given(
+        self, runner: Runner, port: Port, batch: Mapping[str, np.ndarray | ort.OrtValue]
+    ) -> np.ndarray | ort.OrtValue:
+        return batch[port.name]
+
+    def _run_session(self, runner: Runner, binding: ort.IOBinding) -> None:
+        runner.session.run_with_iobinding(binding)
+
     def _run(self, runner: Runner, binding: ort.IOBinding) -> None:
         try:
-            runner.session.run_with_iobinding(binding)
+            self._run_session(runner, binding)
         except Exception as e:  # ONNX Runtime's exceptions share no class of their own
             other_shape = any(words in str(e) for words in _OTHER_SHAPE)
             raise StageError(first_line(e), runner.stage.name, other_shape=other_shape) from e
-        if not self._device.is_cpu:
-            binding.synchronize_outputs()
 
     def _run_loose(self, runner: Runner, binding: ort.IOBinding) -> dict[str, ort.OrtValue]:
         """Run a stage whose loose outputs get new memory, and return them."""
@@ -390,7 +399,10 @@ class Engine:
             return self._readable[name]
         if name in self._index or name in self._spare_of or name in self._plan.versions:
             return self.buffer(name).read()
-        return self.value(name).numpy()
+        return self._copied(self.value(name))
+
+    def _copied(self, value: ort.OrtValue) -> np.ndarray:
+        return value.numpy()
 
     def swap(self) -> None:
         """Keep the step: make the new value of every state the current one."""

@@ -189,34 +189,3 @@ def test_a_batch_the_graph_cannot_run_is_a_sentence(
     assert str(error.value) == (
         "the batch cannot be run through the graph: sizes 3 and 4 do not go together\n  help: nothing was written"
     )
-
-
-def test_scalars_are_bound_anew_where_binding_copies_them(
-    toy: ModuleType, open_toy: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a device ONNX Runtime copies a host's value when it is bound: a learning rate would stay the first."""
-    import onnxruntime as ort
-
-    class Elsewhere:
-        name, index, is_cpu = "cpu", 0, False
-
-    bound: list[str] = []
-    real = ort.IOBinding.bind_ortvalue_input
-
-    def bind(self: ort.IOBinding, name: str, value: ort.OrtValue) -> None:
-        bound.append(name)
-        real(self, name, value)
-
-    session, batch = open_toy(), toy.batches(1)[0]
-    rates = set(session.learning_rates)
-    session.step(batch)
-    session.step(batch)
-    session.step(batch)
-    monkeypatch.setattr(ort.IOBinding, "bind_ortvalue_input", bind)
-    session.step(batch)
-    assert not rates & set(bound)
-    monkeypatch.setattr(session._engine, "_device", Elsewhere())
-    for runner in session._engine.runners:
-        runner.moving = session._engine._moving(runner.inputs)
-    session.step(batch)
-    assert rates <= set(bound)

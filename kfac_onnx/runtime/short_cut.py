@@ -1,8 +1,9 @@
 """A step between two refreshes in one session, as long as batches keep their shapes (`partition_short_cut`).
 
 It is taken where nothing is due and, if counts are written in place, the batch has the shapes of one that was
-run the long way, stage by stage: the sizes of what crosses from stage to stage are known from there. Whatever goes wrong within it is
-taken back, and the step made the long way, which says what is wrong with the batch or does without.
+run the long way, stage by stage: the sizes of what crosses from stage to stage are known from there. Whatever
+goes wrong within it is taken back, and the step made the long way, which says what is wrong with the batch or
+does without.
 
 The one session both reads the counts at the ids and writes them, so that a failure leaves open whether they
 were written. What was read goes into memory that holds NaN before the run. Where NaN is left, that table's

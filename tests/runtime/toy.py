@@ -91,8 +91,13 @@ def whole_step(
     kfac: bool = True,
     renormalize_below: float = 0.0,
     dropout: bool = False,
+    ordered: bool = False,
+    due_by: str = "t/new",
 ) -> ir.Model:
-    """Build the model; without `kfac` both parameters take plain steps (gradients and commit only)."""
+    """Build the model; without `kfac` both parameters take plain steps (gradients and commit only).
+
+    `ordered` makes the counts depend on what they were; `due_by` is what the refresh is computed from.
+    """
     g = _Graph()
     g.add("Add", ["ids", "zero_i"], ["row_ids"])
     g.add("Gather", ["emb.weight", "row_ids"], ["h0"], axis=0)
@@ -154,7 +159,7 @@ def whole_step(
     g.add("Add", ["t", "one_i"], ["t/new"])
     checks: tuple[RootCheck, ...] = ()
     if kfac:
-        states += _kfac_nodes(g, vocab, renormalize_below)
+        states += _kfac_nodes(g, vocab, renormalize_below, ordered=ordered, due_by=due_by)
         checks = (RootCheck("emb.weight", "root/now", "G/hat", "damping_g", "residual", -0.5, tolerance),)
     g.phase = Phase.PRECONDITION
     update = "update" if kfac else "rows"
@@ -195,7 +200,9 @@ def whole_step(
     return _finish(g, states, checks, vocab=vocab, negatives=negatives, with_values=with_values)
 
 
-def _kfac_nodes(g: _Graph, vocab: int, renormalize_below: float) -> list[State]:
+def _kfac_nodes(
+    g: _Graph, vocab: int, renormalize_below: float, *, ordered: bool, due_by: str
+) -> list[State]:
     g.kfac(
         "InputFactorDecay",
         ["A.scale", "A.total", "A.count", "n"],
@@ -210,8 +217,12 @@ def _kfac_nodes(g: _Graph, vocab: int, renormalize_below: float) -> list[State]:
         g.add("Where", ["renormalize", "one64", "A.scale/new"], ["A.scale/kept"])
         g.add("Cast", ["A.scale/new"], ["scale32"], to=F)
         scale = "A.scale/kept"
-    g.add("Expand", ["increment", "ids_shape"], ["increments"])
     g.add("Gather", ["A", "row_ids"], ["A/before"], axis=0)
+    if ordered:
+        g.add("Mul", ["A/before", "zero"], ["nothing"])
+        g.add("Add", ["nothing", "increment"], ["increments"])
+    else:
+        g.add("Expand", ["increment", "ids_shape"], ["increments"])
     g.kfac(
         "OutputFactorUpdate",
         ["G", "G.count", "rows", "n", "one"],
@@ -222,7 +233,7 @@ def _kfac_nodes(g: _Graph, vocab: int, renormalize_below: float) -> list[State]:
     g.kfac("FactorTrace", ["G/hat"], ["trace"])
     g.kfac("DampingRelative", ["total_a"], ["damping_a"], rho=RHO, size=vocab)
     g.kfac("DampingRelative", ["trace"], ["damping_g"], rho=RHO, size=D)
-    g.add("Mod", ["t/new", "three"], ["t3"])
+    g.add("Mod", [due_by, "three"], ["t3"])
     g.add("Equal", ["t3", "zero_i"], ["due"])
     g.add("LessOrEqual", ["t/new", "two_i"], ["early"])
     g.add("Or", ["due", "early"], ["refresh"])

@@ -1,0 +1,84 @@
+"""The short cut of a step: what it holds, and the graphs that have none."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kfac_onnx import transform
+from kfac_onnx.passes import partition_short_cut
+from kfac_onnx.passes.partition import Slot, partition
+from kfac_onnx.passes.partition_short_cut import Counted
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
+
+
+@pytest.fixture(scope="module")
+def toy() -> ModuleType:
+    """The hand-written training step that the runtime's tests use."""
+    name = "runtime_toy"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "runtime" / "toy.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def test_it_makes_what_the_stages_make_but_for_the_refresh(toy: ModuleType) -> None:
+    plan = partition(toy.whole_step(ordered=True))
+    assert plan.short is not None
+    assert plan.short.conditions == ("refresh",)
+    assert plan.short.counted == (Counted("A", "row_ids", "A/before"),)
+    stages = {stage.slot: stage for stage in plan.stages}
+    made = {*stages[Slot.GRADIENTS].outputs, *stages[Slot.PRECONDITION].outputs}
+    assert set(plan.short.whole.outputs) == made - {"refresh"}
+    assert plan.short.whole.writes == {"A/counted": "A"}
+    names = {name for node in plan.short.whole.model.graph.node for name in (*node.input, *node.output)}
+    assert "root/now" not in names  # the root stays the one that it was
+    assert "root" in plan.short.whole.inputs
+    assert not {"refresh", "early", "due"} & names
+
+
+def test_what_is_due_is_computed_from_the_counter_alone(toy: ModuleType) -> None:
+    plan = partition(toy.whole_step(ordered=True))
+    assert plan.short is not None
+    assert plan.short.due.inputs == ("t",)
+    assert plan.short.due.outputs == ("refresh",)
+    assert plan.short.due.one_thread
+
+
+def test_none_where_old_counts_could_be_read_after_the_write(toy: ModuleType) -> None:
+    assert partition(toy.whole_step(ordered=False)).short is None
+
+
+def test_none_where_a_batch_decides_what_is_due(toy: ModuleType) -> None:
+    assert partition(toy.whole_step(ordered=True, due_by="n_i")).short is None
+
+
+def test_none_where_nothing_lies_between(toy: ModuleType) -> None:
+    assert partition(toy.whole_step(kfac=False)).short is None
+
+
+def test_none_in_large_graphs(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition_short_cut, "MOST_NODES", 10)
+    assert partition(toy.whole_step(ordered=True)).short is None
+
+
+@pytest.mark.parametrize("preset", ["half", "adaptive", "adagrad", "r1.7"])
+@pytest.mark.parametrize("name", ["torchjoint_in__nplm", "ortart_dyncore__twotower"])
+def test_every_preset_has_one_on_real_graphs(name: str, preset: str) -> None:
+    plan = partition(transform(GRAPHS / f"{name}.onnx", preset=preset))
+    assert plan.short is not None
+    counts = [state.input for state in plan.states if state.update == "in-place" and state.role == "factor"]
+    written = [item.state for item in plan.short.counted]
+    assert sorted(written) == sorted(counts) if preset in ("half", "r1.7") else not written

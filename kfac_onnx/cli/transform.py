@@ -23,7 +23,9 @@ from kfac_onnx.errors import UserError
 
 __all__ = ["command"]
 
-_SETTINGS = ("preset", "lr", "rest", "rest_lr", "shape", "target", "grad_scale", "allow_fallback")
+_SETTINGS = (
+    "preset", "lr", "rest", "rest_lr", "shape", "target", "deterministic", "grad_scale", "allow_fallback",
+)  # fmt: skip
 """Parameters of `command` that make up a pipeline."""
 
 
@@ -41,6 +43,11 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "shape", "target", "grad_scale",
 )
 @click.option(
     "--target", metavar="cpu|cuda", default="cpu", show_default=True, help="Where OUT runs unaided."
+)
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="With --target cuda: sum rows in one order, so that every run gives the same bits; it costs a sort.",
 )
 @click.option(
     "--grad-scale",
@@ -73,6 +80,7 @@ def command(
     rest_lr: float | None,
     shape: str,
     target: str,
+    deterministic: bool,
     grad_scale: float | None,
     allow_fallback: tuple[str, ...],
     initialize: bool,
@@ -106,6 +114,7 @@ def command(
         rest_lr=rest_lr,
         shape=shape,
         target=target,
+        deterministic=deterministic,
         grad_scale=grad_scale,
         allow_fallback=allow_fallback,
         initialize=initialize,

@@ -25,12 +25,34 @@ _EPSILON = Attribute("epsilon", "float", 0.0, 1.0)
 _BETAS = (Attribute("beta1", "float", 0.0, 1.0), Attribute("beta2", "float", 0.0, 1.0))
 
 
+_DEVICE: Final[Mapping[str, Mapping[Variant, str]]] = {
+    "merge_rows": {"atomic": "merge_rows_sorted", "ordered": "merge_rows_ordered"},
+    "sample_rows": {"atomic": "sample_rows_device", "ordered": "sample_rows_device"},
+    "take_now": {"atomic": "take_now_device", "ordered": "take_now_device"},
+    **{
+        name: {"ordered": f"{name}_ordered"}
+        for name in (
+            "add_rows", "apply_columns", "apply_flat", "apply_rows",
+            "input_factor_average", "input_factor_update", "scatter_rows",
+        )
+    },
+}  # fmt: skip
+"""Bodies for devices, in `bodies.sorted_rows`, where the one for hosts does not do."""
+
+
 def _bodies(module: str, name: str, scatters: Scatters | None) -> dict[Variant, tuple[str, str]]:
-    if scatters is None:
-        body = (module, name)
-        return {"safe": body, "sequential": body, "atomic": body}
     slow, fast = (module, f"{name}_elements"), (module, f"{name}_nd")
-    return {"safe": slow, "sequential": fast if scatters == "rows" else slow, "atomic": fast}
+    if scatters is None:
+        slow = fast = (module, name)
+    bodies: dict[Variant, tuple[str, str]] = {
+        "safe": slow,
+        "sequential": fast if scatters == "rows" else slow,
+        "atomic": fast,
+        "ordered": fast,
+    }
+    for variant, body in _DEVICE.get(name, {}).items():
+        bodies[variant] = ("sorted_rows", body)
+    return bodies
 
 
 def _operator(
@@ -106,6 +128,13 @@ _TABLE = (
         "sample.sample_rows",
         "total:i64[] size:i64[] turn:i64[] -> index:i64[S]",
         cost=lambda s: (6 * s.N, 40 * s.N),
+    ),
+    _operator(
+        "TakeNow",
+        "how many rows to take in this step: as many as are wanted, or none",
+        "sample.take_now",
+        "wanted:i64[...] now:any[] -> number:i64[...]",
+        cost=lambda s: (0, 0),
     ),
     _operator(
         "FactorTrace",

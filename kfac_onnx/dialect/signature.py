@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Attribute", "Cost", "Operator", "Port", "Sizes", "Variant", "ports"]
 
-Variant = Literal["safe", "sequential", "atomic"]
+Variant = Literal["safe", "sequential", "atomic", "ordered"]
 """Which scatter adds rows that may repeat: one right on every host, one for a one-thread CPU session
-that writes in place, one for devices with atomic adds."""
+that writes in place, one for devices with atomic adds, one for devices where every run must give the same
+bits: it sums in one order and adds nothing atomically."""
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def pipeline_text(
     rest_lr: float | None = None,
     shape: str = "rows",
     target: str = "cpu",
+    deterministic: bool = False,
     grad_scale: float | None = None,
     allow_fallback: tuple[str, ...] = (),
     padding_idx: Mapping[str, int] | None = None,
@@ -197,7 +198,7 @@ def pipeline_text(
         chosen: Any = rest
         steps.append(str(InsertOptimizer(method=chosen, **others)))
     steps += ["close-step", "dce"]
-    steps.append(str(pass_class("lower")(target=target)))  # pyright: ignore[reportCallIssue]
+    steps.append(str(pass_class("lower")(target=target, deterministic=deterministic)))  # pyright: ignore[reportCallIssue]
     return ",".join(steps)
 
 
@@ -211,6 +212,7 @@ def transform(
     rest_lr: float | None = None,
     shape: str = "rows",
     target: str = "cpu",
+    deterministic: bool = False,
     pipeline: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     loss: str | None = None,
@@ -233,6 +235,7 @@ def transform(
         rest_lr: learning rate of the other parameters.
         shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
         target: `cpu` or `cuda`: where the written model runs unaided.
+        deterministic: target cuda: sum rows in one order, so that every run gives the same bits.
         pipeline: a textual pipeline that replaces all of the above.
         parameters: values to store in the model: of parameters, and of constants, which leave the batch.
         loss: as for `scan`.
@@ -258,6 +261,7 @@ def transform(
         rest_lr=rest_lr,
         shape=shape,
         target=target,
+        deterministic=deterministic,
         grad_scale=grad_scale,
         allow_fallback=allow_fallback,
         padding_idx=padding_idx,

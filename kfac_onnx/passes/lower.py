@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
 from kfac_onnx.passes.base import Changes, Pass
+from kfac_onnx.passes.device_scalars import NODES_PER_COUNT, count_on_device
 from kfac_onnx.passes.options import opt
 from kfac_onnx.passes.registry import register
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Lower"]
 
-_VARIANTS: dict[str, Variant] = {"cpu": "safe", "cuda": "atomic"}
-
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +25,39 @@ class Lower(Pass):
     """Attach a standard body to every `ai.kfac` operator, so that any runtime can run the model.
 
     On CPU rows are added by ScatterElements, which is right with any number of threads; ScatterND with
-    reduction loses sums there when rows repeat. On CUDA ScatterND adds atomically.
+    reduction loses sums there when rows repeat. On CUDA ScatterND adds atomically, all operators of the
+    bodies have kernels there, and numbers of rows are counted there (`device_scalars`), so that nothing is
+    copied within a step. `deterministic` gives bodies that add nothing atomically: the same bits in every
+    run. On CPU every run gives the same bits anyway.
     """
 
     name: ClassVar[str] = "lower"
     target: Literal["cpu", "cuda"] = opt("cpu", "where the written model runs unaided")
+    deterministic: bool = opt(False, "sum rows in one order on CUDA, at the cost of sorting them")
 
     def run(self, model: ir.Model, log: Log) -> Changes:
-        """Edit `model` in place; each attached or exchanged function is one change."""
+        """Edit `model` in place; each attached or exchanged function, and each node, is one change."""
         from onnx_ir import to_proto
 
         from kfac_onnx import dialect
 
         before = {key: to_proto(function).SerializeToString() for key, function in model.functions.items()}
         imports = dict(model.opset_imports)
-        dialect.attach(model, _VARIANTS[self.target])
+        counted = count_on_device(model) if self.target == "cuda" else 0
+        dialect.attach(model, self._variant)
         after = {key: to_proto(function).SerializeToString() for key, function in model.functions.items()}
         added = len(set(after) - set(before))
         edited = sum(before[key] != after[key] for key in before if key in after)
         edited += sum(imports.get(domain) != version for domain, version in model.opset_imports.items())
         log.count("functions", added)
-        return Changes(added=added, edited=edited)
+        return Changes(added=added + counted, edited=edited + counted // NODES_PER_COUNT)
+
+    @property
+    def _variant(self) -> Variant:
+        match self.target:
+            case "cpu":
+                return "safe"
+            case "cuda":
+                return "ordered" if self.deterministic else "atomic"
+            case _:
+                assert_never(self.target)

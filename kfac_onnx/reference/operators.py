@@ -95,6 +95,11 @@ def sample_rows(total: Any, size: Any, turn: Any) -> tuple[Array, ...]:
     return (np.asarray(chosen, np.int64),)
 
 
+def take_now(wanted: Array, now: Array) -> tuple[Array, ...]:
+    """All that is wanted, or none."""
+    return (np.where(now, wanted, 0),)
+
+
 def factor_trace(G: Array) -> tuple[Array, ...]:
     """Return tr G."""
     return (np.asarray(_trace(G)),)
@@ -251,6 +256,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "OutputFactorUpdate": output_factor_update,
     "FactorDebias": factor_debias,
     "SampleRows": sample_rows,
+    "TakeNow": take_now,
     "FactorTrace": factor_trace,
     "DampingRelative": damping_relative,
     "DampingPi": damping_pi,

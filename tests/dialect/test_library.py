@@ -33,7 +33,7 @@ def apply_rows_node(**changed: Any) -> ir.Node:
     return ir.node("ApplyRows", list(inputs.values()), domain=dialect.DOMAIN)
 
 
-@pytest.mark.parametrize("variant", ["safe", "sequential", "atomic"])
+@pytest.mark.parametrize("variant", ["safe", "sequential", "atomic", "ordered"])
 def test_every_operator_has_a_body_that_matches_its_signature(variant: dialect.Variant) -> None:
     bodies = dialect.functions(variant)
     assert list(bodies) == list(dialect.OPERATORS)
@@ -46,7 +46,7 @@ def test_every_operator_has_a_body_that_matches_its_signature(variant: dialect.V
         assert body.opset_imports[""] == 18
 
 
-@pytest.mark.parametrize("variant", ["safe", "sequential", "atomic"])
+@pytest.mark.parametrize("variant", ["safe", "sequential", "atomic", "ordered"])
 @pytest.mark.parametrize(
     "name", ["InputFactorUpdate", "AddRows", "ApplyRows", "ApplyColumns", "ApplyFlat", "WriteRows"]
 )

@@ -72,6 +72,8 @@ CASES = [
     Case("long", "SampleRows", (100_000, 300, 10**7)),
     Case("none", "SampleRows", (100, 0, 3)),
     Case("no-rows", "SampleRows", (0, 7, 3)),
+    Case("now", "TakeNow", ([5], True)),
+    Case("not-now", "TakeNow", ([5], False)),
     Case("usual", "FactorTrace", (G,), {}),
     Case("usual", "DampingRelative", (6.0,), {"rho": 0.01, "size": V}),
     Case("floor", "DampingRelative", (0.0,), {"rho": 1.0, "size": V}),
@@ -178,13 +180,24 @@ def compared(case: Case, found: list[Any]) -> list[tuple[Any, Any]]:
 
 
 SCATTERING = {"InputFactorUpdate", "MergeRows", "AddRows", "ApplyRows", "ScatterRows"}
+ON_DEVICES = {"ApplyColumns", "ApplyFlat", "InputFactorAverage", "SampleRows", "TakeNow"}
 VARIANTS = [(case, "safe") for case in CASES]
 VARIANTS += [(case, "sequential") for case in CASES if case.name in SCATTERING]
+VARIANTS += [
+    (case, variant)
+    for variant in ("atomic", "ordered")
+    for case in CASES
+    if case.name in SCATTERING | ON_DEVICES and str(case) != "TakeNow-not-now"  # always all rows there
+]
 
 
-def test_the_scattering_operators_are_those_with_several_bodies() -> None:
-    several = {name for name, op in dialect.OPERATORS.items() if len(set(op.bodies.values())) > 1}
-    assert several == SCATTERING
+def test_the_operators_with_several_bodies() -> None:
+    def several(*variants: dialect.Variant) -> set[str]:
+        bodies = {name: operator.bodies for name, operator in dialect.OPERATORS.items()}
+        return {name for name, body in bodies.items() if len({body[variant] for variant in variants}) > 1}
+
+    assert several("safe", "sequential") | several("safe", "atomic") - ON_DEVICES == SCATTERING
+    assert several("safe", "atomic", "ordered") == SCATTERING | ON_DEVICES
 
 
 @pytest.mark.parametrize(("case", "variant"), VARIANTS, ids=str)

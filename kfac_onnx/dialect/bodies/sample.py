@@ -13,11 +13,11 @@ on every machine.
 
 from __future__ import annotations
 
-from onnxscript import INT64  # noqa: TC002  onnxscript reads annotations
+from onnxscript import BOOL, INT64  # noqa: TC002  onnxscript reads annotations
 
 from kfac_onnx.dialect.bodies.opsets import F64, I64, body, op
 
-__all__ = ["sample_rows"]
+__all__ = ["sample_rows", "take_now"]
 
 
 @body
@@ -33,3 +33,13 @@ def sample_rows(total: INT64, size: INT64, turn: INT64):
     place = op.Mul(op.Add(op.Cast(j, to=F64), u), op.Cast(total, to=F64))
     index = op.Cast(op.Div(place, op.Cast(n, to=F64)), to=I64)
     return op.Min(index, op.Sub(total, one))
+
+
+@body
+def take_now(wanted: INT64, now: BOOL):
+    """As many rows as wanted, or none in a step that takes none in.
+
+    On a device it is always `wanted`: there a number of rows that depends on a value would have to be copied
+    to the host. Whoever takes the rows counts them as none then, so that the result does not change.
+    """
+    return op.Where(now, wanted, op.Constant(value_int=0))

@@ -51,7 +51,7 @@ def rows_for_g(
     nothing = emit.constant(np.float32(0.0), "nothing")
     start = emit.constant(np.asarray([0], np.int64), "first")
     size = emit.node("Shape", [rows], attributes={"end": 1}, name="rows", dtype=INT64, shape=[1])
-    end = emit.node("Where", [now, size, start], name="rows_for_g", dtype=INT64, shape=[1])
+    (end,) = draft.op("TakeNow", [size, now], [Out("rows_for_g", INT64, [1])], Phase.GRADIENTS)
     taken = emit.node(
         "Slice", [rows, start, end, start], name="rows_for_g", dtype=FLOAT, shape=[None, _width(rows)]
     )
@@ -76,8 +76,7 @@ def _sample(
 ) -> tuple[ir.Value, ir.Value]:
     wanted = emit.constant(np.asarray(size, np.int64), "g_rows")
     if now is not None:
-        zero = emit.constant(np.asarray(0, np.int64), "zero")
-        wanted = emit.node("Where", [now, wanted, zero], name="g_rows_now", dtype=INT64, shape=[])
+        (wanted,) = draft.op("TakeNow", [wanted, now], [Out("g_rows_now", INT64, [])], Phase.GRADIENTS)
     places = None
     if kept is not None:
         axis = emit.constant(np.asarray([0], np.int64), "first")
@@ -94,6 +93,9 @@ def _sample(
     taken = emit.node("Gather", [rows, index], name="rows_for_g", dtype=FLOAT, shape=[None, _width(rows)])
     number = emit.node("Size", [index], name="number_for_g", dtype=INT64, shape=[])
     number = emit.node("Cast", [number], attributes={"to": FLOAT}, name="number_for_g", dtype=FLOAT, shape=[])
+    if now is not None:
+        nothing = emit.constant(np.float32(0.0), "nothing")
+        number = emit.node("Where", [now, number, nothing], name="number_for_g", dtype=FLOAT, shape=[])
     return taken, number
 
 

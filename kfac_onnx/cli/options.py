@@ -12,7 +12,7 @@ from kfac_onnx.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from kfac_onnx.providers import Provider
+    from kfac_onnx.providers import GivenProviders, Provider
 
 __all__ = [
     "BLOCK_OPTIONS",
@@ -30,6 +30,7 @@ __all__ = [
     "provider_names",
     "provider_option",
     "reading_options",
+    "target_of",
 ]
 
 P = ParamSpec("P")
@@ -219,6 +220,14 @@ def chosen_providers(ctx: click.Context, words: tuple[str, ...]) -> list[Provide
             "--provider-option is given, but the CPU has no options", help="name a provider: --provider cuda"
         )
     return [(names[0], options), *names[1:]]
+
+
+def target_of(providers: GivenProviders) -> str:
+    """Return what a graph that is transformed on the fly is lowered for."""
+    from kfac_onnx.providers import SHORT_NAMES
+
+    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    return "cuda" if first == SHORT_NAMES["cuda"] else "cpu"
 
 
 def provider_names(words: tuple[str, ...]) -> list[str]:

@@ -24,6 +24,7 @@ from kfac_onnx.cli.options import (
     parameters_option,
     provider_option,
     reading_options,
+    target_of,
 )
 from kfac_onnx.cli.output import print_json, say
 from kfac_onnx.errors import UserError
@@ -114,6 +115,11 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule", "parameters", *BLOCK
     "--into", metavar="FORWARD", help="Put the weights into this model of yours and write it to --export."
 )
 @click.option("--threads", type=int, metavar="N", help="Threads of the parallel phases (default: all cores).")
+@click.option(
+    "--cuda-graph",
+    is_flag=True,
+    help="On CUDA, capture the stages that can be and launch each as one (batches of one shape).",
+)
 @provider_option
 @optimizer_options
 @block_options
@@ -143,6 +149,7 @@ def command(
     export: str | None,
     into: str | None,
     threads: int | None,
+    cuda_graph: bool,
     provider: tuple[str, ...],
     preset: str,
     lr: float | None,
@@ -170,14 +177,15 @@ def command(
 
     providers = chosen_providers(ctx, provider)
     if resume is not None and begun is not None:
-        session = TrainingSession.resume(begun, providers=providers, threads=threads)
+        session = TrainingSession.resume(begun, providers=providers, threads=threads, cuda_graph=cuda_graph)
         require_source(session, model)
         ignored = given_options(ctx, _SETTINGS)
         if ignored:
             _log.warning("%s is not read on --resume: the run goes on as it was begun", ", ".join(ignored))
         batch_size, seed, no_shuffle = _data_settings(ctx, session, batch_size, seed, no_shuffle)
     else:
-        made, values = _prepared(ctx, model, parameters, loss, gradients, preset, lr, rest, rest_lr)
+        target = target_of(providers)
+        made, values = _prepared(ctx, model, parameters, loss, gradients, preset, lr, rest, rest_lr, target)
         session = TrainingSession(
             made,
             providers=providers,
@@ -187,6 +195,7 @@ def command(
             rest_lr=rest_lr,
             schedule=schedule,
             seed=seed,
+            cuda_graph=cuda_graph,
         )
         session.source = source_hash(model)
     with session:
@@ -315,6 +324,7 @@ def _prepared(
     lr: float | None,
     rest: str,
     rest_lr: float | None,
+    target: str,
 ) -> tuple[ir.Model, dict[str, Any] | None]:
     """Return a transformed model, and the values that it still needs.
 
@@ -329,7 +339,7 @@ def _prepared(
     values = None if parameters is None else read_weights(parameters)
     if metadata.read(model, "step", metadata.Step) is None:
         made = transform(
-            path, preset=preset, lr=lr, rest=rest, rest_lr=rest_lr,
+            path, preset=preset, lr=lr, rest=rest, rest_lr=rest_lr, target=target,
             parameters=values, loss=loss, gradients=gradient_pairs(gradients), **block_settings(ctx),
         )  # fmt: skip
         return made, None

@@ -77,7 +77,7 @@ def graph_problem(stage: Stage, session: ort.InferenceSession | None = None) -> 
     """Return why a stage cannot be a CUDA graph, as far as its nodes and its session tell; None if it can."""
     if stage.writes:
         return "it writes over what it reads, and capturing runs it several times"
-    random = sorted({node.op_type for node in _nodes(stage.model) if node.op_type in RANDOM})
+    random = sorted({node.op_type for node in _nodes(stage.model) if _draws(node)})
     if random:
         return f"{random[0]} would draw the same numbers at every step"
     if session is None:
@@ -88,6 +88,11 @@ def graph_problem(stage: Stage, session: ort.InferenceSession | None = None) -> 
         if on_host(info):
             return f"its value '{value.name}' lies on the host"
     return None
+
+
+def _draws(node: onnx.NodeProto) -> bool:
+    """Return whether a node draws random numbers: Dropout does in training mode, its third input."""
+    return node.op_type in RANDOM and (node.op_type != "Dropout" or len(node.input) > 2)
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

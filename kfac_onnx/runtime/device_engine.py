@@ -89,6 +89,9 @@ class DeviceEngine(Engine):
             device=device,
             threads=threads,
         )
+        for runner in self.runners:
+            if id(runner.session) in self._graphs and runner.loose and not runner.keeps:
+                self.graph_problems[runner.stage.name] = "what it makes gets new memory in every step"
 
     # -- opening ---------------------------------------------------------------------------------
 

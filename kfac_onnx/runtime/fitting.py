@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.files import make_folder
-from kfac_onnx.runtime.batches import as_inputs, examples_in
+from kfac_onnx.runtime.batches import examples_in
 from kfac_onnx.runtime.checkpoint_folder import is_folder
 from kfac_onnx.runtime.data import Batches
 from kfac_onnx.runtime.json_lines import json_lines
@@ -199,13 +199,14 @@ def fit(
     if session.schedule is not None:
         horizon = None if total is None else session.position + total
         session.schedule = session.schedule.within(horizon)
+    session.reserve(depth)
     result, in_a_row = FitResult(), 0
     start = time.perf_counter()
     with stop_signals() as stop:
         with (
             _writer(metrics) as write,
             _Bar(total, enabled=progress) as bar,
-            prefetched(supply, depth, lambda batch: as_inputs(batch, session.batch_inputs)) as ready,
+            prefetched(supply, depth, session.prepared) as ready,
         ):
             for batch in ready:
                 made = session.step(batch)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -20,9 +22,12 @@ from kfac_onnx.passes.partition import partition
 from kfac_onnx.passes.verifier import require_sound
 from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime import schedules
+from kfac_onnx.runtime.bodies import lowered_for, use_bodies_for
 from kfac_onnx.runtime.checkpoint import kfac_metadata
+from kfac_onnx.runtime.device_engine import DeviceEngine
 from kfac_onnx.runtime.engine import Engine
 from kfac_onnx.runtime.evaluation import Evaluator
+from kfac_onnx.runtime.feeding import Feeder
 from kfac_onnx.runtime.halves import Halves
 from kfac_onnx.runtime.health import RootHealth, root_health
 from kfac_onnx.runtime.opening import (
@@ -56,15 +61,28 @@ if TYPE_CHECKING:
 __all__ = ["OpenModel"]
 
 
-def _divided(model: ir.Model, watch: list[str], name: str) -> Plan:
-    """Return the stages of a step; UserError where what the file says of its phases contradicts its nodes."""
+_log = logging.getLogger(__name__)
+
+
+def _divided(model: ir.Model, watch: list[str], name: str, *, cpu: bool) -> Plan:
+    """Return the stages of a step, with the bodies of operators that are meant for the device.
+
+    Raises UserError where what the file says of its phases contradicts its nodes.
+    """
     try:
-        return partition(model, watch=watch)
+        plan = partition(model, watch=watch, sequential=cpu)
     except VerifyError as e:
         raise UserError(
             f"{name} cannot be divided into phases: {first_line(e)}",
             help="make it again from the training graph that its exporter wrote",
         ) from e
+    stages = [*plan.stages, *([] if plan.short is None else [plan.short.due, plan.short.whole])]
+    target = lowered_for(model)
+    if use_bodies_for(stages, target, cpu=cpu) and not cpu:
+        _log.warning(
+            "%s was lowered for '%s': a step copies sizes to the device; give --target cuda", name, target
+        )
+    return plan
 
 
 class OpenModel:
@@ -81,6 +99,7 @@ class OpenModel:
         rest_lr: float | None = None,
         schedule: Schedule | str | None = None,
         seed: int | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if threads is not None and threads < 1:
             raise UserError(f"threads must be at least 1, got {threads}")
@@ -90,12 +109,17 @@ class OpenModel:
         require_sound(loaded, None if isinstance(model, ir.Model) else str(model))
         self._providers = provider_list(providers)
         self._device = device_of(self._providers)
+        if cuda_graph and self._device.name != "cuda":
+            raise UserError(
+                f"there are no CUDA graphs on the device '{self._device.name}'",
+                help="give the CUDA provider (--provider cuda), or leave cuda_graph (--cuda-graph) out",
+            )
         self._threads = threads
         self._seed = seed
         checks = [check for check in step.id_checks if check.negatives == "reject" or not self._device.is_cpu]
         watch = [check.ids for check in checks]
         self._extra = own_outputs(loaded, step)
-        plan = _divided(loaded, [*watch, *self._extra], name)
+        plan = _divided(loaded, [*watch, *self._extra], name, cpu=self._device.is_cpu)
         short = plan.short
         parts = [*(stage.model for stage in plan.stages), *([] if short is None else [short.whole.model])]
         self._random = RandomKeys(
@@ -131,17 +155,36 @@ class OpenModel:
         host = {step.ok, *step.ends, *watch, *self._extra}
         host.update(stage.condition for stage in plan.stages if stage.condition is not None)
         host.update(check.residual for check in step.root_checks)
-        self._engine = Engine(
-            plan,
-            self._holders,
-            constants=self._constants,
-            scalars={**self._rates, **({KEYS: self._random.array} if len(self._random) else {})},
-            batch=[item.name for item in self.batch_inputs],
-            host=host,
-            providers=self._providers,
-            device=self._device,
-            threads=threads or 0,
-        )
+        scalars = {**self._rates, **({KEYS: self._random.array} if len(self._random) else {})}
+        batch = [item.name for item in self.batch_inputs]
+        self._feeder: Feeder | None = None
+        if self._device.is_cpu:
+            self._engine = Engine(
+                plan,
+                self._holders,
+                constants=self._constants,
+                scalars=scalars,
+                batch=batch,
+                host=host,
+                providers=self._providers,
+                device=self._device,
+                threads=threads or 0,
+            )
+        else:
+            lock = threading.Lock()
+            self._feeder = Feeder(self._device, self.batch_inputs, lock)
+            self._engine = DeviceEngine(
+                plan,
+                self._holders,
+                constants=self._constants,
+                scalars=scalars,
+                batch=batch,
+                providers=self._providers,
+                device=self._device,
+                threads=threads or 0,
+                cuda_graph=cuda_graph,
+                lock=lock,
+            )
         self._stepper = Stepper(plan, self._engine, checks)
         self._skips = SkipFinder(
             plan,
@@ -160,6 +203,11 @@ class OpenModel:
     def predictions(self) -> dict[str, str | None]:
         """Where the loss lies outside: each prediction, and the input of its gradient (None: it has none)."""
         return dict(self._halves.predictions)
+
+    @property
+    def cuda_graph_problems(self) -> dict[str, str]:
+        """Where CUDA graphs were asked for: each stage that has none, and why."""
+        return dict(self._engine.graph_problems) if isinstance(self._engine, DeviceEngine) else {}
 
     @property
     def host_roots(self) -> int:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from kfac_onnx.errors import UserError
 from kfac_onnx.files import load_model, make_folder, require_folder, save_model
 from kfac_onnx.passes.partition import partition
-from kfac_onnx.runtime.batches import checked_batch
+from kfac_onnx.runtime.batches import as_inputs, checked_batch
 from kfac_onnx.runtime.checkpoint import (
     Checkpoint,
     different_model,
@@ -71,6 +71,7 @@ class TrainingSession(OpenModel):
         lr, rest_lr: learning rates of the tables and of everything else; None keeps the model's.
         schedule: a `Schedule` or its text; multiplies both rates.
         seed: of random operators (Dropout) in the graph: the same seed draws the same at the same step.
+        cuda_graph: on CUDA, launch each stage that can be captured as one; for batches of one shape.
 
     Raises:
         UserError: the model is not a training step, or a value is missing or does not fit.
@@ -117,6 +118,8 @@ class TrainingSession(OpenModel):
         for name, rate in self.learning_rates.items():
             self._rates[name][...] = rate * factor
         ready = {**ready, **(half or {})}
+        if self._feeder is not None:
+            ready = self._feeder.fed(batch, ready)
         with uninterrupted():  # Ctrl-C comes before the step or after it
             loss, kept = self._stepper.step(ready, forwarded=half is not None)
             self.position += 1
@@ -132,6 +135,19 @@ class TrainingSession(OpenModel):
         if self._extra:
             metrics["outputs"] = {name: np.array(self._engine.read(name)) for name in self._extra}
         return metrics
+
+    def prepared(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return a batch as far on its way as it can be before its step: in its dtypes, and on the device.
+
+        What is wrong with it stays as it is, for `step` to say.
+        """
+        ready = as_inputs(batch, self.batch_inputs)
+        return ready if self._feeder is None else self._feeder.ahead(ready)
+
+    def reserve(self, ahead: int) -> None:
+        """Have room on the device for so many batches from `prepared` that wait for their step."""
+        if self._feeder is not None:
+            self._feeder.reserve(ahead)
 
     def fit(
         self,
@@ -256,6 +272,7 @@ class TrainingSession(OpenModel):
         model: str | Path | ir.Model | None = None,
         providers: Sequence[str | tuple[str, Mapping[str, object]]] = ("CPUExecutionProvider",),
         threads: int | None = None,
+        cuda_graph: bool = False,
     ) -> TrainingSession:
         """Return a session that goes on where `save` was called.
 
@@ -264,6 +281,7 @@ class TrainingSession(OpenModel):
             model: the model that the caller expects it to be of; another one is an error.
             providers: as for a new session.
             threads: as for a new session.
+            cuda_graph: as for a new session.
 
         Bit for bit the run goes on as it would have with the same `threads`, versions and machine; other
         versions than those of the checkpoint, and damaged checkpoints in a folder, are warned about.
@@ -291,6 +309,7 @@ class TrainingSession(OpenModel):
             parameters=given_values(checkpoint),
             schedule=checkpoint.schedule,
             seed=checkpoint.seed,
+            cuda_graph=cuda_graph,
         )
         require_complete(checkpoint, file, [holder.state for holder in session._holders.values()])
         for name, holder in session._holders.items():

@@ -249,6 +249,7 @@ def test_a_stage_that_draws_has_none() -> None:
     assert graph_problem(stage("y = RandomNormalLike(x)")) == (
         "RandomNormalLike would draw the same numbers at every step"
     )
+    assert graph_problem(stage("y = Dropout(x)")) is None
     branch = stage("c = Constant<value = bool {1}>() y = If<then_branch = t () => (float[N] z) { z = RandomNormalLike(x) }, else_branch = e () => (float[N] w) { w = Relu(x) }>(c)")  # fmt: skip
     assert str(graph_problem(branch)).startswith("RandomNormalLike")
 

@@ -15,12 +15,14 @@ from kfac_onnx import dialect
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.fisher.symbols import Array, HostPower, SparseRows, Update, Variable, placeholder
 from kfac_onnx.providers import provider_list, require_providers
+from kfac_onnx.runtime.tensors import device_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import onnxruntime
 
+    from kfac_onnx.dialect import Variant
     from kfac_onnx.fisher.blocks import FisherBlock
     from kfac_onnx.fisher.layer_collection import LayerCollection
     from kfac_onnx.providers import GivenProviders
@@ -52,6 +54,7 @@ class FisherSession:
         self._ema_decay = ema_decay
         self._threads = threads
         self._providers = provider_list(providers)
+        self._variant: Variant = "safe" if device_of(self._providers).is_cpu else "atomic"
         self._sessions: dict[tuple[ir.Value, ...], tuple[onnxruntime.InferenceSession, list[str]]] = {}
         self._expressions: dict[tuple[object, ...], Any] = {}
         self._state: dict[str, Array] = {}
@@ -172,7 +175,7 @@ class FisherSession:
     ) -> tuple[onnxruntime.InferenceSession, list[str]]:
         import onnxruntime
 
-        model = build_model(fetches, set(feeds))
+        model = build_model(fetches, set(feeds), self._variant)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if self._threads is not None:
@@ -196,7 +199,7 @@ class FisherSession:
         return self._expressions[key]
 
 
-def build_model(fetches: Sequence[ir.Value], fed: set[str]) -> ir.Model:
+def build_model(fetches: Sequence[ir.Value], fed: set[str], variant: Variant = "safe") -> ir.Model:
     """Return a model that computes symbolic tensors; what has no producer, or is fed by name, is an input."""
     copies: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
@@ -211,7 +214,7 @@ def build_model(fetches: Sequence[ir.Value], fed: set[str]) -> ir.Model:
         outputs.append(node.outputs[0])
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": OPSET}, name="kfac_block")
     model = ir.Model(graph, ir_version=IR_VERSION)
-    dialect.attach(model, "safe")
+    dialect.attach(model, variant)
     return model
 
 

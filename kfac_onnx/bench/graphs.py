@@ -26,6 +26,7 @@ def training_graph(
     import onnx_ir as ir
 
     from kfac_onnx.frontends.autodiff import differentiate
+    from kfac_onnx.inference import inferred
 
     given = "".join(
         f", float[{','.join(map(str, shape))}] {name}" if shape else f", float {name}"
@@ -35,7 +36,7 @@ def training_graph(
         f'<ir_version: 9, opset_import: ["" : 18]> step ({inputs}{given}) => (float loss)'
         f" <int64[1] last = {{-1}}{constants}> {{ {body} }}"
     )
-    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    model = ir.serde.deserialize_model(inferred(onnx.parser.parse_model(text)))
     wanted = [value for value in model.graph.inputs if value.name in parameters]
     for value, gradient in differentiate(model, model.graph.outputs[0], wanted).items():
         gradient.name = f"{value.name}_grad"

@@ -58,6 +58,7 @@ from kfac_onnx.passes.partition_slots import (
     postponed,
     prune,
 )
+from kfac_onnx.passes.partition_spare import spare
 from kfac_onnx.passes.partition_stage import Stage, stage_of
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
     roots = {stands_for.get(name, name) for name in roots}
     checked = {name for check in step.root_checks for name in (check.factor, check.damping)}
     checked = {stands_for.get(name, name) for name in checked}
-    items = prune(items, roots | checked)
+    items = prune(spare(source, items, roots | checked | versions.keys()), roots | checked)
     items, candidates = _own_candidates(items, states, candidates)
     roots.update(candidates.values())
     slots = assign_slots(items, versions)

@@ -97,15 +97,12 @@ def _typed(array: np.ndarray, item: BatchInput) -> np.ndarray:
 def _check_shape(array: np.ndarray, item: BatchInput, sizes: dict[str, tuple[str, int]]) -> None:
     if item.dims is None:
         return
-    wanted = f"[{', '.join('?' if size is None else str(size) for size in item.dims)}]"
-    got = f"[{', '.join(str(size) for size in array.shape)}]"
-    if array.ndim != len(item.dims):
-        message = f"batch input '{item.name}' must have shape {wanted}, got {got}"
-        raise UserError(message)
+    fits = array.ndim == len(item.dims)
+    if not fits or any(isinstance(dim, int) and dim != size for size, dim in zip(array.shape, item.dims)):  # noqa: B905  their lengths are equal here
+        wanted = f"[{', '.join('?' if size is None else str(size) for size in item.dims)}]"
+        got = f"[{', '.join(str(size) for size in array.shape)}]"
+        raise UserError(f"batch input '{item.name}' must have shape {wanted}, got {got}")
     for size, dim in zip(array.shape, item.dims, strict=True):
-        if isinstance(dim, int) and size != dim:
-            message = f"batch input '{item.name}' must have shape {wanted}, got {got}"
-            raise UserError(message)
         if isinstance(dim, str):
             other, first = sizes.setdefault(dim, (item.name, size))
             if first != size:

@@ -282,6 +282,8 @@ class Engine:
         binding = runner.bindings.get(key)
         if binding is None:
             binding = runner.bindings[key] = self._bind(runner, made)
+            runner.bound[key] = {}
+        bound = runner.bound[key]
         for port in runner.moving:
             if port.batch:
                 value = self._given(runner, port, batch)
@@ -290,7 +292,10 @@ class Engine:
                 else:
                     binding.bind_ortvalue_input(port.name, value)
             elif port.flow:
-                binding.bind_ortvalue_input(port.name, self.value(port.name))
+                flowing = self.value(port.name)
+                if bound.get(port.name) is not flowing:
+                    binding.bind_ortvalue_input(port.name, flowing)
+                    bound[port.name] = flowing
             else:
                 value = port.fixed if port.fixed is not None else self._buffer(port).value
                 binding.bind_ortvalue_input(port.name, value)

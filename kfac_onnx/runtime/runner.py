@@ -59,7 +59,8 @@ class Runner:
 
     `loose` outputs are allocated by ONNX Runtime, with their place in the outputs; `moving` inputs are bound
     at every run, those of the `batch` among them. While `keeps` holds, loose outputs stay bound as long as
-    the batch has the same shapes; `kept` has, for each binding, those shapes and the outputs.
+    the batch has the same shapes; `kept` has, for each binding, those shapes and the outputs, and
+    `bound` the values from other stages that it reads.
     """
 
     stage: Stage
@@ -73,6 +74,9 @@ class Runner:
     batch: tuple[str, ...]
     bindings: dict[tuple[int, ...], ort.IOBinding] = field(
         default_factory=dict[tuple[int, ...], "ort.IOBinding"]
+    )
+    bound: dict[tuple[int, ...], dict[str, ort.OrtValue]] = field(
+        default_factory=dict[tuple[int, ...], dict[str, "ort.OrtValue"]]
     )
     kept: dict[tuple[int, ...], tuple[object, dict[str, ort.OrtValue]]] = field(
         default_factory=dict[tuple[int, ...], tuple[object, dict[str, "ort.OrtValue"]]]

@@ -110,6 +110,7 @@ def element_type(text: str) -> int:
     raise UserError(f"'{text}' is not a tensor type this runtime can hold")
 
 
+@cache
 def numpy_dtype(element: int) -> np.dtype[np.generic]:
     """Return the NumPy dtype in which the user sees an ONNX element type (bfloat16 by `ml_dtypes`)."""
     return (

@@ -56,10 +56,13 @@ class Body:
     text: str
 
     def to_function_proto(self) -> onnx.FunctionProto:
-        """Return the function that the text describes."""
+        """Return the function that the text describes, its nodes named in their order."""
         import onnx.parser
 
-        return onnx.parser.parse_function(_HEADER + self.text)
+        function = onnx.parser.parse_function(_HEADER + self.text)
+        for index, node in enumerate(function.node):
+            node.name = f"n{index}"
+        return function
 
 
 def _wrapped(ids: str, vocab: str) -> str:

@@ -47,7 +47,7 @@ from kfac_onnx.passes.partition_graph import (
     read_source,
     with_functions,
 )
-from kfac_onnx.passes.partition_short_cut import ShortCut, short_cut
+from kfac_onnx.passes.partition_short_cut import ShortCut, foresee, short_cut
 from kfac_onnx.passes.partition_slots import (
     Slot,
     assign_slots,
@@ -158,6 +158,9 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
     items = prune(spare(source, items, roots | checked | versions.keys()), roots | checked)
     items, candidates = _own_candidates(items, states, candidates)
     roots.update(candidates.values())
+    source, ahead, due = foresee(source, items, candidates)
+    items += ahead
+    roots.update(due)
     slots = assign_slots(items, versions)
     check_hazards(items, slots, versions)
     slots = count_late(items, slots, versions)
@@ -189,7 +192,7 @@ def partition(model: ir.Model, *, sequential: bool = True, watch: Iterable[str] 
             nodes = [item.node for item in members]
             built = build_model(own, nodes, outputs, name=slot.name.lower(), as_inputs=as_inputs)
             stages.append(stage_of(slot, built, versions, lone=lone))
-    short = short_cut(source, items, slots, stages, versions, as_inputs)
+    short = short_cut(source, items, slots, stages, versions, as_inputs, due)
     used = {name for item in source.items for name in item.reads} - as_inputs
     frozen = {name: t for name, t in source.initializers.items() if name in used and t.nbytes > FROZEN_BYTES}
     initial = {name: tensor for name, tensor in source.initializers.items() if name in as_inputs}

@@ -3,7 +3,8 @@
 A second session costs what its start and the host's work around it cost, whatever is computed. Where nothing
 is due between the two, both can run at once, on these terms:
 
-- what is due is known before the step: it depends on counters alone (stage `due`, which runs first);
+- what is due is known before the step: it depends on counters alone, so that the step before can compute it,
+  from the counters that it leaves (`foresee`);
 - counts are written in the session that also reads what they were. So everything that reads the old counts
   must come before the write by the data: ONNX Runtime then cannot order them otherwise;
 - what they were is among the outputs, so that a host can take the write back.
@@ -14,22 +15,23 @@ the numbers are those of the long way, bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import onnx
 from onnx import numpy_helper
 
-from kfac_onnx.passes.partition_graph import FROZEN_BYTES, build_model, rename
+from kfac_onnx.metadata import Phase
+from kfac_onnx.passes.partition_graph import Item, build_model, free_names, rename
 from kfac_onnx.passes.partition_slots import Slot, prune
 from kfac_onnx.passes.partition_stage import Stage, stage_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from kfac_onnx.passes.partition_graph import Item, Source
+    from kfac_onnx.passes.partition_graph import Source
 
-__all__ = ["Counted", "ShortCut", "short_cut"]
+__all__ = ["Counted", "ShortCut", "foresee", "short_cut"]
 
 MOST_NODES: Final = 4_000
 """In a larger graph a session's start is nothing beside its work, and opening one more takes long."""
@@ -49,15 +51,60 @@ class Counted:
 
 @dataclass(frozen=True)
 class ShortCut:
-    """`whole` may run instead of the stages up to precondition where none of `conditions` holds.
+    """`whole` may run instead of the stages up to precondition where nothing is due.
 
-    `due` computes them from the counters before the step.
+    `due` are the outputs, bool[], by which a step that is kept says what the next one has to do.
     """
 
-    due: Stage
     whole: Stage
-    conditions: tuple[str, ...]
+    due: tuple[str, ...]
     counted: tuple[Counted, ...]
+
+
+def foresee(
+    source: Source, items: Sequence[Item], candidates: Mapping[str, str]
+) -> tuple[Source, list[Item], tuple[str, ...]]:
+    """Return nodes that compute, from the states after a step, what will be due in the next one.
+
+    The names of these flags come last, in the order of the conditions; the source has their types. There are
+    none where no refresh has a condition, or where one depends on more than the scalars that a step keeps.
+    """
+    conditions = dict.fromkeys(
+        item.node.input[0]
+        for item in items
+        if item.node.op_type == "If" and item.phase == Phase.REFRESH and item.node.input[0]
+    )
+    needed = prune(items, conditions)
+    made = {name for item in needed for name in item.makes}
+    leaves = {name for item in needed for name in item.reads} - made
+    makers = {name for item in items for name in item.makes}
+    names = {name: f"kfac/next/{name}" for name in made}
+    for name in leaves:
+        if name in candidates and candidates[name] in makers and _is_scalar(source, name):
+            names[name] = candidates[name]
+        elif name not in source.initializers or name in source.inputs:
+            return source, [], ()
+    if len(items) > MOST_NODES or not made.issuperset(conditions):
+        return source, [], ()
+    added: list[Item] = []
+    for item in needed:
+        node = onnx.NodeProto()
+        node.CopyFrom(item.node)
+        node.name = f"kfac/next/{node.name}"
+        rename(node, names)
+        added.append(Item(node, free_names(node), tuple(names[name] for name in item.makes), item.phase))
+    types = dict(source.types)
+    for name in made & types.keys():
+        types[names[name]] = onnx.ValueInfoProto()
+        types[names[name]].CopyFrom(types[name])
+        types[names[name]].name = names[name]
+    return replace(source, types=types), added, tuple(names[name] for name in conditions)
+
+
+def _is_scalar(source: Source, name: str) -> bool:
+    known = source.types.get(name)
+    kind = None if known is None else known.type.tensor_type
+    return kind is not None and kind.HasField("shape") and not kind.shape.dim
 
 
 def short_cut(
@@ -67,21 +114,21 @@ def short_cut(
     stages: Sequence[Stage],
     versions: Mapping[str, str],
     as_inputs: Collection[str],
+    due: tuple[str, ...],
 ) -> ShortCut | None:
     """Return the short cut through these stages, or None where its terms do not hold."""
     early = [stage for stage in stages if stage.slot <= Slot.PRECONDITION]
     kinds = [stage.slot for stage in early if stage.condition is None]
     refreshes = [stage for stage in early if stage.condition is not None]
-    if kinds != [Slot.GRADIENTS, Slot.PRECONDITION] or not refreshes or len(items) > MOST_NODES:
+    if kinds != [Slot.GRADIENTS, Slot.PRECONDITION] or not refreshes or not due:
         return None
     members = [item for item, slot in zip(items, slots, strict=True) if slot in kinds]
-    conditions = tuple(stage.condition for stage in refreshes if stage.condition is not None)
-    due = _due(source, members, conditions, as_inputs)
+    conditions = {stage.condition for stage in refreshes}
     outputs = [
         name for stage in early if stage.condition is None for name in stage.outputs if name not in conditions
     ]
     counted = _counted(items, slots, members, outputs, versions)
-    if due is None or counted is None:
+    if counted is None:
         return None
     names = {name: other for stage in refreshes for name, other in stage.otherwise.items()}
     fixed = {name: array for stage in refreshes for name, array in stage.fixed.items()}
@@ -95,27 +142,7 @@ def short_cut(
         nodes.append(node)
     extra = [numpy_helper.from_array(array, name) for name, array in fixed.items()]
     model = build_model(source, nodes, outputs, name="whole", as_inputs=as_inputs, extra=extra)
-    return ShortCut(due, stage_of(Slot.WHOLE, model, versions, lone=False), conditions, counted)
-
-
-def _due(
-    source: Source, members: Sequence[Item], conditions: Sequence[str], as_inputs: Collection[str]
-) -> Stage | None:
-    """Return the stage of the conditions; None where they depend on more than scalars that a step keeps."""
-    needed = prune(members, conditions)
-    made = {name for item in needed for name in item.makes}
-    for name in {name for item in needed for name in item.reads} - made:
-        known, tensor = source.types.get(name), source.initializers.get(name)
-        kind = None if known is None else known.type.tensor_type
-        scalar = kind is not None and kind.HasField("shape") and not kind.shape.dim
-        constant = tensor is not None and name not in as_inputs and tensor.nbytes <= FROZEN_BYTES
-        if not constant and not (name in as_inputs and scalar):
-            return None
-    if not made.issuperset(conditions):
-        return None
-    nodes = [item.node for item in needed]
-    model = build_model(source, nodes, list(conditions), name="due", as_inputs=as_inputs)
-    return stage_of(Slot.DUE, model, {}, lone=True)
+    return ShortCut(stage_of(Slot.WHOLE, model, versions, lone=False), due, counted)
 
 
 def _counted(

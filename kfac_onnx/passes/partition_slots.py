@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Slot(enum.IntEnum):
-    """The stages in the order in which they run; the last two are those of a short cut."""
+    """The stages in the order in which they run; the last one stands in for others."""
 
     FORWARD = 0
     GRADIENTS = 1
@@ -45,8 +45,7 @@ class Slot(enum.IntEnum):
     RENORMALIZE = 9
     UNDO_READ = 10
     UNDO = 11
-    DUE = 12
-    WHOLE = 13
+    WHOLE = 12
 
 
 _PHASE_SLOT: Final = {

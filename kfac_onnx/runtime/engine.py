@@ -116,12 +116,10 @@ class Engine:
         self.runners = [self._open(stage, providers, threads) for stage in plan.stages]
         self._require_sources()
         self._conditional = [name for r in self.runners if r.stage.condition for name in r.stage.outputs]
-        self.due: Runner | None = None
         self.whole: Runner | None = None
         if plan.short is not None and device.is_cpu:
             whole = self._open(plan.short.whole, providers, threads, stands_in=True)
             if not any(port.flow for port in whole.moving):
-                self.due = self._open(plan.short.due, providers, 1, stands_in=True)
                 self.whole = whole
 
     # -- opening ---------------------------------------------------------------------------------
@@ -444,11 +442,10 @@ class Engine:
 
     def close(self) -> None:
         """Release the sessions and their bindings."""
-        for runner in (*self.runners, self.due, self.whole):
+        for runner in (*self.runners, self.whole):
             if runner is not None:
                 runner.bindings.clear()
                 runner.kept.clear()
         self.runners.clear()
-        self.due = None
         self.whole = None
         self._flow.clear()

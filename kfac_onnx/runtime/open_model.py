@@ -155,6 +155,7 @@ class OpenModel:
         host = {step.ok, *step.ends, *watch, *self._extra}
         host.update(stage.condition for stage in plan.stages if stage.condition is not None)
         host.update(check.residual for check in step.root_checks)
+        host.update(() if plan.short is None else plan.short.due)
         scalars = {**self._rates, **({KEYS: self._random.array} if len(self._random) else {})}
         batch = [item.name for item in self.batch_inputs]
         self._feeder: Feeder | None = None

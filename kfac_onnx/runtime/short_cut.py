@@ -46,6 +46,7 @@ class ShortWay:
         self._buffers: dict[str, Buffer] = {}
         self._made: dict[str, ort.OrtValue] = {}
         self._before: list[np.ndarray] = []
+        self._idle = False
         self.off = engine.whole is None
 
     def take(self, batch: Batch) -> bool:
@@ -54,12 +55,9 @@ class ShortWay:
         Then, and whatever is raised, nothing is written.
         """
         engine, whole = self._engine, self._engine.whole
-        if self.off or whole is None or engine.due is None:
+        if self.off or whole is None or not self._idle:
             return False
         if self._plan.counted and self._shapes != _shapes(batch, whole.batch):
-            return False
-        engine.run(engine.due, batch)
-        if any(bool(engine.read(name)) for name in self._plan.conditions):
             return False
         for array in self._before:
             array.fill(np.nan)
@@ -74,6 +72,10 @@ class ShortWay:
             engine.start()
             return False
         return True
+
+    def ended(self, *, kept: bool) -> None:
+        """Note whether anything is due in the next step; a step that was not kept does not know."""
+        self._idle = kept and not any(bool(self._engine.read(name)) for name in self._plan.due)
 
     def learn(self, batch: Batch) -> None:
         """Note the sizes of what a step on this batch made; it ran the long way."""

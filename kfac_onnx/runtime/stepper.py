@@ -115,6 +115,8 @@ class Stepper:
             elif counted:
                 self._restore(batch)
             settled = True
+            if self._short is not None:
+                self._short.ended(kept=kept)
         finally:
             if counted and not settled and not self.broken and self._engine.in_place:
                 self._restore(batch)

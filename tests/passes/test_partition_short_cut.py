@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import pytest
 
 from kfac_onnx import transform
@@ -37,11 +38,11 @@ def toy() -> ModuleType:
 def test_it_makes_what_the_stages_make_but_for_the_refresh(toy: ModuleType) -> None:
     plan = partition(toy.whole_step(ordered=True))
     assert plan.short is not None
-    assert plan.short.conditions == ("refresh",)
+    assert plan.short.due == ("kfac/next/refresh",)
     assert plan.short.counted == (Counted("A", "row_ids", "A/before"),)
     stages = {stage.slot: stage for stage in plan.stages}
     made = {*stages[Slot.GRADIENTS].outputs, *stages[Slot.PRECONDITION].outputs}
-    assert set(plan.short.whole.outputs) == made - {"refresh"}
+    assert set(plan.short.whole.outputs) == made - {"refresh"} >= set(plan.short.due)
     assert plan.short.whole.writes == {"A/counted": "A"}
     names = {name for node in plan.short.whole.model.graph.node for name in (*node.input, *node.output)}
     assert "root/now" not in names  # the root stays the one that it was
@@ -49,12 +50,18 @@ def test_it_makes_what_the_stages_make_but_for_the_refresh(toy: ModuleType) -> N
     assert not {"refresh", "early", "due"} & names
 
 
-def test_what_is_due_is_computed_from_the_counter_alone(toy: ModuleType) -> None:
+def test_what_is_due_next_is_computed_from_the_counter_after_the_step(toy: ModuleType) -> None:
     plan = partition(toy.whole_step(ordered=True))
-    assert plan.short is not None
-    assert plan.short.due.inputs == ("t",)
-    assert plan.short.due.outputs == ("refresh",)
-    assert plan.short.due.one_thread
+    gradients = next(stage for stage in plan.stages if stage.slot == Slot.GRADIENTS)
+    assert "kfac/next/refresh" in gradients.outputs
+    nodes = [node for node in gradients.model.graph.node if node.name.startswith("kfac/next/")]
+    assert [(node.op_type, list(node.input)) for node in nodes] == [
+        ("Add", ["t/new", "one_i"]),
+        ("Mod", ["kfac/next/t/new", "three"]),
+        ("Equal", ["kfac/next/t3", "zero_i"]),
+        ("LessOrEqual", ["kfac/next/t/new", "two_i"]),
+        ("Or", ["kfac/next/due", "kfac/next/early"]),
+    ]
 
 
 def test_none_where_old_counts_could_be_read_after_the_write(toy: ModuleType) -> None:
@@ -82,3 +89,7 @@ def test_every_preset_has_one_on_real_graphs(name: str, preset: str) -> None:
     counts = [state.input for state in plan.states if state.update == "in-place" and state.role == "factor"]
     written = [item.state for item in plan.short.counted]
     assert sorted(written) == sorted(counts) if preset in ("half", "r1.7") else not written
+    (due,) = [value for value in plan.short.whole.model.graph.output if value.name in plan.short.due]
+    assert due.type.tensor_type.elem_type == onnx.TensorProto.BOOL
+    assert due.type.tensor_type.HasField("shape")
+    assert not due.type.tensor_type.shape.dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from kfac_onnx.bench.place import HOST
 from kfac_onnx.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from kfac_onnx.bench.place import Place
     from kfac_onnx.bench.workloads import Case
     from kfac_onnx.runtime import TrainingSession
 
@@ -92,15 +94,18 @@ ARMS: Final = {
         Arm("torch-sparse-adagrad", 2.0, _ADAGRAD),
         Arm("torch-adam", 6.0, _ADAM, dense=True),
         Arm("torch-adagrad", 4.0, _ADAGRAD, dense=True),
+        Arm("torch-fused-adam", 5.0, _ADAM, dense=True),
     )
 }
 """All arms; the first is what ratios are to."""
 
 DEFAULT_ARMS: Final = ("plain-sgd", "half", "adagrad", "adaptive", "plain-adam", "plain-adagrad")
-TORCH_ARMS: Final = tuple(name for name, arm in ARMS.items() if arm.torch)
+TORCH_ARMS: Final = tuple(name for name, arm in ARMS.items() if arm.torch and name != "torch-fused-adam")
+GPU_TORCH_ARMS: Final = (*(name for name in TORCH_ARMS if name != "torch-adam"), "torch-fused-adam")
+"""On a GPU, dense Adam is the one that takes a kernel for all of its work."""
 
 
-def choose(names: Iterable[str], *, torch: bool) -> tuple[Arm, ...]:
+def choose(names: Iterable[str], *, torch: bool, gpu: bool = False) -> tuple[Arm, ...]:
     """Return arms by name in the order of the table; none named: the default ones, PyTorch's with `torch`.
 
     Plain SGD is always among them, since ratios are to it.
@@ -109,7 +114,7 @@ def choose(names: Iterable[str], *, torch: bool) -> tuple[Arm, ...]:
     """
     wanted = set(names) or {*DEFAULT_ARMS}
     if torch and not any(name.startswith("torch-") for name in wanted):
-        wanted.update(TORCH_ARMS)
+        wanted.update(GPU_TORCH_ARMS if gpu else TORCH_ARMS)
     for name in sorted(wanted - set(ARMS)):
         raise UserError(
             f"unknown arm '{name}'{did_you_mean(name, ARMS)}", help=f"the arms are: {', '.join(ARMS)}"
@@ -124,29 +129,51 @@ def choose(names: Iterable[str], *, torch: bool) -> tuple[Arm, ...]:
 
 
 def open_arm(
-    arm: Arm, case: Case, parameters: Path, *, threads: int | None, lr: float | None = None
+    arm: Arm,
+    case: Case,
+    parameters: Path,
+    *,
+    threads: int | None,
+    lr: float | None = None,
+    place: Place = HOST,
 ) -> Trainee:
     """Return a case, at the values of a file, ready to be trained by an arm."""
     if arm.torch:
         from kfac_onnx.bench.torch_arms import TorchTrainee
 
-        return TorchTrainee(arm.name, case, parameters, threads=threads, lr=lr)
-    return OurTrainee(arm.name, case, parameters, threads=threads, lr=lr)
+        return TorchTrainee(arm.name, case, parameters, threads=threads, lr=lr, device=place.torch_device)
+    return OurTrainee(arm.name, case, parameters, threads=threads, lr=lr, place=place)
 
 
 class OurTrainee:
     """A `TrainingSession` over the case's graph, transformed with a preset."""
 
     def __init__(
-        self, preset: str, case: Case, parameters: Path, *, threads: int | None, lr: float | None
+        self,
+        preset: str,
+        case: Case,
+        parameters: Path,
+        *,
+        threads: int | None,
+        lr: float | None,
+        place: Place = HOST,
     ) -> None:
         from kfac_onnx.passes.api import transform
         from kfac_onnx.passes.inspect import inspect
         from kfac_onnx.runtime import TrainingSession
 
-        model = transform(case.graph(), preset=preset, lr=lr, rest="adam", rest_lr=REST_LR)
+        model = transform(
+            case.graph(), preset=preset, lr=lr, rest="adam", rest_lr=REST_LR, target=place.target
+        )
         self._threads = threads
-        self._session: TrainingSession | None = TrainingSession(model, parameters=parameters, threads=threads)
+        self._place = place
+        self._session: TrainingSession | None = TrainingSession(
+            model,
+            providers=place.providers,
+            parameters=parameters,
+            threads=threads,
+            cuda_graph=place.cuda_graph,
+        )
         self.state_bytes = sum(site.state_bytes for site in inspect(model).sites)
 
     @property
@@ -174,7 +201,9 @@ class OurTrainee:
         from kfac_onnx.runtime import TrainingSession
 
         self.close()
-        self._session = TrainingSession.resume(path, threads=self._threads)
+        self._session = TrainingSession.resume(
+            path, providers=self._place.providers, threads=self._threads, cuda_graph=self._place.cuda_graph
+        )
 
     def close(self) -> None:
         """Release everything."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from kfac_onnx.bench.arms import ARMS, open_arm
 from kfac_onnx.bench.measure import RUN, available_bytes
+from kfac_onnx.bench.place import HOST
 from kfac_onnx.bench.results import Growth
 from kfac_onnx.bench.workloads import write_parameters
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kfac_onnx.bench.arms import Trainee
+    from kfac_onnx.bench.place import Place
     from kfac_onnx.bench.workloads import Case
 
 __all__ = ["measure_growth"]
@@ -34,14 +36,21 @@ _SPARE: Final = 1.5e9
 
 
 def measure_growth(
-    small: Case, large: Case, folder: Path, *, steps: int, threads: int | None, seconds: float
+    small: Case,
+    large: Case,
+    folder: Path,
+    *,
+    steps: int,
+    threads: int | None,
+    seconds: float,
+    place: Place = HOST,
 ) -> Growth | None:
     """Return what `half` adds at both vocabularies, in milliseconds; None where both do not fit into memory.
 
     Initial values are written to `folder`. The four trainees together are timed for `seconds` each at most.
     """
     cases = (small, large)
-    if sum(len(_ARMS) * case.table_bytes for case in cases) > available_bytes() - _SPARE:
+    if sum(len(_ARMS) * case.table_bytes for case in cases) > available_bytes(place) - _SPARE:
         return None
     with ExitStack() as stack:
         opened: list[Trainee] = []
@@ -49,7 +58,7 @@ def measure_growth(
             parameters = folder / f"growth-{index}.safetensors"
             write_parameters(case, parameters)
             for name in _ARMS:
-                opened.append(open_arm(ARMS[name], case, parameters, threads=threads))
+                opened.append(open_arm(ARMS[name], case, parameters, threads=threads, place=place))
                 stack.callback(opened[-1].close)
             parameters.unlink()
         batches = [case.batches(0) for case in cases]
@@ -59,10 +68,10 @@ def measure_growth(
             now = [[next(source) for _ in range(RUN)] for source in batches]
             turn = round_ % len(opened)
             for index in (*range(turn, len(opened)), *range(turn)):
-                for place, batch in enumerate(now[index // len(_ARMS)]):
+                for number, batch in enumerate(now[index // len(_ARMS)]):
                     start = time.perf_counter()
                     opened[index].step(batch)
-                    if place > 0 and round_ >= _WARM_UP / RUN:
+                    if number > 0 and round_ >= _WARM_UP / RUN:
                         times[index].append(1e3 * (time.perf_counter() - start))
             if len(times[0]) >= steps or (time.perf_counter() > end and times[0]):
                 break

@@ -6,15 +6,21 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kfac_onnx.bench.place import HOST
+
+if TYPE_CHECKING:
+    from kfac_onnx.bench.place import Place
 
 __all__ = ["busy", "describe"]
 
-_PACKAGES = ("kfac-onnx", "onnxruntime", "onnx", "numpy", "torch")
+_PACKAGES = ("kfac-onnx", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "torch")
 
 
-def describe(*, torch: bool) -> dict[str, str]:
-    """Return processor, cores, memory, system, and versions of what is measured."""
-    facts = {"cpu": _cpu(), "cores": str(os.cpu_count()), "memory": _memory()}
+def describe(*, torch: bool, place: Place = HOST) -> dict[str, str]:
+    """Return processor, cores, memory, GPU, system, and versions of what is measured."""
+    facts = {**place.describe(), "cpu": _cpu(), "cores": str(os.cpu_count()), "memory": _memory()}
     facts["system"] = f"{platform.system()} {platform.release()}"
     facts["python"] = platform.python_version()
     for name in _PACKAGES:

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kfac_onnx.bench.arms import ARMS, open_arm
+from kfac_onnx.bench.place import HOST
 from kfac_onnx.bench.results import Timing
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kfac_onnx.bench.arms import Arm, Trainee
+    from kfac_onnx.bench.place import Place
     from kfac_onnx.bench.workloads import Case
 
 __all__ = ["available_bytes", "groups_that_fit", "measure", "timing"]
@@ -34,12 +36,16 @@ RUN: Final = 6
 """Steps that an arm makes in a row."""
 _FEWEST: Final = 5
 """Steps timed of an arm that is over its seconds."""
+_NO_ROOM: Final = ("out of memory", "has no room", "failed to allocate")
 _SPARE: Final = 1.5e9
 """Bytes left to everything that is no table."""
 
 
-def available_bytes() -> float:
-    """Return the memory that is free for us; infinite where the system does not say (no /proc)."""
+def available_bytes(place: Place = HOST) -> float:
+    """Return the memory that is free for us there; infinite where the system does not say (no /proc)."""
+    if place.on_gpu:
+        free = place.free_bytes()
+        return float("inf") if free is None else free
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -91,19 +97,23 @@ def measure(
     threads: int | None,
     seconds: float,
     tell: Callable[[str], None],
+    place: Place = HOST,
 ) -> dict[str, Timing]:
     """Return each arm's time of a step, by name; an arm is timed for `seconds` at most.
 
     `tell` hears what is being done.
     """
-    groups, left_out = groups_that_fit(arms, case.table_bytes, available_bytes())
+    groups, left_out = groups_that_fit(arms, case.table_bytes, available_bytes(place))
     found: dict[str, Timing] = {}
     for number, group in enumerate(groups):
         tell(f"{case.name} V={case.vocab_size:,}: {', '.join(arm.name for arm in group)}")
         opened: dict[str, Trainee] = {}
         try:
             for arm in group:
-                opened[arm.name] = open_arm(arm, case, parameters, threads=threads)
+                problem = _open(opened, arm, case, parameters, threads, place)
+                if problem is not None:
+                    tell(f"{case.name} V={case.vocab_size:,}: {arm.name} {problem}")
+                    left_out[arm.name] = problem
             times = _interleave(case, opened, steps, seconds)
             for name, values in times.items():
                 if name not in found:
@@ -121,6 +131,33 @@ def measure(
     for name, reason in left_out.items():
         found[name] = Timing(arm=name, skipped=reason)
     return {arm.name: found[arm.name] for arm in arms}
+
+
+def _open(
+    opened: dict[str, Trainee],
+    arm: Arm,
+    case: Case,
+    parameters: Path,
+    threads: int | None,
+    place: Place,
+) -> str | None:
+    """Open an arm and have it make a step; on a GPU, return why it does not fit there if it does not.
+
+    What an optimizer keeps is there after its first step. The arm that ratios are to must fit.
+    """
+    if not place.on_gpu:
+        opened[arm.name] = open_arm(arm, case, parameters, threads=threads)
+        return None
+    try:
+        trainee = opened[arm.name] = open_arm(arm, case, parameters, threads=threads, place=place)
+        trainee.step(next(case.batches(0)))
+    except Exception as e:  # PyTorch and ONNX Runtime have classes of their own
+        if arm.name == REFERENCE or not any(words in str(e).lower() for words in _NO_ROOM):
+            raise
+        if arm.name in opened:
+            opened.pop(arm.name).close()
+        return f"does not fit into the GPU's memory: {first_line(e)}"
+    return None
 
 
 def _interleave(case: Case, opened: dict[str, Trainee], steps: int, seconds: float) -> dict[str, list[float]]:

@@ -47,6 +47,10 @@ class Settings:
     memory: bool = False
     profile: bool = False
     seconds: float = 4.0
+    provider: str = "cpu"
+    provider_options: dict[str, str] = field(default_factory=dict[str, str])
+    cuda_graph: bool = False
+    lm_examples: int = 256
 
     def command(self) -> str:
         """Return the command that makes this run; files are left for the reader to fill in."""
@@ -61,6 +65,10 @@ class Settings:
         words += ["--memory"] if self.memory else []
         words += ["--profile"] if self.profile else []
         words += ["--movielens FILE"] if "movielens" in self.workloads else []
+        words += [f"--lm-examples {self.lm_examples}"] if self.lm_examples != 256 else []
+        words += [f"--provider {self.provider}"] if self.provider != "cpu" else []
+        words += [f"--provider-option {name}={value}" for name, value in self.provider_options.items()]
+        words += ["--cuda-graph"] if self.cuda_graph else []
         return " ".join(words)
 
 

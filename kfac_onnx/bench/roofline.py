@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
@@ -32,14 +32,42 @@ if TYPE_CHECKING:
     from kfac_onnx.bench.results import Timing
     from kfac_onnx.bench.workloads import Case
 
-__all__ = ["Machine", "achieved", "floor_of"]
+__all__ = ["Machine", "Rates", "achieved", "floor_of"]
 
 _REPEATS: Final = 15
 _ID_SETS: Final = 8
 """Different ids in turn, so that rows are not always in the cache."""
 
 
-def floor_of(case: Case, machine: Machine) -> Roofline:
+class Rates(Protocol):
+    """How long pieces of work take on a machine, in milliseconds; the methods of `Machine`."""
+
+    def gather_ms(self, V: int, N: int, D: int) -> float:
+        """N random rows of D floats out of V, read."""
+        ...
+
+    def scatter_ms(self, V: int, N: int, D: int) -> float:
+        """N random rows of D floats out of V, written."""
+        ...
+
+    def gram_ms(self, N: int, D: int) -> float:
+        """gᵀ[D,N] · g[N,D]."""
+        ...
+
+    def product_ms(self, N: int, D: int) -> float:
+        """g[N,D] · root[D,D]."""
+        ...
+
+    def copy_ms(self, floats: int) -> float:
+        """So many floats from one place to another."""
+        ...
+
+    def forget_tables(self) -> None:
+        """Free the tables that rows are read from."""
+        ...
+
+
+def floor_of(case: Case, machine: Rates) -> Roofline:
     """Return the floor for the work that `half` adds to the SGD step of a case."""
     parts: dict[str, float] = dict.fromkeys(
         ("gather a", "count", "gᵀg", "rows · root", "row scaling", "finite check"), 0.0

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Final
 from kfac_onnx.bench.arms import choose
 from kfac_onnx.bench.machine import describe
 from kfac_onnx.bench.measure import available_bytes, groups_that_fit, measure
+from kfac_onnx.bench.place import place_of
 from kfac_onnx.bench.results import CaseResult, Memory, Profile, Results, Settings
 from kfac_onnx.bench.workloads import cases, write_parameters
 from kfac_onnx.errors import UserError
+from kfac_onnx.providers import provider_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kfac_onnx.bench.arms import Arm
+    from kfac_onnx.bench.place import Place
     from kfac_onnx.bench.results import Growth
-    from kfac_onnx.bench.roofline import Machine
+    from kfac_onnx.bench.roofline import Rates
     from kfac_onnx.bench.workloads import Case
 
 __all__ = ["run"]
@@ -41,6 +44,25 @@ def check(settings: Settings) -> None:
                 raise UserError(f"a {name} must be between 1 and {_LARGEST:,}, not {value:,}")
     if settings.steps < 1:
         raise UserError(f"steps must be at least 1, not {settings.steps}")
+    if settings.lm_examples < 1:
+        raise UserError(f"lm examples must be at least 1, not {settings.lm_examples}")
+    if settings.provider not in ("cpu", "cuda"):
+        raise UserError(
+            f"the benchmark runs on cpu or cuda, not on '{settings.provider}'",
+            help="PyTorch's arms have no other provider to be compared with",
+        )
+    if settings.provider == "cuda":
+        for name, wanted in (
+            ("memory", settings.memory),
+            ("profile", settings.profile),
+            ("the workload movielens", "movielens" in settings.workloads),
+        ):
+            if wanted:
+                raise UserError(
+                    f"{name} is measured on the CPU alone", help="leave it out with --provider cuda"
+                )
+    elif settings.cuda_graph or settings.provider_options:
+        raise UserError("CUDA graphs and options are for the CUDA provider", help="give --provider cuda")
     if settings.threads is not None and settings.threads < 1:
         raise UserError(f"threads must be at least 1, not {settings.threads}")
 
@@ -65,12 +87,15 @@ def run(
 
     """
     from kfac_onnx.bench.convergence import LEVEL, converge
+    from kfac_onnx.bench.gpu_rates import GpuRates
     from kfac_onnx.bench.growth import measure_growth
     from kfac_onnx.bench.movielens import read_ratings
     from kfac_onnx.bench.roofline import Machine
 
     check(settings)
-    arms = choose(settings.arms, torch=settings.torch)
+    place = place_of(settings.provider, settings.provider_options, cuda_graph=settings.cuda_graph)
+    provider_list(place.providers)
+    arms = choose(settings.arms, torch=settings.torch, gpu=place.on_gpu)
     wanted = "movielens" in settings.workloads
     data = read_ratings(movielens) if movielens is not None and wanted else None
     todo = [
@@ -82,16 +107,17 @@ def run(
             widths=settings.widths,
             lookups=settings.lookups,
             data=data,
+            lm_examples=settings.lm_examples,
         )
     ]
-    machine = Machine(settings.threads)
+    machine = GpuRates(place) if place.on_gpu else Machine(settings.threads)
     done: list[CaseResult] = []
-    results = Results(settings, describe(torch=any(arm.torch for arm in arms)), ())
+    results = Results(settings, describe(torch=any(arm.torch for arm in arms), place=place), ())
     for case in todo:
         with tempfile.TemporaryDirectory(prefix="kfac-bench-", dir=scratch) as folder:
             parameters = Path(folder) / "parameters.safetensors"
             write_parameters(case, parameters)
-            done.append(_case(case, arms, parameters, machine, settings, movielens, tell))
+            done.append(_case(case, arms, parameters, machine, settings, movielens, tell, place))
             if case.workload == "movielens" and data is not None:
                 found = converge(case, arms, data, parameters, threads=settings.threads, tell=tell)
                 results = replace(results, convergence=found, level=LEVEL)
@@ -106,6 +132,7 @@ def run(
                 steps=settings.steps,
                 threads=settings.threads,
                 seconds=settings.seconds,
+                place=place,
             )
         growth += [] if found_growth is None else [found_growth]
     return replace(results, cases=tuple(done), growth=tuple(growth))
@@ -129,17 +156,25 @@ def _case(
     case: Case,
     arms: Sequence[Arm],
     parameters: Path,
-    machine: Machine,
+    machine: Rates,
     settings: Settings,
     movielens: Path | None,
     tell: Callable[[str], None],
+    place: Place,
 ) -> CaseResult:
     from kfac_onnx.bench.profile import profile
     from kfac_onnx.bench.roofline import achieved, floor_of
 
     threads = settings.threads
     timings = measure(
-        case, arms, parameters, steps=settings.steps, threads=threads, seconds=settings.seconds, tell=tell
+        case,
+        arms,
+        parameters,
+        steps=settings.steps,
+        threads=threads,
+        seconds=settings.seconds,
+        tell=tell,
+        place=place,
     )
     floor = None
     if "half" in timings:

@@ -84,6 +84,7 @@ def cases(
     widths: tuple[int, ...] = (64,),
     lookups: tuple[int, ...] = (4_096,),
     data: Ratings | None = None,
+    lm_examples: int = LM_EXAMPLES,
 ) -> list[Case]:
     """Return the cases of a workload; those with a vocabulary of their own are one.
 
@@ -95,7 +96,7 @@ def cases(
         case "dlrm":
             return [_dlrm(V) for V in vocab_sizes]
         case "lm":
-            return [_lm()]
+            return [_lm(lm_examples)]
         case "movielens":
             if data is None:
                 raise UserError(
@@ -194,7 +195,7 @@ def _text() -> Callable[[int, int], Iterator[Batch]]:
     return load_corpus().batches  # pyright: ignore[reportReturnType]  its arrays are int64
 
 
-def _lm() -> Case:
+def _lm(examples: int) -> Case:
     from kfac_onnx.demo.corpus import CONTEXT
     from kfac_onnx.demo.model import EMBEDDING, SHAPES, model_bytes
 
@@ -208,14 +209,14 @@ def _lm() -> Case:
     inputs = {name: SHAPES[name.replace("bias", "weight")][1] for name in others}
     return Case(
         workload="lm",
-        name=f"lm D={D}",
+        name=f"lm D={D}" + ("" if examples == LM_EXAMPLES else f" batch {examples:,}"),
         vocab_size=V,
         graph=graph,
         tables={EMBEDDING: (V, D)},
-        lookups={EMBEDDING: LM_EXAMPLES * CONTEXT},
+        lookups={EMBEDDING: examples * CONTEXT},
         others=others,
         scales={EMBEDDING: 0.17, **{name: width**-0.5 for name, width in inputs.items()}},
-        batches=lambda seed: _text()(LM_EXAMPLES, seed),
+        batches=lambda seed: _text()(examples, seed),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kfac_onnx.cli.options import common, given_options
+from kfac_onnx.cli.options import chosen_providers, common, given_options, provider_option
 from kfac_onnx.cli.output import print_json, print_table, say
 from kfac_onnx.errors import UserError, first_line
 
@@ -21,7 +21,7 @@ __all__ = ["command"]
 _log = logging.getLogger(__name__)
 _MEASURED = (
     "workloads", "vocab_sizes", "widths", "lookups", "steps", "threads", "arms", "torch", "memory", "profile",
-    "seconds",
+    "seconds", "provider", "cuda_graph", "lm_examples",
 )  # fmt: skip
 """What a run to compare with has settled."""
 
@@ -73,6 +73,11 @@ class Numbers(click.ParamType[Any]):
     help="What trains the tables (default: plain-sgd, half, adagrad, adaptive, plain-adam, plain-adagrad).",
 )  # fmt: skip
 @click.option("--torch", is_flag=True, help="PyTorch's optimizers too (extra 'torch').")
+@click.option(
+    "--lm-examples", type=int, metavar="N", default=256, show_default=True, help="Examples of a step of lm."
+)
+@click.option("--cuda-graph", is_flag=True, help="On CUDA, capture the stages that can be.")
+@provider_option
 @click.option("--memory/--no-memory", default=False, help="Measure peak memory, in a process for each arm.")
 @click.option("--profile", is_flag=True, help="Show time by phase and by inserted operator.")
 @click.option(
@@ -108,6 +113,9 @@ def command(
     threads: int | None,
     arms: str,
     torch: bool,
+    lm_examples: int,
+    cuda_graph: bool,
+    provider: tuple[str, ...],
     memory: bool,
     profile: bool,
     movielens: Path | None,
@@ -153,6 +161,9 @@ def command(
             memory=memory,
             profile=profile,
             seconds=seconds,
+            lm_examples=lm_examples,
+            cuda_graph=cuda_graph,
+            **_place(ctx, provider),
         )
     for folder in (output, scratch):
         if folder is not None:
@@ -168,6 +179,18 @@ def command(
         _print(results, as_json)
         return 0
     return _compared(before, results, tolerance, as_json)
+
+
+def _place(ctx: click.Context, words: tuple[str, ...]) -> dict[str, Any]:
+    """Return the provider and its options as settings have them."""
+    from kfac_onnx.providers import SHORT_NAMES
+
+    first, *others = chosen_providers(ctx, words)
+    if others:
+        raise UserError("a benchmark runs on one provider", help="give one: --provider cuda")
+    name, options = (first, dict[str, str]()) if isinstance(first, str) else first
+    short = {full: word for word, full in SHORT_NAMES.items()}
+    return {"provider": short.get(name, name), "provider_options": options}
 
 
 def _make(folder: Path) -> None:

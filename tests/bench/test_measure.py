@@ -87,7 +87,7 @@ def test_growth_is_measured_between_the_extremes(tmp_path: Path) -> None:
 
 
 def test_growth_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kfac_onnx.bench.growth.available_bytes", lambda: 1.6e9)
+    monkeypatch.setattr("kfac_onnx.bench.growth.available_bytes", lambda place: 1.6e9)
     small, large = (cases("mf", vocab_sizes=(V,), widths=(64,), lookups=(32,))[0] for V in (1_000, 100_000))
     assert measure_growth(small, large, tmp_path, steps=1, threads=1, seconds=1.0) is None
 

@@ -76,7 +76,7 @@ def _divided(model: ir.Model, watch: list[str], name: str, *, cpu: bool) -> Plan
             f"{name} cannot be divided into phases: {first_line(e)}",
             help="make it again from the training graph that its exporter wrote",
         ) from e
-    stages = [*plan.stages, *([] if plan.short is None else [plan.short.due, plan.short.whole])]
+    stages = [*plan.stages, *([] if plan.short is None else [plan.short.whole])]
     target = lowered_for(model)
     if use_bodies_for(stages, target, cpu=cpu) and not cpu:
         _log.warning(

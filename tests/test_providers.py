@@ -259,6 +259,7 @@ VERBS = [
     "verify {graph} --data {data} --provider cuda",
     "verify --golden {golden} --provider cuda",
     "train {graph} --data {data} --parameters {data} --provider cuda",
+    "demo --steps 2 --provider cuda",
 ]
 
 
@@ -274,7 +275,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("words", VERBS)
+@pytest.mark.parametrize("words", [*VERBS, "bench mf --steps 1 --provider cuda"])
 def test_every_verb_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], files: dict[str, Path], words: str
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kfac_onnx.cli.options import common
+from kfac_onnx.cli.options import chosen_providers, common, provider_option
 from kfac_onnx.cli.output import console
 
 __all__ = ["command"]
@@ -18,9 +18,18 @@ __all__ = ["command"]
 )
 @click.option("--plot", metavar="PNG", help="Also draw the curves to this file (extra 'plot').")
 @click.option("--threads", type=int, metavar="N", help="Threads (default: all cores).")
+@provider_option
 @common
+@click.pass_context
 def command(
-    quick: bool, steps: int | None, seed: int, plot: str | None, threads: int | None, as_json: bool
+    ctx: click.Context,
+    quick: bool,
+    steps: int | None,
+    seed: int,
+    plot: str | None,
+    threads: int | None,
+    provider: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Scan, transform and train a language model that ships with the package, with several optimizers.
 
@@ -28,4 +37,13 @@ def command(
     """
     from kfac_onnx.demo import run
 
-    run(quick=quick, seed=seed, steps=steps, plot=plot, threads=threads, json=as_json, console=console())
+    run(
+        quick=quick,
+        seed=seed,
+        steps=steps,
+        plot=plot,
+        threads=threads,
+        json=as_json,
+        console=console(),
+        providers=chosen_providers(ctx, provider),
+    )

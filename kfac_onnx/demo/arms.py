@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from kfac_onnx.providers import GivenProviders
+
 __all__ = ["ARMS", "Arm", "ArmResult", "train"]
 
 
@@ -63,6 +65,7 @@ def train(
     every: int,
     threads: int | None,
     tell: Callable[[int, float], None],
+    providers: GivenProviders = ("CPUExecutionProvider",),
 ) -> ArmResult:
     """Train one arm, evaluating after every `every` steps; `tell(step, held-out loss)` hears of them.
 
@@ -75,7 +78,7 @@ def train(
     losses: list[float] = []
     times: list[float] = []
     skipped = 0
-    with TrainingSession(model, parameters=dict(parameters), threads=threads) as session:
+    with TrainingSession(model, providers=providers, parameters=dict(parameters), threads=threads) as session:
         for step, batch in zip(range(1, steps + 1), batches, strict=False):
             start = time.perf_counter()
             skipped += session.step(batch)["skipped"]

@@ -23,9 +23,13 @@ from kfac_onnx.demo.corpus import CLASSES, CONTEXT, load_corpus
 from kfac_onnx.demo.curves import check_plot, draw_png, draw_text
 from kfac_onnx.demo.model import initial_parameters
 from kfac_onnx.errors import UserError
+from kfac_onnx.providers import provider_list
+from kfac_onnx.runtime.tensors import device_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from kfac_onnx.providers import GivenProviders
 
 __all__ = ["DemoResult", "run"]
 
@@ -77,12 +81,14 @@ def run(
     threads: int | None = None,
     json: bool = False,
     console: Console | None = None,
+    providers: GivenProviders = ("CPUExecutionProvider",),
 ) -> DemoResult:
     """Train the shipped language model with Adam, Adagrad and the default preset, and report.
 
     `quick` makes a run of under 40 s on two cores, `steps` sets the steps of each arm, `plot` names a
-    PNG to draw, `json` prints one JSON object instead of tables. Raises `UserError` for steps below 2,
-    for no threads, and for a plot that could not be drawn, before any training.
+    PNG to draw, `json` prints one JSON object instead of tables, `providers` are ONNX Runtime's. Raises
+    `UserError` for steps below 2, for no threads, for a provider that does not work, and for a plot that
+    could not be drawn, before any training.
     """
     scale = _QUICK if quick else _FULL
     if steps is not None:
@@ -91,6 +97,7 @@ def run(
         scale = _Scale(steps, max(1, min(scale.every, steps // 2)), scale.held_out)
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
+    working = provider_list(providers)
     if plot is not None:
         check_plot(Path(plot))
     console = console or Console()
@@ -102,7 +109,7 @@ def run(
         f"data: King James Bible, {len(corpus.tokens):,} words, {len(corpus.words):,} different; "
         f"predict the next ({CLASSES:,} classes) from the {CONTEXT} before it"
     )
-    models = _models(quiet)
+    models = _models(quiet, "cpu" if device_of(working).is_cpu else "cuda")
     parameters = initial_parameters(seed)
     results: list[ArmResult] = []
     with _progress() as progress:
@@ -123,6 +130,7 @@ def run(
                     every=scale.every,
                     threads=threads,
                     tell=tell,
+                    providers=working,
                 )
             )
     result = DemoResult(
@@ -145,7 +153,7 @@ def run(
     return result
 
 
-def _models(console: Console) -> dict[Arm, ir.Model]:
+def _models(console: Console, target: str) -> dict[Arm, ir.Model]:
     """Scan the shipped graph and transform it once for each arm."""
     from kfac_onnx.passes.api import scan, transform
 
@@ -158,7 +166,9 @@ def _models(console: Console) -> dict[Arm, ir.Model]:
                 f"read by {', '.join(use.op for use in site.uses)}"
             )
         for arm in ARMS:
-            models[arm] = transform(path, preset=arm.preset, lr=arm.lr, rest="adam", rest_lr=arm.rest_lr)
+            models[arm] = transform(
+                path, preset=arm.preset, lr=arm.lr, rest="adam", rest_lr=arm.rest_lr, target=target
+            )
             console.print(f"transform: {arm.preset}, rest adam: {len(models[arm].graph)} nodes")
     return models
 

@@ -367,7 +367,7 @@ def _batches(path: str, size: int | None, seed: int | None, *, full: bool) -> Ba
 
 
 def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
-    from kfac_onnx.runtime.skips import reasons
+    from kfac_onnx.runtime.skip_causes import reasons
 
     milliseconds = 1000 * result.seconds / max(1, result.steps)
     if as_json:

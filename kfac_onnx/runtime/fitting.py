@@ -18,7 +18,7 @@ from kfac_onnx.runtime.checkpoint_folder import is_folder
 from kfac_onnx.runtime.data import Batches
 from kfac_onnx.runtime.json_lines import json_lines
 from kfac_onnx.runtime.prefetch import prefetched
-from kfac_onnx.runtime.skips import advice, reasons
+from kfac_onnx.runtime.skip_causes import advice, reasons
 from kfac_onnx.runtime.stopping import stop_signals, stopped
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kfac_onnx.runtime.session import TrainingSession
-    from kfac_onnx.runtime.skips import Cause
+    from kfac_onnx.runtime.skip_causes import Cause
     from kfac_onnx.runtime.views import Metrics
 
 __all__ = ["SKIP_LIMIT", "FitResult", "Row", "fit"]

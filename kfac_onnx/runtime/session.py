@@ -45,7 +45,7 @@ from kfac_onnx.runtime.export import forward_model, write_into
 from kfac_onnx.runtime.fitting import SKIP_LIMIT, fit
 from kfac_onnx.runtime.open_model import OpenModel
 from kfac_onnx.runtime.opening import require_step
-from kfac_onnx.runtime.skips import reasons
+from kfac_onnx.runtime.skip_causes import reasons
 from kfac_onnx.runtime.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:

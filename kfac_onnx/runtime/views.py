@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kfac_onnx.runtime.runner import Holder
-    from kfac_onnx.runtime.skips import Cause
+    from kfac_onnx.runtime.skip_causes import Cause
     from kfac_onnx.runtime.tensors import Device
 
 __all__ = ["Description", "Metrics", "Parameters", "describe"]

@@ -13,7 +13,7 @@ from corpus_cases import marked
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.api import transform
 from kfac_onnx.runtime import TrainingSession
-from kfac_onnx.runtime.skips import Cause, advice, look_at, reasons
+from kfac_onnx.runtime.skip_causes import Cause, advice, look_at, reasons
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_rows_carry_the_id_they_belong_to() -> None:
 
 
 def test_a_large_array_is_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kfac_onnx.runtime.skips.PIECE", 16)
+    monkeypatch.setattr("kfac_onnx.runtime.skip_causes.PIECE", 16)
     array = np.zeros((50, 3), np.float32)
     array[33, 1], array[49, 2] = INF, NAN
     cause = look_at("parameter", "W", array)

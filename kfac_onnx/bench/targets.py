@@ -34,6 +34,8 @@ class Target:
 def targets(results: Results) -> list[Target]:
     """Return the aims whose numbers the run has."""
     found: list[Target] = []
+    if results.settings.provider == "cuda":
+        return [target for case in results.cases for target in _on_gpu(case)]
     for case in results.cases:
         found += _of_case(case)
     for item in results.growth:
@@ -41,6 +43,23 @@ def targets(results: Results) -> list[Target]:
             ratio = item.added_large_ms / item.added_small_ms
             aim = f"{item.name}: what half adds at V={item.large:,} over that at V={item.small:,}"
             found.append(Target(aim, ratio, 1.5))
+    return found
+
+
+def _on_gpu(case: CaseResult) -> list[Target]:
+    found: list[Target] = []
+    where = f"{case.name}, V={case.vocab_size:,}"
+    half, adam = case.timing("half"), case.timing("torch-fused-adam")
+    if half is not None and half.ms is not None:
+        if adam is not None and adam.ms is not None:
+            found.append(
+                Target(f"{where}: torch-fused-adam over half", adam.ms / half.ms, 1.0, at_least=True)
+            )
+        if case.workload == "lm" and half.ratio_sgd is not None:
+            found.append(Target(f"{where}: half over SGD rows", half.ratio_sgd, 1.3))
+    if case.roofline is not None and case.roofline.added_ms is not None and case.roofline.floor_ms > 0:
+        over = case.roofline.added_ms / case.roofline.floor_ms
+        found.append(Target(f"{where}: what half adds over its floor", over, 1.5))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -160,10 +161,8 @@ def build_holders(
     for state in plan.states:
         element = element_type(state.dtype)
         initial = _initial(state, plan, values, element)
-        first = Buffer(initial, element, device)
-        if isinstance(initial, StoredArray):
-            require_finite(first.view(), state)
-        buffers = [first]
+        stored = isinstance(initial, StoredArray)
+        buffers = [Buffer(initial, element, device, partial(require_finite, state=state) if stored else None)]
         if state.update == "double" or not in_place:
             buffers.append(Buffer(np.zeros(state.shape, numpy_dtype(element)), element, device))
         holders[state.input] = Holder(state, buffers)

@@ -143,15 +143,24 @@ def host_value(array: np.ndarray, element: int) -> ort.OrtValue:
 class Buffer:
     """A tensor of fixed shape and dtype on a device, bound as input or output of sessions.
 
-    `array` is the buffer's memory on the CPU (the user's dtype), None on other devices.
+    `array` is the buffer's memory on the CPU (the user's dtype), None on other devices. `check` looks at the
+    initial contents on the host, before they go to a device.
     """
 
-    def __init__(self, initial: Array, element: int, device: Device) -> None:
+    def __init__(
+        self,
+        initial: Array,
+        element: int,
+        device: Device,
+        check: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
         own = np.empty(initial.shape, numpy_dtype(element))
         if isinstance(initial, StoredArray):
             initial.read_into(own)
         else:
             own[...] = initial
+        if check is not None:
+            check(own)
         self.element = element
         self.shape = tuple(own.shape)
         self.array: np.ndarray | None = own if device.is_cpu else None

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     GivenProviders = Sequence[str | tuple[str, Mapping[str, object]]]
     """As callers may give them: short names, options of any type."""
 
-__all__ = ["SHORT_NAMES", "provider_list", "require_providers"]
+__all__ = ["SHORT_NAMES", "on_cuda", "provider_list", "require_providers"]
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +80,12 @@ def provider_list(providers: GivenProviders) -> list[Provider]:
             raise problem
         _log.warning("%s; '%s' is used instead", problem.message, _name(working[0]))
     return working
+
+
+def on_cuda(providers: GivenProviders) -> bool:
+    """Return whether the first of the providers is CUDA's, by its short or its full name."""
+    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    return SHORT_NAMES.get(first, first) == CUDA
 
 
 def require_providers(session: ort.InferenceSession, providers: Providers) -> None:

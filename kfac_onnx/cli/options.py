@@ -224,10 +224,9 @@ def chosen_providers(ctx: click.Context, words: tuple[str, ...]) -> list[Provide
 
 def target_of(providers: GivenProviders) -> str:
     """Return what a graph that is transformed on the fly is lowered for."""
-    from kfac_onnx.providers import SHORT_NAMES
+    from kfac_onnx.providers import on_cuda
 
-    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    return "cuda" if first == SHORT_NAMES["cuda"] else "cpu"
+    return "cuda" if on_cuda(providers) else "cpu"
 
 
 def provider_names(words: tuple[str, ...]) -> list[str]:

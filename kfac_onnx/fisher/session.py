@@ -14,8 +14,7 @@ import onnx_ir as ir
 from kfac_onnx import dialect
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.fisher.symbols import Array, HostPower, SparseRows, Update, Variable, placeholder
-from kfac_onnx.providers import provider_list, require_providers
-from kfac_onnx.runtime.tensors import device_of
+from kfac_onnx.providers import on_cuda, provider_list, require_providers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +53,7 @@ class FisherSession:
         self._ema_decay = ema_decay
         self._threads = threads
         self._providers = provider_list(providers)
-        self._variant: Variant = "safe" if device_of(self._providers).is_cpu else "atomic"
+        self._variant: Variant = "atomic" if on_cuda(self._providers) else "safe"
         self._sessions: dict[tuple[ir.Value, ...], tuple[onnxruntime.InferenceSession, list[str]]] = {}
         self._expressions: dict[tuple[object, ...], Any] = {}
         self._state: dict[str, Array] = {}

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from kfac_onnx.passes.partition import Stage
     from kfac_onnx.providers import Provider, Providers
 
-__all__ = ["CudaGraphs", "graph_problem", "on_host", "with_graphs"]
+__all__ = ["CudaGraphs", "graph_problem", "host_inputs", "on_host", "with_graphs"]
 
 _log = logging.getLogger(__name__)
 _OPTION: Final = "gpu_graph_id"
@@ -61,6 +61,15 @@ TOLERANCE: Final = 1e-4
 def on_host(info: ort.OrtMemoryInfo) -> bool:
     """Return whether a session has an input or output on the host."""
     return info.name in ("Cpu", "CudaPinned")
+
+
+def host_inputs(session: ort.InferenceSession) -> set[str]:
+    """Return the inputs that a session has on the host; all of them where this onnxruntime does not tell."""
+    names = [value.name for value in session.get_inputs()]
+    infos = getattr(session, "get_input_memory_infos", None)
+    if infos is None:
+        return {*names}
+    return {name for name, info in zip(names, infos(), strict=True) if on_host(info)}
 
 
 def with_graphs(providers: Providers) -> Providers:
@@ -82,6 +91,8 @@ def graph_problem(stage: Stage, session: ort.InferenceSession | None = None) -> 
         return f"{random[0]} would draw the same numbers at every step"
     if session is None:
         return None
+    if not hasattr(session, "get_output_memory_infos"):
+        return "this onnxruntime does not tell where its inputs and outputs lie"
     infos = (*session.get_input_memory_infos(), *session.get_output_memory_infos())
     values = (*session.get_inputs(), *session.get_outputs())
     for info, value in zip(infos, values, strict=True):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.runtime.cuda_graphs import CudaGraphs, graph_problem, on_host, with_graphs
+from kfac_onnx.runtime.cuda_graphs import CudaGraphs, graph_problem, host_inputs, with_graphs
 from kfac_onnx.runtime.engine import Engine
 from kfac_onnx.runtime.feeding import on_device
 from kfac_onnx.runtime.tensors import Buffer, element_type, open_session, read_value, write_value
@@ -114,8 +114,7 @@ class DeviceEngine(Engine):
         return self._noted(open_session(stage.model, providers, threads=threads))
 
     def _noted(self, session: ort.InferenceSession) -> ort.InferenceSession:
-        pairs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
-        self._host_inputs[id(session)] = {value.name for value, info in pairs if on_host(info)}
+        self._host_inputs[id(session)] = host_inputs(session)
         return session
 
     def _moving(self, inputs: Sequence[Port], session: ort.InferenceSession) -> tuple[Port, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.passes.partition import extract
 from kfac_onnx.runtime.batches import checked_batch, examples_in
-from kfac_onnx.runtime.ids import explain_failure
+from kfac_onnx.runtime.ids import check_given, check_ids, explain_failure, origin_of
 from kfac_onnx.runtime.tensors import Buffer, Device, open_session
 
 if TYPE_CHECKING:
@@ -49,7 +49,12 @@ class Evaluator:
         self._reduction = reduction
         self._device = device
         self._outputs = plan.step.ends
-        self._session = open_session(extract(plan, self._outputs), providers, threads=threads)
+        # The CPU's kernels fail for an id that is no row; a device's do not, so that ids are looked at.
+        self._checks = () if device.is_cpu else plan.step.id_checks
+        known = {item.name for item in batch}
+        self._computed = [name for name in dict.fromkeys(c.ids for c in self._checks) if name not in known]
+        parts = extract(plan, [*self._outputs, *self._computed])
+        self._session = open_session(parts, providers, threads=threads)
         used = [info.name for info in self._session.get_inputs()]
         self._inputs = [item for item in batch if item.name in used]
         self._known = [item.name for item in batch]
@@ -64,6 +69,7 @@ class Evaluator:
         Raises UserError as `TrainingSession.step` does.
         """
         ready = checked_batch(batch, self._inputs, allowed=self._known)
+        check_given(self._plan, self._checks, ready)
         binding = self._session.io_binding()
         for name in self._bound:
             binding.bind_ortvalue_input(name, self._value(name))
@@ -72,7 +78,7 @@ class Evaluator:
                 binding.bind_cpu_input(name, value)
             else:
                 binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
+        for name in (*self._outputs, *self._computed):
             binding.bind_output(name, "cpu", 0)
         try:
             self._session.run_with_iobinding(binding)
@@ -81,8 +87,12 @@ class Evaluator:
             raise UserError(f"the batch cannot be run through the graph: {first_line(e)}") from e
         if not self._device.is_cpu:
             binding.synchronize_outputs()
-        made = zip(self._outputs, binding.get_outputs(), strict=True)
-        return {name: value.numpy() for name, value in made}
+        names = [item.name for item in self._session.get_outputs()]
+        made = {name: value.numpy() for name, value in zip(names, binding.get_outputs(), strict=True)}
+        for check in self._checks:
+            if check.ids in made:
+                check_ids(check, made[check.ids], lambda check=check: origin_of(self._plan, check, ready))
+        return {name: made[name] for name in self._outputs}
 
     def loss(self, batch: Mapping[str, np.ndarray]) -> float:
         """Return the loss of one batch, as `outputs` does."""

@@ -86,7 +86,7 @@ class Feeder:
         self._device = device
         self._inputs = {item.name: item for item in inputs}
         self._lock = lock if lock is not None else nullcontext()
-        self._pinned = Pinned()
+        self._pinned = Pinned(device.index)
         self._slots = [_Slot(), _Slot()]
         self._next = 0
         if self._pinned.problem is not None:

@@ -16,14 +16,14 @@ from kfac_onnx.passes.partition import extract
 from kfac_onnx.runtime.tensors import open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import onnxruntime as ort
 
     from kfac_onnx.metadata import IdCheck
     from kfac_onnx.passes.partition import Plan
 
-__all__ = ["check_ids", "explain_failure"]
+__all__ = ["check_given", "check_ids", "explain_failure"]
 
 
 def check_ids(check: IdCheck, ids: np.ndarray, origin: Callable[[], str]) -> None:
@@ -41,6 +41,19 @@ def check_ids(check: IdCheck, ids: np.ndarray, origin: Callable[[], str]) -> Non
     )
     allowed = f"ids from {lowest} to {check.vocab_size - 1} are allowed"
     raise UserError(message, help=f"{allowed}; nothing was written")
+
+
+def check_given(
+    plan: Plan, checks: Iterable[IdCheck], batch: Mapping[str, np.ndarray | ort.OrtValue]
+) -> None:
+    """Raise UserError when ids that the batch itself holds are no rows; nothing need have run.
+
+    A device's kernels do not fail for such ids: they read zeros, or another row.
+    """
+    for check in checks:
+        given = batch.get(check.ids)
+        if isinstance(given, np.ndarray):
+            check_ids(check, given, lambda check=check: origin_of(plan, check, batch))
 
 
 def origin_of(plan: Plan, check: IdCheck, batch: Mapping[str, object]) -> str:

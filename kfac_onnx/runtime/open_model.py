@@ -80,7 +80,9 @@ def _divided(model: ir.Model, watch: list[str], name: str, *, cpu: bool) -> Plan
     target = lowered_for(model)
     if use_bodies_for(stages, target, cpu=cpu) and not cpu:
         _log.warning(
-            "%s was lowered for '%s': a step copies sizes to the device; give --target cuda", name, target
+            "%s was lowered for '%s': what it counts may be copied in each step; transform it with target cuda",
+            name,
+            target,
         )
     return plan
 

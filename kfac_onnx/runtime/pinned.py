@@ -40,12 +40,13 @@ def loaded_library(stem: str) -> str | None:
 
 
 class Pinned:
-    """Makes arrays in page-locked memory; each is freed with its last reference.
+    """Makes arrays in page-locked memory, for a device's number; each is freed with its last reference.
 
     `problem` says why they are not page-locked, in words; None while they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
+        self._index = index
         self.problem: str | None = None
         self._library: ctypes.CDLL | None = None
         path = loaded_library("libcudart")
@@ -67,7 +68,9 @@ class Pinned:
         if self._library is None or plain.nbytes == 0:
             return plain
         place = ctypes.c_void_p()
-        status = int(self._library.cudaHostAlloc(ctypes.byref(place), plain.nbytes, _PORTABLE))
+        status = int(self._library.cudaSetDevice(self._index))  # else it would be in use besides
+        if status == 0:
+            status = int(self._library.cudaHostAlloc(ctypes.byref(place), plain.nbytes, _PORTABLE))
         if status != 0 or place.value is None:
             self.problem = f"cudaHostAlloc of {plain.nbytes} bytes gave CUDA error {status}"
             self._library = None

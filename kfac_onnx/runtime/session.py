@@ -43,6 +43,7 @@ from kfac_onnx.runtime.checkpoint_folder import (
 )
 from kfac_onnx.runtime.export import forward_model, write_into
 from kfac_onnx.runtime.fitting import SKIP_LIMIT, fit
+from kfac_onnx.runtime.ids import check_given
 from kfac_onnx.runtime.open_model import OpenModel
 from kfac_onnx.runtime.opening import require_step
 from kfac_onnx.runtime.skip_causes import reasons
@@ -119,6 +120,7 @@ class TrainingSession(OpenModel):
             self._rates[name][...] = rate * factor
         ready = {**ready, **(half or {})}
         if self._feeder is not None:
+            check_given(self._plan, self._plan.step.id_checks, ready)
             ready = self._feeder.fed(batch, ready)
         with uninterrupted():  # Ctrl-C comes before the step or after it
             loss, kept = self._stepper.step(ready, forwarded=half is not None)

@@ -20,7 +20,7 @@ from kfac_onnx.bench.run import check
 from kfac_onnx.bench.workloads import cases, write_parameters
 from kfac_onnx.errors import UserError
 from kfac_onnx.provider_options import CUDA
-from kfac_onnx.runtime import device_engine, open_model
+from kfac_onnx.runtime import cuda_graphs, open_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,7 +105,7 @@ def test_our_arm_is_opened_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(open_model, "provider_list", providers)
     monkeypatch.setattr(open_model, "device_of", lambda them: fake.device)
-    monkeypatch.setattr(device_engine, "on_host", lambda info: False)
+    monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     at = place_of("cuda", {"device_id": "0"}, cuda_graph=False)
     trainee = arms.open_arm(ARMS["half"], case, tmp_path / "p.safetensors", threads=1, place=at)
     assert given == [[(CUDA, {"device_id": "0"})]]

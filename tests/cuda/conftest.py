@@ -15,7 +15,7 @@ from corpus_cases import marked
 from fake_device import FakeCuda
 
 from kfac_onnx.passes.api import transform
-from kfac_onnx.runtime import TrainingSession, device_engine, open_model
+from kfac_onnx.runtime import TrainingSession, cuda_graphs, open_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def at(name: str, monkeypatch: pytest.MonkeyPatch) -> Place:
         return CUDA
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
-    monkeypatch.setattr(device_engine, "on_host", lambda info: False)
+    monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     return HOST
 
 

@@ -17,7 +17,7 @@ from fake_device import FakeCuda
 
 import kfac_onnx as kx
 from kfac_onnx.errors import UserError
-from kfac_onnx.runtime import TrainingSession, device_engine, open_model
+from kfac_onnx.runtime import TrainingSession, cuda_graphs, evaluation, open_model, stepper
 from kfac_onnx.runtime.data import Batches
 from kfac_onnx.runtime.device_engine import DeviceEngine
 from kfac_onnx.runtime.tensors import Buffer, read_value, write_value
@@ -35,7 +35,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """A device, on which every session is opened from here on."""
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
-    monkeypatch.setattr(device_engine, "on_host", lambda info: False)
+    monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     return fake
 
 
@@ -101,7 +101,7 @@ def test_steps_give_the_bits_of_the_cpu(
     losses, states = trained()
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
-    monkeypatch.setattr(device_engine, "on_host", lambda info: stage_inputs_on_host)
+    monkeypatch.setattr(cuda_graphs, "on_host", lambda info: stage_inputs_on_host)
     found, there = trained()
     assert found == losses
     assert there == states
@@ -119,7 +119,7 @@ def test_a_graph_lowered_for_cuda_gives_the_numbers_of_the_cpu(
         states = session.states
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
-    monkeypatch.setattr(device_engine, "on_host", lambda info: False)
+    monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     case = graph_case(name, preset=preset, lr=0.01, target="cuda")
     with case.open() as session:
         found = [session.step(case.batches[n % 2])["loss"] for n in range(6)]
@@ -189,15 +189,50 @@ def test_fitting_copies_each_batch_once(
     assert losses[0] == losses[1] == losses[3]
 
 
-def test_wrong_ids_are_found(cuda: FakeCuda, toy: ModuleType, open_toy: Any) -> None:
+def test_wrong_ids_are_found_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, graph_case: Callable[..., Any]
+) -> None:
+    """A device's Gather does not fail for them: it returns zeros. So they are looked at first."""
+    case = graph_case("torchjoint_in__nplm", target="cuda")
+    with case.open() as session:
+        session.evaluate(case.batches[:1])  # what runs is open from here on
+        check = session._plan.step.id_checks[0]
+        ids = case.batches[0][check.ids].copy()
+        ids.flat[-1] = check.vocab_size
+        monkeypatch.setattr(stepper.Stepper, "step", None)
+        monkeypatch.setattr(session._evaluation(), "_session", None)
+        for call in (session.step, lambda batch: session.evaluate([batch])):
+            with pytest.raises(UserError) as error:
+                call({**case.batches[0], check.ids: ids})
+            assert error.value.message == (
+                f"id {check.vocab_size} in input '{check.ids}' is not a row of parameter '{check.parameter}',"
+                f" which has {check.vocab_size} rows"
+            )
+
+
+def test_ids_that_the_graph_computes_are_looked_at_in_evaluation(
+    monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, graph_case: Callable[..., Any]
+) -> None:
+    case = graph_case("jax2onnx__nplm_wrap", target="cuda")
+    seen: list[int] = []
+    monkeypatch.setattr(evaluation, "check_ids", lambda check, ids, origin: seen.append(int(ids.max())))
+    with case.open() as session:
+        loss = session.evaluate(case.batches[:1])
+        assert loss == pytest.approx(case.loss, rel=1e-5)
+        computed = session._evaluation()._computed
+        assert computed
+        assert len(seen) == len(computed)
+        assert all(largest < session._plan.step.id_checks[0].vocab_size for largest in seen)
+
+
+def test_a_wrong_id_in_a_step_leaves_everything(cuda: FakeCuda, toy: ModuleType, open_toy: Any) -> None:
     with open_toy() as session:
         batch = toy.batches(1)[0]
         session.step(batch)
         before = bits(session)
         name = next(name for name, array in batch.items() if array.dtype == np.int64)
-        wrong = {**batch, name: np.full_like(batch[name], 10**6)}
         with pytest.raises(UserError, match=r"(is not a row of|cannot be run)"):
-            session.step(wrong)
+            session.step({**batch, name: np.full_like(batch[name], 10**6)})
         assert bits(session) == before
         session.step(batch)
 
@@ -215,7 +250,7 @@ def test_a_checkpoint_goes_on_on_either_device(
         states = bits(session)
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
-    monkeypatch.setattr(device_engine, "on_host", lambda info: False)
+    monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     with TrainingSession.resume(tmp_path / "run.ckpt", threads=1) as session:
         for batch in batches[3:]:
             session.step(batch)
@@ -248,8 +283,6 @@ class TestGraphs:
         """The ids that runs are made with; every session counts as one that can be captured."""
         import onnxruntime as ort
 
-        from kfac_onnx.runtime import cuda_graphs
-
         made: list[int] = []
         run = ort.InferenceSession.run_with_iobinding
 
@@ -266,7 +299,6 @@ class TestGraphs:
 
         monkeypatch.setattr(ort, "RunOptions", Options)
         monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", counted)
-        monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
         return made
 
     def test_what_is_captured(self, graphs: list[int], graph_case: Callable[..., Any]) -> None:
@@ -334,7 +366,7 @@ def test_bodies_are_those_of_the_device(
         assert "ScatterND" not in adding(session), "it loses sums on the CPU with several threads"
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
-    monkeypatch.setattr(device_engine, "on_host", lambda info: False)
+    monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     plain = graph_case("torchjoint_in__nplm")
     with caplog.at_level(logging.WARNING), plain.open() as session:
         assert "was lowered for 'cpu'" in caplog.text

@@ -24,6 +24,7 @@ class Runtime:
         self.status = status
         self.held: dict[int, Any] = {}
         self.freed: list[int] = []
+        self.chosen: list[int] = []
         patch.setattr(pinned, "loaded_library", lambda stem: f"/lib/{stem}.so.13")
         patch.setattr(ctypes, "CDLL", self.opened)
 
@@ -36,6 +37,7 @@ class Runtime:
         library: Any = Library()
         library.cudaHostAlloc = self.function(self.allocate)
         library.cudaFreeHost = self.function(self.free)
+        library.cudaSetDevice = self.function(self.chosen.append)
         return library
 
     def function(self, call: Any) -> Any:
@@ -43,7 +45,7 @@ class Runtime:
             argtypes: Any = None
 
             def __call__(self, *given: Any) -> int:
-                return int(call(*given))
+                return int(call(*given) or 0)
 
         return Function()
 
@@ -62,6 +64,12 @@ class Runtime:
         self.freed.append(place.value)
         del self.held[place.value]
         return 0
+
+
+def test_the_device_is_the_sessions_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(monkeypatch)
+    Pinned(3).array((2,), np.float32)
+    assert runtime.chosen == [3]
 
 
 def test_arrays_lie_where_the_runtime_says(monkeypatch: pytest.MonkeyPatch) -> None:

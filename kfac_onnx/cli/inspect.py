@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kfac_onnx.cli.options import common, model_argument
+from kfac_onnx.cli.options import chosen_providers, common, model_argument, provider_option
 from kfac_onnx.cli.output import print_json, print_refusals, print_table, quantity, say
+from kfac_onnx.cli.placement import placement_of, print_placement
 
 if TYPE_CHECKING:
     from kfac_onnx.passes.inspect import Inspection, LinearCost, SiteReport
@@ -20,20 +21,35 @@ __all__ = ["command"]
 @model_argument
 @click.option("--lookups", type=click.IntRange(min=0), metavar="N", help="Give costs for N lookups per step.")
 @click.option("--nodes", is_flag=True, help="Also list every inserted node with its phase.")
+@provider_option
 @common
-def command(model: str, lookups: int | None, nodes: bool, as_json: bool) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    lookups: int | None,
+    nodes: bool,
+    provider: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Show what was inserted into the transformed MODEL: state, cost, and when each part runs.
 
     Of a checkpoint, or a folder of them, also how far the run came and how well its factors are conditioned.
+    With --provider also where each part runs: what falls back to the host, and what a step copies. Where the
+    provider works that is what ONNX Runtime does here; for cuda it is predicted elsewhere. Whatever is found,
+    the exit code is 0: it is shown, not checked.
     """
     from kfac_onnx.files import load_model
     from kfac_onnx.passes.inspect import inspect
     from kfac_onnx.runtime.saved_run import is_checkpoint, read_run
 
     run = read_run(model) if is_checkpoint(model) else None
-    report = inspect(load_model(model) if run is None else run.model)
+    loaded = load_model(model) if run is None else run.model
+    report = inspect(loaded)
+    placement, why = placement_of(loaded, chosen_providers(ctx, provider)[0]) if provider else (None, None)
     if as_json:
-        print_json(report.to_json() | ({} if run is None else {"checkpoint": run.to_json()}))
+        placed = {} if placement is None else {"placement": placement.to_json() | {"predicted_because": why}}
+        print_json(report.to_json() | ({} if run is None else {"checkpoint": run.to_json()}) | placed)
         return
     if run is not None:
         _print_run(run)
@@ -46,6 +62,8 @@ def command(model: str, lookups: int | None, nodes: bool, as_json: bool) -> None
             ["phase", "node", "operator", "for", "by pass"],
             [(n.phase, n.name, n.operator, n.site, n.made_by) for n in report.nodes if n.made_by is not None],
         )
+    if placement is not None:
+        print_placement(placement, why)
     say("nodes by phase: " + ", ".join(f"{name} {n}" for name, n in report.nodes_by_phase.items()))
     say(f"pipeline: {report.pipeline or 'none'}")
 

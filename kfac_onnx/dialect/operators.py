@@ -27,12 +27,13 @@ _BETAS = (Attribute("beta1", "float", 0.0, 1.0), Attribute("beta2", "float", 0.0
 
 _DEVICE: Final[Mapping[str, Mapping[Variant, str]]] = {
     "merge_rows": {"atomic": "merge_rows_sorted", "ordered": "merge_rows_ordered"},
+    "apply_flat": {"atomic": "apply_flat_device", "ordered": "apply_flat_ordered"},
     "sample_rows": {"atomic": "sample_rows_device", "ordered": "sample_rows_device"},
     "take_now": {"atomic": "take_now_device", "ordered": "take_now_device"},
     **{
         name: {"ordered": f"{name}_ordered"}
         for name in (
-            "add_rows", "apply_columns", "apply_flat", "apply_rows",
+            "add_rows", "apply_columns", "apply_rows",
             "input_factor_average", "input_factor_update", "scatter_rows",
         )
     },

@@ -1,11 +1,13 @@
-"""Numbers of rows that are counted on a device, so that no arithmetic of ours runs on the host.
+"""Sizes that arithmetic on a device needs, brought there without a copy.
 
 `Shape` and `Size` give their result on the host. ONNX Runtime then moves all that reads only such results,
 inputs and small constants to the host as well, and copies what comes out back to the device in every step:
 from one `Cast(Size(ids))` on, that was every counter of a factor. A kernel that *wants* a size on the host
-ends such a chain, as `Expand` does. So a size n that arithmetic needs is counted instead:
+ends such a chain and copies nothing: `Range` takes its bounds there and makes its result on the device. So
+where a node of ours has a size n among its numbers, it reads instead
 
-    Cast(n)  becomes  Cast(ReduceSum(Expand(1, [n])))        summed in float64, so the same number
+    Range(n, n + 1, 1)         the one number n, on the device; for a vector of sizes, one after the other
+    OneHot([0], 1, [x, x])     the same for a float32 x that the user's graph computes of sizes
 
 Only nodes of this package are changed; what the user's graph computes is left as it is, and reported.
 Source: onnxruntime/core/framework/fallback_cpu_capability.cc, GetCpuPreferredNodes.
@@ -13,38 +15,66 @@ Source: onnxruntime/core/framework/fallback_cpu_capability.cc, GetCpuPreferredNo
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["NODES_PER_COUNT", "count_on_device"]
+__all__ = ["Brought", "bring_sizes_to_device"]
 
-NODES_PER_COUNT: Final = 5
-"""Nodes that are added for each rewritten cast."""
-
+_INT64: Final = ir.DataType.INT64
 _SIZES: Final = frozenset({"Shape", "Size"})
 _PASSING: Final = frozenset(
     {"Add", "Cast", "Concat", "Div", "Gather", "Identity", "Max", "Min", "Mul", "ReduceProd", "Reshape",
      "Slice", "Squeeze", "Sub", "Unsqueeze"}
 )  # fmt: skip
 """Operators that ONNX Runtime runs on the host where all they read is there."""
-_FLOATS: Final = frozenset({int(ir.DataType.FLOAT), int(ir.DataType.DOUBLE)})
+_REST: Final = frozenset(range(1, 16))
+_ON_HOST: Final = {
+    **dict.fromkeys(("ConstantOfShape", "If"), frozenset({0})),
+    "Loop": frozenset({0, 1}),
+    "Range": frozenset({0, 1, 2}),
+    **dict.fromkeys(
+        ("CumSum", "Expand", "OneHot", "Pad", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin",
+         "ReduceProd", "ReduceSum", "ReduceSumSquare", "Reshape", "Resize", "Slice", "Split", "Squeeze",
+         "Tile", "TopK", "Trilu", "Unsqueeze"),
+        _REST,
+    ),
+}  # fmt: skip
+"""Inputs that kernels take from the host anyway."""
+_LONGEST: Final = 16
+"""Sizes in a vector that is brought over one by one; a shape has fewer."""
 
 
-def count_on_device(model: ir.Model) -> int:
-    """Rewrite, in place, every such cast that this package made; returns the number of nodes added.
+@dataclass(frozen=True)
+class Brought:
+    """Changes: nodes added, and inputs of other nodes that read what those make."""
 
-    A size of another shape than `[]` or `[1]` stays as it is.
-    """
-    added = 0
+    added: int
+    edited: int
+
+
+def bring_sizes_to_device(model: ir.Model) -> Brought:
+    """Rewrite, in place, what nodes of this package read; a size of unknown shape stays as it is."""
+    added = edited = 0
     for graph in _graphs(model):
+        bridge = _Bridge(graph)
         for node in list(graph):
-            if _is_cast_of_a_size(node):
-                added += _count(graph, node)
-    return added
+            if not _is_ours(node) or _is_host_work(node):
+                continue
+            for place, value in enumerate(node.inputs):
+                if value is None or place in _ON_HOST.get(node.op_type, ()):
+                    continue
+                kind = _host_kind(value)
+                brought = None if kind is None else bridge.over(value, kind, node)
+                if brought is not None:
+                    node.replace_input_with(place, brought)
+                    edited += 1
+        added += bridge.added
+    return Brought(added, edited)
 
 
 def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
@@ -56,20 +86,42 @@ def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
 
 
 def _is_ours(node: ir.Node) -> bool:
+    """Say whether a node is this package's; operators of the dialect see to their sizes themselves."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
     return "kfac.pass" in node.metadata_props or (node.name or "").startswith("kfac/")
 
 
-def _is_cast_of_a_size(node: ir.Node) -> bool:
-    if node.op_type != "Cast" or node.domain != "" or not _is_ours(node):
+def _is_host_work(node: ir.Node) -> bool:
+    """Say whether a node reads sizes and constants alone and makes sizes of them."""
+    if node.op_type in _SIZES:
+        return True
+    return _passes(node) and all(
+        value is None or _is_constant(value) or _host_kind(value) == _INT64 for value in node.inputs
+    )
+
+
+def _passes(node: ir.Node) -> bool:
+    """Say whether a node makes sizes of sizes; a cast does where it stays with int64."""
+    if node.op_type not in _PASSING or node.domain not in ("", "ai.onnx"):
         return False
-    value = node.inputs[0]
-    to = node.attributes.get_int("to")
-    return to in _FLOATS and value is not None and _on_host(value) and _dims(node) in ((), (1,))
+    return node.op_type != "Cast" or node.attributes.get_int("to") == _INT64
 
 
-def _on_host(value: ir.Value) -> bool:
-    """Say whether a value is computed from sizes and constants, and from a size at least."""
+def _is_constant(value: ir.Value) -> bool:
+    node = value.producer()
+    if node is not None:
+        return node.op_type == "Constant"
+    return value.const_value is not None and not value.is_graph_input()
+
+
+def _host_kind(value: ir.Value) -> ir.DataType | None:
+    """Return the type of a value that is computed from sizes and constants, a size at least; None of others.
+
+    A node of ours that makes anything but sizes is on the device.
+    """
     sizes = 0
+    floats = False
     pending, seen = [value], set[int]()
     while pending:
         item = pending.pop()
@@ -77,70 +129,138 @@ def _on_host(value: ir.Value) -> bool:
             continue
         seen.add(id(item))
         node = item.producer()
-        if node is None:
-            if item.const_value is None or item.is_graph_input():
-                return False
-        elif node.op_type in _SIZES:
+        if node is None or node.op_type == "Constant":
+            if not _is_constant(item):
+                return None
+        elif node.op_type in _SIZES and node.domain in ("", "ai.onnx"):
             sizes += 1
-        elif node.op_type in _PASSING:
+        elif _passes(node) or (node.op_type == "Cast" and not _is_ours(node)):
+            floats = floats or not _passes(node)
             pending.extend(source for source in node.inputs if source is not None)
-        elif node.op_type != "Constant":
-            return False
-    return sizes > 0
+        else:
+            return None
+    if not sizes:
+        return None
+    return value.dtype if value.dtype is not None or floats else _INT64
 
 
-def _dims(cast: ir.Node) -> tuple[int, ...] | None:
-    """Return the shape of a cast, which is that of its result and of what it casts; None if not known."""
-    source = cast.inputs[0]
-    maker = None if source is None else source.producer()
+@dataclass
+class _Bridge:
+    """Makes the nodes of one graph that bring its sizes over, those of each size once."""
+
+    graph: ir.Graph
+    added: int = 0
+    _done: dict[int, ir.Value] = field(default_factory=dict[int, ir.Value])
+
+    def over(self, size: ir.Value, kind: ir.DataType, reader: ir.Node) -> ir.Value | None:
+        """Return a size as a value on the device, None where its shape is not known, or of other types."""
+        dims = _dims(size, reader)
+        if kind not in (_INT64, ir.DataType.FLOAT):
+            return None
+        if dims is None or len(dims) > 1 or (dims and not 0 < dims[0] <= _LONGEST):
+            return None
+        if id(size) not in self._done:
+            self._done[id(size)] = self._bring(size, kind, dims, reader)
+        return self._done[id(size)]
+
+    def _bring(self, size: ir.Value, kind: ir.DataType, dims: tuple[int, ...], reader: ir.Node) -> ir.Value:
+        maker = size.producer()
+        before = reader if maker is None or maker.graph is not self.graph else _next(maker, reader)
+        phase = "gradients" if maker is None else maker.metadata_props.get("kfac.phase", "gradients")
+        tags = {"kfac.pass": "lower", "kfac.phase": phase}
+        make = _Maker(self.graph, before, kind, f"kfac/lower/{size.name}", tags)
+        scalar = make.constant("scalar", ir.tensor([], dtype=_INT64))
+        one = make.constant("one", ir.tensor(1, dtype=_INT64))
+        numbers: list[ir.Value] = []
+        for index in range(dims[0] if dims else 1):
+            if len(dims) == 1 and dims[0] > 1:
+                which = make.constant(f"which_{index}", ir.tensor(index, dtype=_INT64))
+                number = make.node(f"number_{index}", "Gather", [size, which], [])
+            else:
+                number = make.node(f"number_{index}", "Reshape", [size, scalar], [])
+            numbers.append(make.brought(f"brought_{index}", number, one))
+        if not dims:
+            result = make.node("brought", "Reshape", [numbers[0], scalar], [])
+        elif len(numbers) == 1:
+            result = numbers[0]
+        else:
+            result = make.node("brought", "Concat", numbers, list(dims), {"axis": 0})
+        self.added += make.added
+        return result
+
+
+def _next(maker: ir.Node, reader: ir.Node) -> ir.Node:
+    """Return the node behind the maker of a size, so that every later reader finds it brought over."""
+    following = maker
+    graph = maker.graph
+    if graph is not None:
+        nodes = iter(graph)
+        for node in nodes:
+            if node is maker:
+                following = next(nodes, reader)
+                break
+    return following
+
+
+def _dims(size: ir.Value, reader: ir.Node) -> tuple[int, ...] | None:
+    """Return a size's shape; that of a cast is also its result's."""
+    maker = size.producer()
     if maker is not None and maker.op_type == "Size":
         return ()
-    for value in (source, cast.outputs[0]):
-        if value is not None and value.shape is not None and value.shape.is_static():
+    for value in (size, *(reader.outputs if reader.op_type == "Cast" else ())):
+        if value.shape is not None and value.shape.is_static():
             return tuple(value.shape.numpy())
     return None
 
 
-def _count(graph: ir.Graph, cast: ir.Node) -> int:
-    """Put the counting nodes in the place of a cast; the result keeps its name."""
-    size, result = cast.inputs[0], cast.outputs[0]
-    name = str(result.name)
-    dims = _dims(cast)
+@dataclass
+class _Maker:
+    """Adds nodes in front of one node, for numbers of one type."""
 
-    def constant(what: str, array: ir.TensorProtocol) -> ir.Node:
-        return made(what, "Constant", [], {"value": array}, array.dtype, list(array.shape.numpy()))
+    graph: ir.Graph
+    before: ir.Node
+    kind: ir.DataType
+    prefix: str
+    tags: dict[str, str]
+    added: int = 0
 
-    def made(
-        what: str,
+    def node(
+        self,
+        name: str,
         op_type: str,
-        inputs: list[ir.Value | None],
-        attributes: dict[str, ir.TensorProtocol | int],
-        dtype: ir.DataType,
-        shape: list[int | None],
-    ) -> ir.Node:
-        output = ir.Value(name=f"{name}/{what}", type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        return ir.Node(
+        inputs: Sequence[ir.Value],
+        shape: list[int],
+        attributes: dict[str, ir.TensorProtocol | int] | None = None,
+        kind: ir.DataType | None = None,
+    ) -> ir.Value:
+        """Add a node and return what it makes, of this shape."""
+        full = f"{self.prefix}/{name}"
+        output = ir.Value(name=full, type=ir.TensorType(kind or self.kind), shape=ir.Shape(shape))
+        node = ir.Node(
             "",
             op_type,
             inputs,
-            ir.convenience.convert_attributes(attributes),
+            ir.convenience.convert_attributes(attributes or {}),
             outputs=[output],
-            name=f"{name}/{what}",
-            metadata_props=dict(cast.metadata_props),
+            name=full,
+            metadata_props=dict(self.tags),
         )
+        self.graph.insert_before(self.before, node)
+        self.added += 1
+        return output
 
-    flat = constant("flat", ir.tensor([-1], dtype=ir.DataType.INT64))
-    unit = constant("unit", ir.tensor(1.0, dtype=ir.DataType.DOUBLE))
-    length = made("length", "Reshape", [size, flat.outputs[0]], {}, ir.DataType.INT64, [1])
-    each = made("each", "Expand", [unit.outputs[0], length.outputs[0]], {}, ir.DataType.DOUBLE, [None])
-    number = made(
-        "number",
-        "ReduceSum",
-        [each.outputs[0]],
-        {"keepdims": int(dims == (1,))},
-        ir.DataType.DOUBLE,
-        list(dims or ()),
-    )
-    graph.insert_before(cast, [flat, unit, length, each, number])
-    cast.replace_input_with(0, number.outputs[0])
-    return NODES_PER_COUNT
+    def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Add a constant."""
+        return self.node(name, "Constant", [], list(tensor.shape.numpy()), {"value": tensor}, tensor.dtype)
+
+    def brought(self, name: str, number: ir.Value, one: ir.Value) -> ir.Value:
+        """Bring one number, a scalar on the host, to the device as [1]."""
+        if self.kind == _INT64:
+            after = self.node(f"{name}/after", "Add", [number, one], [])
+            return self.node(name, "Range", [number, after, one], [1])
+        flat = self.constant(f"{name}/flat", ir.tensor([1], dtype=_INT64))
+        first = self.constant(f"{name}/first", ir.tensor([0], dtype=_INT64))
+        single = self.node(f"{name}/single", "Reshape", [number, flat], [1])
+        twice = self.node(f"{name}/twice", "Concat", [single, single], [2], {"axis": 0})
+        spread = self.node(f"{name}/spread", "OneHot", [first, one, twice], [1, 1])
+        return self.node(name, "Reshape", [spread, flat], [1])

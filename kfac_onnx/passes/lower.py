@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
 from kfac_onnx.passes.base import Changes, Pass
-from kfac_onnx.passes.device_scalars import NODES_PER_COUNT, count_on_device
+from kfac_onnx.passes.device_scalars import Brought, bring_sizes_to_device
 from kfac_onnx.passes.options import opt
 from kfac_onnx.passes.registry import register
 
@@ -26,7 +26,7 @@ class Lower(Pass):
 
     On CPU rows are added by ScatterElements, which is right with any number of threads; ScatterND with
     reduction loses sums there when rows repeat. On CUDA ScatterND adds atomically, all operators of the
-    bodies have kernels there, and numbers of rows are counted there (`device_scalars`), so that nothing is
+    bodies have kernels there, and sizes come there without a copy (`device_scalars`), so that nothing is
     copied within a step. `deterministic` gives bodies that add nothing atomically: the same bits in every
     run. On CPU every run gives the same bits anyway.
     """
@@ -43,14 +43,15 @@ class Lower(Pass):
 
         before = {key: to_proto(function).SerializeToString() for key, function in model.functions.items()}
         imports = dict(model.opset_imports)
-        counted = count_on_device(model) if self.target == "cuda" else 0
+        brought = bring_sizes_to_device(model) if self.target == "cuda" else Brought(0, 0)
         dialect.attach(model, self._variant)
         after = {key: to_proto(function).SerializeToString() for key, function in model.functions.items()}
         added = len(set(after) - set(before))
         edited = sum(before[key] != after[key] for key in before if key in after)
         edited += sum(imports.get(domain) != version for domain, version in model.opset_imports.items())
         log.count("functions", added)
-        return Changes(added=added + counted, edited=edited + counted // NODES_PER_COUNT)
+        log.count("sizes brought to the device", brought.edited)
+        return Changes(added=added + brought.added, edited=edited + brought.edited)
 
     @property
     def _variant(self) -> Variant:

@@ -77,6 +77,8 @@ def _measured(stage: str, model: onnx.ModelProto, chosen: Provider, name: str, p
     assigned = _assigned(session)
     providers = {item.name: where for item, where in assigned}
     problem_of = _Problems(optimized) if name == CUDA else None
+    copies = copies_of(optimized, stage, providers)
+    copying = {cause for copy in copies for cause in copy.because}
     nodes: list[Node] = []
     for item, where in assigned:
         problem = problem_of(item.name, item.op_type, item.domain) if problem_of and where == CPU else None
@@ -88,11 +90,11 @@ def _measured(stage: str, model: onnx.ModelProto, chosen: Provider, name: str, p
                 provider=where,
                 inserted=is_inserted(item.name),
                 operator=operator_of(item.name),
-                missing=problem is not None,
+                missing=problem is not None and item.name in copying,  # else it only handles sizes
                 reason=problem,
             )
         )
-    return Placement(name, True, ort.__version__, tuple(nodes), copies_of(optimized, stage, providers))
+    return Placement(name, True, ort.__version__, tuple(nodes), copies)
 
 
 def _assigned(session: ort.InferenceSession) -> list[tuple[Any, str]]:

@@ -6,7 +6,8 @@ Three steps of onnxruntime, in its order (versions 1.23 to 1.32):
 2. A node that only reads what is on the host already, and small constants and inputs of the graph, is moved
    to the host, unless its kernel wants those inputs there (GetCpuPreferredNodes). `Shape` starts such chains.
 3. Values that one side makes and the other reads get a Memcpy node (TransformerMemcpy). Of an input of the
-   graph that lies on the device and is read on the host alone there is a copy without a node.
+   graph that lies on the device and is read on the host alone there is a copy without a node, and of an
+   output that the host makes.
 
 Before them functions are put in place, and what can be computed from constants and fixed shapes is.
 Operators that ONNX defines by others and that neither side has a kernel for count as on the device: what
@@ -72,6 +73,7 @@ class _Stage:
             kind = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
             self.types.setdefault(tensor.name, kind)
         self.inputs = [value.name for value in graph.input if value.name not in self.constants]
+        self.outputs = {value.name for value in graph.output}
         self.nodes = [node for node in graph.node if not self._fold(node)]
         self.makers = {name: index for index, node in enumerate(self.nodes) for name in node.output if name}
         self.readers: dict[str, list[int]] = {}
@@ -81,6 +83,7 @@ class _Stage:
         self.problems = {index: self._problem(node) for index, node in enumerate(self.nodes)}
         self.host = {index for index, problem in self.problems.items() if problem is not None}
         self.moved = self._preferred()
+        self.harmless = {index for index in self.host if self._reads_host_alone(index)}
 
     # -- what is computed when the model is opened ---------------------------------------------------
 
@@ -174,6 +177,16 @@ class _Stage:
                 return False
         return True
 
+    def _reads_host_alone(self, index: int) -> bool:
+        """Say whether a node without a kernel only handles sizes, which are on the host anyway."""
+        names = [name for name in self.nodes[index].input if name and name not in self.constants]
+        makers = [self.makers.get(name) for name in names]
+        away = self.host | self.moved
+        return bool(names) and all(
+            maker is not None and self._made_on_host(maker, name, away)
+            for name, maker in zip(names, makers, strict=True)
+        )
+
     # -- copies ----------------------------------------------------------------------------------------
 
     def placement(self) -> Placement:
@@ -194,8 +207,8 @@ class _Stage:
             provider=CPU if index in away else self.table.provider,
             inserted=origin.inserted,
             operator=origin.operator,
-            missing=problem is not None,
-            reason=problem or (_SIZES if index in self.moved else None),
+            missing=problem is not None and index not in self.harmless,
+            reason=_SIZES if index in self.moved | self.harmless else problem,
         )
 
     def _inner(self) -> Iterator[Node]:
@@ -226,8 +239,8 @@ class _Stage:
             if maker is None:
                 if host:
                     yield self._copy(name, "to host", host, implicit=not device)
-            elif from_host and device:
-                yield self._copy(name, "to device", [maker])
+            elif from_host and (device or name in self.outputs):
+                yield self._copy(name, "to device", [maker], implicit=not device)
             elif host and not from_host:
                 yield self._copy(name, "to host", host)
 

@@ -7,6 +7,7 @@ are events of the operators `MemcpyFromHost` and `MemcpyToHost`. The optimized m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -15,7 +16,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.placement.records import CPU, Copy, Node, Placement, is_inserted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import onnx
 
@@ -83,10 +84,11 @@ def _copy(stage: str, value: str, op_type: str, inserted: bool, because: tuple[s
 
 
 def copies_of(model: onnx.ModelProto, stage: str, providers: Mapping[str, str]) -> tuple[Copy, ...]:
-    """Return the Memcpy nodes of an optimized model.
+    """Return the Memcpy nodes of an optimized model, and the copies that its inputs and outputs imply.
 
-    Who makes a value on the host, or reads it there, is why it is copied. `providers` is where nodes run, by
-    name: it tells which of the readers are meant; of those it does not know all are.
+    Inputs and outputs lie on the device: the runtime binds them there. Who makes a value on the host, or
+    reads it there, is why it is copied. `providers` is where nodes run, by name: it tells which of the
+    readers are meant; of those it does not know all are.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
     found: list[Copy] = []
@@ -101,7 +103,26 @@ def copies_of(model: onnx.ModelProto, stage: str, providers: Mapping[str, str]) 
             causes = [item for item in readers if providers.get(item.name, CPU) == CPU] or readers
         names = tuple(item.name for item in causes)
         found.append(_copy(stage, value, node.op_type, any(is_inserted(name) for name in names), names))
-    return tuple(found)
+    return (*found, *_implicit(model, stage, providers))
+
+
+def _implicit(model: onnx.ModelProto, stage: str, providers: Mapping[str, str]) -> Iterator[Copy]:
+    """Yield inputs that only nodes on the host read, and outputs that such nodes make."""
+    values = {tensor.name for tensor in model.graph.initializer}
+    for given in model.graph.input:
+        readers = [node.name for node in model.graph.node if given.name in node.input]
+        if readers and given.name not in values and all(providers.get(name) == CPU for name in readers):
+            yield _implied(stage, given.name, "MemcpyToHost", readers)
+    outputs = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        if providers.get(node.name) == CPU:
+            for name in outputs.intersection(node.output):
+                yield _implied(stage, name, "MemcpyFromHost", [node.name])
+
+
+def _implied(stage: str, value: str, op_type: str, because: list[str]) -> Copy:
+    inserted = any(is_inserted(name) for name in because)
+    return dataclasses.replace(_copy(stage, value, op_type, inserted, tuple(because)), implicit=True)
 
 
 def read_optimized(path: str | Path, stage: str, provider: str, version: str = "") -> Placement:

@@ -16,8 +16,10 @@ O(N·D·log N) for the sum, O(N·log N) for the rest. Two kinds of bodies are ma
   write the same: the old row, read before, and the whole sum. For the deterministic mode.
 
 Sizes that come from `Shape` are on the host; they only go where the kernels want them there (`TopK`'s K,
-`Range`, `Slice`, `Expand`), never into arithmetic, so that nothing is copied within a step. The text is
-ONNX's own form; the rounds are unrolled, because a `Loop` would make the host wait for each of them.
+`Range`, `Slice`, `Expand`), never into arithmetic, so that nothing is copied within a step. A size that
+arithmetic needs comes as the one number of `Range(n, n + 1, 1)`, whose kernel reads the host and writes the
+device. The text is ONNX's own form; the rounds are unrolled, because a `Loop` would make the host wait for
+each of them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ __all__ = [
     "Body",
     "add_rows_ordered",
     "apply_columns_ordered",
+    "apply_flat_device",
     "apply_flat_ordered",
     "apply_rows_ordered",
     "input_factor_average_ordered",
@@ -133,7 +136,7 @@ def _summing(rows: str, *, flat: bool) -> str:
 
 
 def _totals(ids: str, rows: str, *, flat: bool = False) -> str:
-    """Make `s`, as [N, 1] too (`index`), and at each sorted position `total`: the sum of all rows of its id."""
+    """Make `s`, as [N, 1] too (`index`), and at each sorted position `total`, the sum of its id's rows."""
     return f"""
     {_sorting(ids)}
     {_summing(rows, flat=flat)}
@@ -213,16 +216,42 @@ apply_columns (W, ids, update, lr) => (W_out) {{
 }}""")
 """W[:, ids] −= lr·updateᵀ, repeated ids adding up in one order; W is [D, V]."""
 
+_WIDTH: Final = """
+    unit = Constant <value_int: int = 1> ()
+    nil = Constant <value_int: int = 0> ()
+    top = Constant <value_ints: ints = [0]> ()
+    rowwise = Constant <value_ints: ints = [-1]> ()
+    columnwise = Constant <value_ints: ints = [1]> ()
+    scalar = Constant <value_ints: ints = []> ()
+    columns = Shape <start: int = 1, end: int = 2> (update)
+    width = Reshape(columns, scalar)
+    past_width = Add(width, unit)
+    D = Range(width, past_width, unit)
+    inside = Range(nil, width, unit)
+    inside_row = Unsqueeze(inside, top)
+"""
+"""Make `D`, the width of a table stored as one vector, and `inside_row`, 0..D−1 as [1, D]."""
+
+apply_flat_device: Final = Body(f"""
+apply_flat (W, ids, update, lr) => (W_out) {{
+    {_WIDTH}
+    index = Unsqueeze(ids, columnwise)
+    row = Mul(index, D)
+    places = Add(row, inside_row)
+    at = Reshape(places, rowwise)
+    down = Neg(lr)
+    move = Mul(down, update)
+    moves = Reshape(move, rowwise)
+    W_out = ScatterElements <axis: int = 0, reduction: string = "add"> (W, at, moves)
+}}""")
+"""W[ids·D + d] −= lr·update[:, d], added atomically."""
+
 apply_flat_ordered: Final = Body(f"""
 apply_flat (W, ids, update, lr) => (W_out) {{
-    D = Shape <start: int = 1, end: int = 2> (update)
+    {_WIDTH}
     entries = Shape(W)
     {_wrapped("ids", "V = Div(entries, D)")}
     {_totals("own", "update")}
-    scalar = Constant <value_ints: ints = []> ()
-    width = Reshape(D, scalar)
-    inside = Range(origin, width, one)
-    inside_row = Unsqueeze(inside, start)
     row = Mul(index, D)
     places = Add(row, inside_row)
     at = Reshape(places, flat)
@@ -276,19 +305,15 @@ scatter_rows <vocab_size>(ids, rows) => (grad) {{
 
 sample_rows_device: Final = Body("""
 sample_rows (total, size, turn) => (index) {
-    none = Constant <value_ints: ints = []> ()
-    flat = Constant <value_ints: ints = [-1]> ()
     origin = Constant <value_int: int = 0> ()
     one = Constant <value_int: int = 1> ()
-    unit = Constant <value_float: float = 1.0> ()
-    unit64 = Cast <to: int = 11> (unit)
     n = Min(size, total)
-    rows = Reshape(total, flat)
-    taken = Reshape(n, flat)
-    each_row = Expand(unit64, rows)
-    each_taken = Expand(unit64, taken)
-    total64 = ReduceSum <keepdims: int = 0> (each_row)
-    n64 = ReduceSum <keepdims: int = 0> (each_taken)
+    past_total = Add(total, one)
+    past_n = Add(n, one)
+    total_there = Range(total, past_total, one)
+    n_there = Range(n, past_n, one)
+    total64 = Cast <to: int = 11> (total_there)
+    n64 = Cast <to: int = 11> (n_there)
     j = Range(origin, n, one)
     alpha = Constant <value_int: int = 3242174889> ()
     beta = Constant <value_int: int = 2447445413> ()
@@ -305,11 +330,10 @@ sample_rows (total, size, turn) => (index) {
     scaled = Mul(within, total64)
     place = Div(scaled, n64)
     place_id = Cast <to: int = 7> (place)
-    last64 = Sub(total64, unit64)
-    last = Cast <to: int = 7> (last64)
+    last = Sub(total_there, one)
     index = Min(place_id, last)
 }""")
-"""The same rows as `sample_rows`, with the sizes counted on the device instead of copied there."""
+"""The same rows as `sample_rows`; the sizes come to the device as the one number of a `Range`."""
 
 take_now_device: Final = Body("""
 take_now (wanted, now) => (number) {

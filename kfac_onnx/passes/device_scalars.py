@@ -207,6 +207,11 @@ def _dims(size: ir.Value, reader: ir.Node) -> tuple[int, ...] | None:
     maker = size.producer()
     if maker is not None and maker.op_type == "Size":
         return ()
+    if maker is not None and maker.op_type == "Shape":
+        source = maker.inputs[0]
+        if source is not None and source.shape is not None:
+            axes = range(source.shape.rank())
+            return (len(axes[maker.attributes.get_int("start", 0) : maker.attributes.get_int("end", None)]),)
     for value in (size, *(reader.outputs if reader.op_type == "Cast" else ())):
         if value.shape is not None and value.shape.is_static():
             return tuple(value.shape.numpy())

@@ -34,7 +34,7 @@ def test_every_node_is_told_with_its_provider() -> None:
 
 def test_a_provider_that_does_not_work_here() -> None:
     with pytest.raises(UserError):
-        measure([("one", model())], "TensorrtExecutionProvider")
+        measure([("one", model())], "DmlExecutionProvider")
 
 
 def test_a_stage_that_cannot_be_opened_is_named() -> None:

@@ -41,6 +41,8 @@ class Lower(Pass):
 
         from kfac_onnx import dialect
 
+        if self.target == "cuda" and self.deterministic:
+            _warn_of_others(model, log)
         before = {key: to_proto(function).SerializeToString() for key, function in model.functions.items()}
         imports = dict(model.opset_imports)
         brought = bring_sizes_to_device(model) if self.target == "cuda" else Brought(0, 0)
@@ -62,3 +64,18 @@ class Lower(Pass):
                 return "ordered" if self.deterministic else "atomic"
             case _:
                 assert_never(self.target)
+
+
+def _warn_of_others(model: ir.Model, log: Log) -> None:
+    """Say which nodes of the graph itself add atomically: no body of ours can put those in order."""
+    adding = [
+        str(node.name or node.outputs[0].name)
+        for node in model.graph.all_nodes()
+        if node.op_type in ("ScatterND", "ScatterElements")
+        and node.attributes.get_string("reduction", "none") != "none"
+    ]
+    if adding:
+        log.warning(
+            f"{len(adding)} scatters of the graph itself add atomically on CUDA, so that runs may differ in the "
+            f"last bits of what they feed: {', '.join(adding[:5])}{', ...' if len(adding) > 5 else ''}"
+        )

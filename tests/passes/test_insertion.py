@@ -117,6 +117,24 @@ def test_cuda_target_adds_with_scatter_nd() -> None:
     assert [node.op_type for node in body][-1] == "ScatterND"
 
 
+def test_deterministic_cuda_target_adds_nothing_atomically(caplog: pytest.LogCaptureFixture) -> None:
+    model = transform(NPLM.path, target="cuda", deterministic=True)
+    text = model.metadata_props["kfac.pipeline"]
+    assert text.endswith(",lower{target=cuda,deterministic=true}")
+    for function in model.functions.values():
+        for node in function:
+            assert node.attributes.get_string("reduction", "none") == "none"
+    assert "atomically" not in caplog.text
+
+
+def test_what_the_graph_itself_adds_atomically_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    path = Case("torchjoint_in__dlrm_offsets_sum").path
+    transform(path, target="cuda")
+    assert "atomically" not in caplog.text
+    transform(path, target="cuda", deterministic=True)
+    assert "scatters of the graph itself add atomically on CUDA, so that runs may differ" in caplog.text
+
+
 @pytest.mark.parametrize("preset", ["plain-sgd", "plain-momentum", "plain-adam", "plain-adagrad"])
 def test_plain_optimizers_on_the_tables(preset: str) -> None:
     model = transform(NPLM.path, preset=preset, lr=0.5, rest="sgd")

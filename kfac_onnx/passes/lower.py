@@ -75,7 +75,8 @@ def _warn_of_others(model: ir.Model, log: Log) -> None:
         and node.attributes.get_string("reduction", "none") != "none"
     ]
     if adding:
+        listed = f"{', '.join(adding[:5])}{', ...' if len(adding) > 5 else ''}"
         log.warning(
-            f"{len(adding)} scatters of the graph itself add atomically on CUDA, so that runs may differ in the "
-            f"last bits of what they feed: {', '.join(adding[:5])}{', ...' if len(adding) > 5 else ''}"
+            f"{len(adding)} scatters of the graph itself add atomically on CUDA, so that runs may differ in "
+            f"the last bits of what they feed: {listed}"
         )

@@ -242,7 +242,10 @@ def test_a_signal_and_the_same_command_with_resume(run: Run, folder: Path, numbe
                 break
         time.sleep(0.01)
     running.send_signal(number)
-    out, err = running.communicate(timeout=60)
+    try:
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert (running.returncode, out) == (code, "")
     rows: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
     at = rows[-1]["position"]

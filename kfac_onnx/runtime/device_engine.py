@@ -137,6 +137,14 @@ class DeviceEngine(Engine):
         self._now = batch
         return super().run(runner, batch)
 
+    def _ready(
+        self, runner: Runner, batch: Batch, made: Mapping[str, ort.OrtValue]
+    ) -> tuple[tuple[int, ...], ort.IOBinding]:
+        key = tuple(self._location[index] for index in runner.holders)
+        for name in self._host_inputs[id(runner.session)]:  # what is bound is a copy of what it was
+            runner.bound.get(key, {}).pop(name, None)
+        return super()._ready(runner, batch, made)
+
     def _given(self, runner: Runner, port: Port, batch: Batch) -> np.ndarray | ort.OrtValue:
         hosted = port.name in self._host_inputs[id(runner.session)]
         return batch[port.name] if hosted else on_device(batch, port.name)

@@ -80,7 +80,7 @@ def _divided(model: ir.Model, watch: list[str], name: str, *, cpu: bool) -> Plan
     target = lowered_for(model)
     if use_bodies_for(stages, target, cpu=cpu) and not cpu:
         _log.warning(
-            "%s was lowered for '%s': what it counts may be copied in each step; transform it with target cuda",
+            "%s was lowered for '%s': a step may copy what it counts; transform it with target cuda",
             name,
             target,
         )

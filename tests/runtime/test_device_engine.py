@@ -102,6 +102,7 @@ def test_steps_give_the_bits_of_the_cpu(
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: stage_inputs_on_host)
+    fake.inputs_on_host = stage_inputs_on_host
     found, there = trained()
     assert found == losses
     assert there == states

@@ -4,7 +4,8 @@ It does what ONNX Runtime does with a real one, and tests can see it do it:
 
 - values made for the device, and outputs that are bound to it, lie "there"; all else is the host's;
 - a host value that is bound as an input is copied at that moment: what the host writes to it later is not seen;
-- a bound device value is not copied: sessions read and write its memory;
+- a bound device value is not copied: sessions read and write its memory; but where sessions have their
+  `inputs_on_host`, as those of nodes that only the CPU runs, it is copied when it is bound, like all else;
 - `copies` counts the bytes that went over the bus, each way.
 """
 
@@ -34,6 +35,7 @@ class FakeCuda:
         self.copies = {"up": 0, "down": 0}
         self.uploads: list[int] = []
         self.bound: list[str] = []
+        self.inputs_on_host = False
         self._patch = patch
         self._make()
         self._bind()
@@ -92,12 +94,8 @@ class FakeCuda:
 
         def bound_value(binding: ort.IOBinding, name: str, value: ort.OrtValue) -> None:
             self.bound.append(name)
-            if self.is_there(value) or not value.shape():
-                if not self.is_there(value):
-                    value = self._copied(value)
-                bind_in(binding, name, value)
-                return
-            bind_in(binding, name, self._copied(value))
+            stays = self.is_there(value) and not self.inputs_on_host
+            bind_in(binding, name, value if stays else self._copied(value))
 
         def bound_output(binding: ort.IOBinding, name: str, device: str = "cpu", index: int = 0) -> None:
             sent = binding.__dict__.setdefault("_sent", {})

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Buffer",
     "Device",
+    "aligned",
     "device_of",
     "dtype_name",
     "element_type",
@@ -50,6 +51,8 @@ session_maker: Final[ContextVar[Callable[..., ort.InferenceSession]]] = ContextV
     "session_maker", default=ort.InferenceSession
 )
 """What makes every session, called as `onnxruntime.InferenceSession` is; a profiler sets its own."""
+CACHE_LINE: Final = 64
+"""Bytes; of the processors that this runs on."""
 BFLOAT16: Final = int(onnx.TensorProto.BFLOAT16)
 _DEVICE_OF: Final = {
     "CPUExecutionProvider": "cpu",
@@ -140,6 +143,17 @@ def host_value(array: np.ndarray, element: int) -> ort.OrtValue:
     return _wrap(_stored(array, element), element)
 
 
+def aligned(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> np.ndarray:
+    """Return an array, not filled, that begins with a cache line: NumPy's own begin 16 bytes into one.
+
+    A row of 64 floats then lies in four lines instead of five.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 class Buffer:
     """A tensor of fixed shape and dtype on a device, bound as input or output of sessions.
 
@@ -154,7 +168,7 @@ class Buffer:
         device: Device,
         check: Callable[[np.ndarray], None] | None = None,
     ) -> None:
-        own = np.empty(initial.shape, numpy_dtype(element))
+        own = aligned(tuple(initial.shape), numpy_dtype(element))
         if isinstance(initial, StoredArray):
             initial.read_into(own)
         else:

@@ -28,7 +28,18 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0  # noqa: S603  our own interpreter
 
 
-ROOMS = ["reference", "dialect", "fisher", "frontends", "passes", "placement", "runtime", "demo", "bench", "cli"]
+ROOMS = [
+    "reference",
+    "dialect",
+    "fisher",
+    "frontends",
+    "passes",
+    "placement",
+    "runtime",
+    "demo",
+    "bench",
+    "cli",
+]
 """The lowest first: a room may import those before it (but the dialect not the reference)."""
 
 

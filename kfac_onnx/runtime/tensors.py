@@ -279,6 +279,25 @@ def _transfer(source: ort.OrtValue, target: ort.OrtValue, element: int) -> None:
     binding.synchronize_outputs()
 
 
+@cache
+def _spinning() -> dict[str, str]:
+    """Return how long a thread without work looks for some before it sleeps: 100 µs, never after a run.
+
+    Each session has its own threads, and spinning ones take the cores from the session that runs next; with
+    no end to it, a step took five times longer where others compute too. From operator to operator it pays:
+    a tenth of a step and more (benchmarks/session_options). Before onnxruntime 1.26 the time cannot be set,
+    and they do not spin.
+    """
+    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
+    if (major, minor) < (1, 26):
+        return {"session.intra_op.allow_spinning": "0"}
+    return {
+        "session.intra_op.allow_spinning": "1",
+        "session.intra_op.spin_duration_us": "100",
+        "session.force_spinning_stop": "1",
+    }
+
+
 def open_session(
     model: onnx.ModelProto,
     providers: Providers,
@@ -295,10 +314,8 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.use_deterministic_compute = True
-    # Each session has its own threads, and spinning ones take the cores from the session that runs next.
-    # Measured on two cores (a step of 4096 lookups, V = 1e6): as fast when the machine is idle without
-    # spinning, five times faster when others compute too.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in _spinning().items():
+        options.add_session_config_entry(name, value)
     try:
         session = session_maker.get()(
             model.SerializeToString(),

@@ -1,7 +1,7 @@
 """A step between two refreshes in one session, as long as batches keep their shapes (`partition_short_cut`).
 
-It is taken where nothing is due and, if counts are written in place, the batch has the shapes of one that was
-run the long way, stage by stage: the sizes of what crosses from stage to stage are known from there. Whatever
+It is taken where nothing is due and, if counts are written in place, the batch has the shapes of two that ran
+the long way, stage by stage: the sizes of what crosses from stage to stage are known from there. Whatever
 goes wrong within it is taken back, and the step made the long way, which says what is wrong with the batch or
 does without.
 
@@ -43,6 +43,7 @@ class ShortWay:
         self._engine = engine
         self._take_back = take_back
         self._shapes: list[tuple[int, ...]] | None = None
+        self._seen: list[tuple[int, ...]] | None = None
         self._buffers: dict[str, Buffer] = {}
         self._made: dict[str, ort.OrtValue] = {}
         self._before: list[np.ndarray] = []
@@ -78,12 +79,15 @@ class ShortWay:
         self._idle = kept and not any(bool(self._engine.read(name)) for name in self._plan.due)
 
     def learn(self, batch: Batch) -> None:
-        """Note the sizes of what a step on this batch made; it ran the long way."""
+        """Note the sizes of what a step on this batch made; it ran the long way, like the one before it."""
         whole = self._engine.whole
         if self.off or whole is None or not self._plan.counted:
             return
         shapes = _shapes(batch, whole.batch)
         if shapes == self._shapes:
+            return
+        if shapes != self._seen:  # batches that never have the same shapes twice are not prepared for
+            self._seen = shapes
             return
         whole.bindings.clear()
         cpu = Device("cpu", 0)

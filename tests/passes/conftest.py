@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -9,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
 HEADER = '<ir_version: 10, opset_import: ["" : 18, "ai.kfac" : 1]>\n'
 
@@ -23,3 +27,17 @@ def parse_model() -> Callable[[str], ir.Model]:
 def model_bytes() -> Callable[[ir.Model], bytes]:
     """Return the bytes that a model would be written as; the same model gives the same bytes."""
     return lambda model: ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    """The hand-written training step that the runtime's tests use."""
+    name = "runtime_toy"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "runtime" / "toy.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +19,6 @@ if TYPE_CHECKING:
 
 
 GRAPHS = Path(__file__).parents[1] / "data" / "graphs"
-
-
-@pytest.fixture(scope="module")
-def toy() -> ModuleType:
-    """The hand-written training step that the runtime's tests use."""
-    name = "runtime_toy"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "runtime" / "toy.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def stage(plan: Plan, slot: Slot) -> Stage:

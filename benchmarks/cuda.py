@@ -75,8 +75,8 @@ class Clock:
 
 def no_gpu(device: int) -> str | None:
     """Return why nothing can run on that GPU, in words; None where it can."""
+    from kfac_onnx.device.providers import provider_list
     from kfac_onnx.errors import UserError
-    from kfac_onnx.providers import provider_list
 
     try:
         provider_list([("cuda", {"device_id": device})])
@@ -87,10 +87,10 @@ def no_gpu(device: int) -> str | None:
 
 def placement(device: int) -> list[dict[str, Any]]:
     """Return a row for each graph and preset: inserted nodes by provider, and what is not on the GPU."""
+    from kfac_onnx.api import transform
     from kfac_onnx.bench.workloads import cases
-    from kfac_onnx.passes.api import transform
-    from kfac_onnx.passes.partition import partition
-    from kfac_onnx.placement import measure
+    from kfac_onnx.device.placement import measure
+    from kfac_onnx.step.plan import partition
 
     rows: list[dict[str, Any]] = []
     chosen = [*cases("lm", vocab_sizes=()), *cases("mf", vocab_sizes=(100_000,), widths=(WIDTH,))]

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 from kfac_onnx.errors import UserError, VerifyError
 
 if TYPE_CHECKING:
-    from kfac_onnx.passes.api import save, scan, transform, why
-    from kfac_onnx.passes.checks import check
-    from kfac_onnx.passes.diff import diff
+    from kfac_onnx.api import save, scan, transform, why
     from kfac_onnx.passes.differentiate import differentiate
-    from kfac_onnx.passes.inspect import inspect
-    from kfac_onnx.passes.pipeline import parse_pipeline
+    from kfac_onnx.pipeline.pipeline import parse_pipeline
+    from kfac_onnx.reports.checks import check
+    from kfac_onnx.reports.diff import diff
+    from kfac_onnx.reports.inspect import inspect
     from kfac_onnx.runtime import TrainingSession
 
 __all__ = [
@@ -48,15 +48,15 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "TrainingSession": "kfac_onnx.runtime",
-    "check": "kfac_onnx.passes.checks",
-    "diff": "kfac_onnx.passes.diff",
+    "check": "kfac_onnx.reports.checks",
+    "diff": "kfac_onnx.reports.diff",
     "differentiate": "kfac_onnx.passes.differentiate",
-    "inspect": "kfac_onnx.passes.inspect",
-    "parse_pipeline": "kfac_onnx.passes.pipeline",
-    "save": "kfac_onnx.passes.api",
-    "scan": "kfac_onnx.passes.api",
-    "transform": "kfac_onnx.passes.api",
-    "why": "kfac_onnx.passes.api",
+    "inspect": "kfac_onnx.reports.inspect",
+    "parse_pipeline": "kfac_onnx.pipeline.pipeline",
+    "save": "kfac_onnx.api",
+    "scan": "kfac_onnx.api",
+    "transform": "kfac_onnx.api",
+    "why": "kfac_onnx.api",
 }
 
 

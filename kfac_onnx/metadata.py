@@ -33,8 +33,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from kfac_onnx.disk.records import RecordError, build, names_of, parse
 from kfac_onnx.errors import UserError
-from kfac_onnx.records import RecordError, build, names_of, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

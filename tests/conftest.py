@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+pytest_plugins = ["golden_files", "running", "small_models", "toy_sessions"]
+"""Fixtures that tests of several rooms share; the modules are in tests/support."""
+
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
 
@@ -21,8 +24,8 @@ def pytest_configure() -> None:
 @cache
 def why_no_gpu() -> str | None:
     """Return why nothing can run on CUDA here, in words; None where it can."""
+    from kfac_onnx.device.providers import provider_list
     from kfac_onnx.errors import UserError
-    from kfac_onnx.providers import provider_list
 
     try:
         provider_list(["cuda"])

@@ -13,11 +13,11 @@ import click
 import filecheck.main
 import pytest
 
+from kfac_onnx.api import scan
 from kfac_onnx.cli.main import VERBS, cli, main
 from kfac_onnx.fisher.presets import PRESETS
-from kfac_onnx.passes import registry
-from kfac_onnx.passes.api import scan
-from kfac_onnx.passes.registry import BUILT_IN
+from kfac_onnx.pipeline import registry
+from kfac_onnx.pipeline.registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 GRAPHS = [
@@ -39,11 +39,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 import onnx_ir as ir
-from kfac_onnx.passes.base import Changes, Pass
-from kfac_onnx.passes.log import Log
-from kfac_onnx.passes.options import opt
-from kfac_onnx.passes.registry import register
-from kfac_onnx.passes.rewriter import Emitter
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.log import Log
+from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.registry import register
+from kfac_onnx.graph.rewriter import Emitter
 """
 
 
@@ -95,7 +95,7 @@ def test_tables_of_the_documents_are_complete() -> None:
 
 def test_the_page_of_patterns_lists_every_finding_and_frontend() -> None:
     page = (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8")
-    folder = ROOT / "kfac_onnx" / "passes" / "checks"
+    folder = ROOT / "kfac_onnx" / "reports" / "checks"
     source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     found = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
     found |= {"ambiguous-copy", "refused-table", "zero-table", "constant-weights"}  # chosen by a condition

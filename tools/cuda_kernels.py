@@ -1,4 +1,4 @@
-"""Write the table of the CUDA provider's kernels: kfac_onnx/placement/cuda_kernels.json.
+"""Write the table of the CUDA provider's kernels: kfac_onnx/device/placement/cuda_kernels.json.
 
     python tools/cuda_kernels.py            with onnxruntime-gpu, and a GPU or tools/cuda_stand_in.py
 

@@ -34,7 +34,7 @@ def make_model() -> None:
     """Write the training graph of the language model, its parameters as inputs without values."""
     import torch
 
-    from kfac_onnx.frontends.torch import export_training_graph
+    from kfac_onnx.torch.export import export_training_graph
 
     vocabulary, context, width, hidden, classes = 12_762, 4, 64, 128, 2_001
 

@@ -37,9 +37,9 @@ def run(setting: Setting, seed: int, **options: Any) -> dict[str, Any]:
     """
     from importlib import resources
 
+    from kfac_onnx.api import transform
     from kfac_onnx.demo.corpus import load_corpus
     from kfac_onnx.demo.model import initial_parameters
-    from kfac_onnx.passes.api import transform
     from kfac_onnx.runtime import TrainingSession
 
     corpus = load_corpus()

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from kfac_onnx import TrainingSession, transform
-from kfac_onnx.runtime.batches import as_inputs
-from kfac_onnx.runtime.data import Batches
-from kfac_onnx.runtime.file_batches import FileBatches
-from kfac_onnx.runtime.prefetch import prefetched
+from kfac_onnx.runtime.feed.batches import as_inputs
+from kfac_onnx.runtime.feed.data import Batches
+from kfac_onnx.runtime.feed.file_batches import FileBatches
+from kfac_onnx.runtime.feed.prefetch import prefetched
 
 GRAPH = Path(__file__).parents[1] / "step_cost" / "mf_100000.onnx"
 VOCABULARY, WIDTH, EXAMPLES = 100_000, 64, 1_000_000

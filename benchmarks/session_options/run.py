@@ -25,7 +25,7 @@ import onnxruntime as ort
 
 from kfac_onnx import TrainingSession, transform
 from kfac_onnx.bench import workloads
-from kfac_onnx.runtime.tensors import session_maker
+from kfac_onnx.runtime.step.tensors import session_maker
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kfac_onnx.frontends.torch import export_training_graph
+from kfac_onnx.torch.export import export_training_graph
 
 FOLDER = Path(__file__).parent
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from make import is_parameter, synthetic_graph
 
 from kfac_onnx import transform
-from kfac_onnx.frontends import read_forward_graph
-from kfac_onnx.frontends.autodiff import differentiate
-from kfac_onnx.passes.partition import partition
+from kfac_onnx.autodiff import differentiate
+from kfac_onnx.readers import read_forward_graph
+from kfac_onnx.step.plan import partition
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -158,8 +158,8 @@ class OurTrainee:
         lr: float | None,
         place: Place = HOST,
     ) -> None:
-        from kfac_onnx.passes.api import transform
-        from kfac_onnx.passes.inspect import inspect
+        from kfac_onnx.api import transform
+        from kfac_onnx.reports.inspect import inspect
         from kfac_onnx.runtime import TrainingSession
 
         model = transform(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
     from kfac_onnx.bench.place import Place
-    from kfac_onnx.runtime.tensors import Device
+    from kfac_onnx.runtime.step.tensors import Device
 
 __all__ = ["GpuRates"]
 
@@ -38,8 +38,8 @@ class GpuRates:
     """Measured rates of one GPU, each measured once."""
 
     def __init__(self, place: Place) -> None:
-        from kfac_onnx.providers import provider_list
-        from kfac_onnx.runtime.tensors import device_of
+        from kfac_onnx.device.providers import provider_list
+        from kfac_onnx.runtime.step.tensors import device_of
 
         self._providers = provider_list(place.providers)
         self._device: Device = device_of(self._providers)
@@ -85,7 +85,7 @@ class GpuRates:
         """Return a function that runs the model on the GPU and waits for its end."""
         import onnx
 
-        from kfac_onnx.runtime.tensors import Buffer, open_session
+        from kfac_onnx.runtime.step.tensors import Buffer, open_session
 
         element = int(onnx.TensorProto.FLOAT)
         session = open_session(model, self._providers, threads=1)

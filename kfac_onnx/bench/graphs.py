@@ -25,8 +25,8 @@ def training_graph(
     import onnx.parser
     import onnx_ir as ir
 
-    from kfac_onnx.frontends.autodiff import differentiate
-    from kfac_onnx.inference import inferred
+    from kfac_onnx.autodiff import differentiate
+    from kfac_onnx.graph.inference import inferred
 
     given = "".join(
         f", float[{','.join(map(str, shape))}] {name}" if shape else f", float {name}"

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.bench.arms import ARMS
-from kfac_onnx.files import atomic_path
+from kfac_onnx.disk.models import atomic_path
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,10 +7,10 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kfac_onnx.provider_options import CUDA
+from kfac_onnx.device.provider_options import CUDA
 
 if TYPE_CHECKING:
-    from kfac_onnx.providers import GivenProviders
+    from kfac_onnx.device.providers import GivenProviders
 
 __all__ = ["HOST", "Place", "place_of"]
 
@@ -64,14 +64,14 @@ HOST: Final = Place()
 
 def place_of(provider: str, options: dict[str, str], *, cuda_graph: bool) -> Place:
     """Return the place of a provider by its name, short or full."""
-    from kfac_onnx.providers import SHORT_NAMES
+    from kfac_onnx.device.providers import SHORT_NAMES
 
     return Place(SHORT_NAMES.get(provider, provider), tuple(sorted(options.items())), cuda_graph)
 
 
 def _free_bytes(index: int) -> float | None:
     """Ask the CUDA runtime that ONNX Runtime has loaded (`cudaMemGetInfo`)."""
-    from kfac_onnx.runtime.pinned import loaded_library
+    from kfac_onnx.runtime.feed.pinned import loaded_library
 
     path = loaded_library("libcudart")
     if path is None:

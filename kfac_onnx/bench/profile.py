@@ -124,7 +124,7 @@ def _timed(
     """Return the milliseconds of each phase's runs, and those of a step outside of all phases (median)."""
     import onnxruntime as ort
 
-    from kfac_onnx.runtime.tensors import session_maker
+    from kfac_onnx.runtime.step.tensors import session_maker
 
     watched: list[_Watched] = []
 
@@ -176,7 +176,7 @@ def _profiled(
     """Return, per phase, the time in each operator over the steps after the warm-up, and that of each run."""
     import onnxruntime as ort
 
-    from kfac_onnx.runtime.tensors import session_maker
+    from kfac_onnx.runtime.step.tensors import session_maker
 
     opened: list[tuple[str, Any]] = []  # onnxruntime's sessions are typed in part
     kernels: dict[str, dict[str, tuple[float, int]]] = {}

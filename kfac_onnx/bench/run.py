@@ -14,8 +14,8 @@ from kfac_onnx.bench.measure import available_bytes, groups_that_fit, measure
 from kfac_onnx.bench.place import place_of
 from kfac_onnx.bench.results import CaseResult, Memory, Profile, Results, Settings
 from kfac_onnx.bench.workloads import cases, write_parameters
+from kfac_onnx.device.providers import provider_list
 from kfac_onnx.errors import UserError
-from kfac_onnx.providers import provider_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

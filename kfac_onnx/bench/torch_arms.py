@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kfac_onnx.bench.arms import REST_LR
-from kfac_onnx.runtime.weights import stored_weights
+from kfac_onnx.runtime.saved.weights import stored_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

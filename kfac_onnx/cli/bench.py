@@ -133,7 +133,7 @@ def command(
     from kfac_onnx.bench import Settings, run
     from kfac_onnx.bench.machine import busy
     from kfac_onnx.bench.results import read_results
-    from kfac_onnx.files import refuse_overwrite, require_folder
+    from kfac_onnx.disk.models import refuse_overwrite, require_folder
 
     before = None
     if compare is not None:
@@ -183,7 +183,7 @@ def command(
 
 def _place(ctx: click.Context, words: tuple[str, ...]) -> dict[str, Any]:
     """Return the provider and its options as settings have them."""
-    from kfac_onnx.providers import SHORT_NAMES
+    from kfac_onnx.device.providers import SHORT_NAMES
 
     first, *others = chosen_providers(ctx, words)
     if others:
@@ -203,7 +203,7 @@ def _make(folder: Path) -> None:
 def _write(results: Results, folder: Path) -> None:
     from kfac_onnx.bench.pictures import can_draw, draw
     from kfac_onnx.bench.report import markdown
-    from kfac_onnx.files import atomic_path
+    from kfac_onnx.disk.models import atomic_path
 
     texts = {
         "results.json": json.dumps(results.to_json(), indent=1) + "\n",

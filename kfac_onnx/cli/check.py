@@ -20,7 +20,7 @@ from kfac_onnx.cli.options import (
 from kfac_onnx.cli.output import print_json, say
 
 if TYPE_CHECKING:
-    from kfac_onnx.passes.checks import CheckReport
+    from kfac_onnx.reports.checks import CheckReport
 
 __all__ = ["command"]
 
@@ -47,8 +47,8 @@ def command(
     Looks for sums lost in races, operators that onnxruntime lacks, parameters that an exporter lost, and
     more. Exits 2 if there is an error, 0 with warnings and notes.
     """
-    from kfac_onnx.passes.checks import check
-    from kfac_onnx.runtime.weights import read_weights
+    from kfac_onnx.reports.checks import check
+    from kfac_onnx.runtime.saved.weights import read_weights
 
     report = check(
         model,

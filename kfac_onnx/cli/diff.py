@@ -19,8 +19,8 @@ def command(before: str, after: str, as_json: bool) -> None:
 
     Nodes and values are compared by name; weights by their bytes. Exits 0 also where they differ.
     """
-    from kfac_onnx.files import load_model
-    from kfac_onnx.passes.diff import diff
+    from kfac_onnx.disk.models import load_model
+    from kfac_onnx.reports.diff import diff
 
     report = diff(load_model(before), load_model(after))
     if as_json:

@@ -77,9 +77,9 @@ def command(
     are not, is said on stderr.
     """
     from kfac_onnx import metadata
-    from kfac_onnx.files import refuse_overwrite, require_writable
+    from kfac_onnx.api import save
+    from kfac_onnx.disk.models import refuse_overwrite, require_writable
     from kfac_onnx.metadata import Loss, Parameter
-    from kfac_onnx.passes.api import save
     from kfac_onnx.passes.differentiate import differentiate
 
     refuse_overwrite(output, model)

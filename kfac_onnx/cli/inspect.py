@@ -11,8 +11,8 @@ from kfac_onnx.cli.output import print_json, print_refusals, print_table, quanti
 from kfac_onnx.cli.placement import placement_of, print_placement
 
 if TYPE_CHECKING:
-    from kfac_onnx.passes.inspect import Inspection, LinearCost, SiteReport
-    from kfac_onnx.runtime.saved_run import SavedRun
+    from kfac_onnx.reports.inspect import Inspection, LinearCost, SiteReport
+    from kfac_onnx.runtime.saved.saved_run import SavedRun
 
 __all__ = ["command"]
 
@@ -39,9 +39,9 @@ def command(
     provider works that is what ONNX Runtime does here; for cuda it is predicted elsewhere. Whatever is found,
     the exit code is 0: it is shown, not checked.
     """
-    from kfac_onnx.files import load_model
-    from kfac_onnx.passes.inspect import inspect
-    from kfac_onnx.runtime.saved_run import is_checkpoint, read_run
+    from kfac_onnx.disk.models import load_model
+    from kfac_onnx.reports.inspect import inspect
+    from kfac_onnx.runtime.saved.saved_run import is_checkpoint, read_run
 
     run = read_run(model) if is_checkpoint(model) else None
     loaded = load_model(model) if run is None else run.model

@@ -10,7 +10,7 @@ from kfac_onnx.cli.options import common
 from kfac_onnx.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from kfac_onnx.passes.pipeline import Report
+    from kfac_onnx.pipeline.pipeline import Report
 
 __all__ = ["command"]
 
@@ -45,17 +45,17 @@ def command(
         return
     if model is None or pipeline is None:
         raise click.UsageError("opt wants MODEL and -p PIPELINE, or --list")
-    from kfac_onnx.blame import blames_the_graph
-    from kfac_onnx.files import load_model, refuse_overwrite, save_model
-    from kfac_onnx.passes.pipeline import parse_pipeline
-    from kfac_onnx.passes.printer import model_text
-    from kfac_onnx.passes.verifier import require_sound
+    from kfac_onnx.disk.models import load_model, refuse_overwrite, save_model
+    from kfac_onnx.graph.invalid import blames_the_graph
+    from kfac_onnx.graph.printer import model_text
+    from kfac_onnx.graph.verifier import require_sound
+    from kfac_onnx.pipeline.pipeline import parse_pipeline
 
     passes = parse_pipeline(pipeline)
     if output is not None:
         refuse_overwrite(output, model)
     if canonical:
-        from kfac_onnx.frontends import read_training_graph
+        from kfac_onnx.readers import read_training_graph
 
         loaded = read_training_graph(model)
     else:
@@ -86,8 +86,8 @@ def command(
 
 
 def _list(as_json: bool) -> None:
-    from kfac_onnx.passes.options import format_value, options_of
-    from kfac_onnx.passes.registry import pass_class, pass_names
+    from kfac_onnx.pipeline.options import format_value, options_of
+    from kfac_onnx.pipeline.registry import pass_class, pass_names
 
     classes = [pass_class(name) for name in pass_names()]
     if as_json:

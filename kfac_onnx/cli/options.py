@@ -12,7 +12,7 @@ from kfac_onnx.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from kfac_onnx.providers import GivenProviders, Provider
+    from kfac_onnx.device.providers import GivenProviders, Provider
 
 __all__ = [
     "BLOCK_OPTIONS",
@@ -129,7 +129,7 @@ _BLOCK: Final = "kfac_onnx.block"
 def block_options(function: Callable[P, R]) -> Callable[P, R]:
     """Add `BLOCK_OPTIONS`, most with the types and help of the pass; `block_settings` reads them."""
     from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
-    from kfac_onnx.passes.options import options_of
+    from kfac_onnx.pipeline.options import options_of
 
     function = click.option(
         "--padding-idx",
@@ -159,7 +159,7 @@ def _keep(ctx: click.Context, parameter: click.Parameter, value: float | str | N
 
 
 def _keep_padding(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> None:
-    from kfac_onnx.passes.sites.padding import padding_rows
+    from kfac_onnx.tables.padding import padding_rows
 
     if words:
         settings: dict[str, object] = ctx.meta.setdefault(_BLOCK, {})
@@ -201,7 +201,7 @@ _PROVIDER: Final = "kfac_onnx.provider"
 
 
 def _keep_provider_options(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> None:
-    from kfac_onnx.provider_options import option_pairs
+    from kfac_onnx.device.provider_options import option_pairs
 
     ctx.meta[_PROVIDER] = option_pairs(words)
 
@@ -224,7 +224,7 @@ def chosen_providers(ctx: click.Context, words: tuple[str, ...]) -> list[Provide
 
 def target_of(providers: GivenProviders) -> str:
     """Return what a graph that is transformed on the fly is lowered for."""
-    from kfac_onnx.providers import on_cuda
+    from kfac_onnx.device.providers import on_cuda
 
     return "cuda" if on_cuda(providers) else "cpu"
 
@@ -234,7 +234,7 @@ def provider_names(words: tuple[str, ...]) -> list[str]:
 
     They are in order of preference, as several options or as one with commas; the CPU if there are none.
     """
-    from kfac_onnx.providers import SHORT_NAMES
+    from kfac_onnx.device.providers import SHORT_NAMES
 
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     return [SHORT_NAMES.get(name, name) for name in names] or [SHORT_NAMES["cpu"]]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from kfac_onnx.placement import Copy, Node, Placement
-    from kfac_onnx.providers import Provider
+    from kfac_onnx.device.placement import Copy, Node, Placement
+    from kfac_onnx.device.providers import Provider
 
 __all__ = ["placement_of", "print_placement"]
 
@@ -24,8 +24,8 @@ def placement_of(model: ir.Model, provider: Provider) -> tuple[Placement, str | 
 
     Raises UserError where the provider does not work here and there is no table of its kernels.
     """
-    from kfac_onnx.passes.partition import partition
-    from kfac_onnx.placement import cuda_kernels, measure, predict
+    from kfac_onnx.device.placement import cuda_kernels, measure, predict
+    from kfac_onnx.step.plan import partition
 
     stages = [(stage.name, stage.model) for stage in partition(model, sequential=False).stages]
     name = provider if isinstance(provider, str) else provider[0]

@@ -12,8 +12,8 @@ from kfac_onnx.cli.output import print_json, print_refusals, print_table, say
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
-    from kfac_onnx.passes.api import Report
-    from kfac_onnx.passes.coverage import Row
+    from kfac_onnx.api import Report
+    from kfac_onnx.cli.scan_folder import Row
 
 __all__ = ["command"]
 
@@ -33,7 +33,7 @@ def command(
     Of a FOLDER: one row for every .onnx file in it and the folders in it. Exits 0 whenever the graph could be
     read, or the folder has a graph: a refusal is a result.
     """
-    from kfac_onnx.passes.api import scan
+    from kfac_onnx.api import scan
 
     if Path(model).is_dir():
         if loss is not None or gradients:
@@ -48,7 +48,7 @@ def command(
 
 
 def _folder(ctx: click.Context, folder: str, as_json: bool) -> None:
-    from kfac_onnx.passes.coverage import scan_folder
+    from kfac_onnx.cli.scan_folder import scan_folder
 
     rows = scan_folder(folder)
     if as_json:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from kfac_onnx.runtime import TrainingSession
-    from kfac_onnx.runtime.data import Batches
+    from kfac_onnx.runtime.feed.data import Batches
     from kfac_onnx.runtime.fitting import FitResult
 
 __all__ = ["command"]
@@ -172,8 +172,8 @@ def command(
         export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
     )
     from kfac_onnx.runtime import TrainingSession
-    from kfac_onnx.runtime.export import filled
-    from kfac_onnx.runtime.source import require_source, source_hash
+    from kfac_onnx.runtime.saved.export import filled
+    from kfac_onnx.runtime.saved.source import require_source, source_hash
 
     providers = chosen_providers(ctx, provider)
     if resume is not None and begun is not None:
@@ -288,8 +288,8 @@ def _check(
     inputs: list[str],
 ) -> None:
     """Raise UserError for what would fail after hours of training: options, places, a wrong --into."""
-    from kfac_onnx.files import load_proto, refuse_overwrite, require_folder, require_writable
-    from kfac_onnx.runtime.checkpoint_folder import is_folder
+    from kfac_onnx.disk.models import load_proto, refuse_overwrite, require_folder, require_writable
+    from kfac_onnx.runtime.saved.checkpoint_folder import is_folder
 
     if into is not None and export is None:
         raise UserError("--into says where the weights go, but there is no --export to write")
@@ -331,9 +331,9 @@ def _prepared(
     Raises UserError where an option would change a model that is already transformed.
     """
     from kfac_onnx import metadata
-    from kfac_onnx.files import load_model
-    from kfac_onnx.passes.api import transform
-    from kfac_onnx.runtime.weights import read_weights
+    from kfac_onnx.api import transform
+    from kfac_onnx.disk.models import load_model
+    from kfac_onnx.runtime.saved.weights import read_weights
 
     model = load_model(path)
     values = None if parameters is None else read_weights(parameters)
@@ -358,8 +358,8 @@ def _fixed_size(session: TrainingSession) -> int | None:
 
 
 def _batches(path: str, size: int | None, seed: int | None, *, full: bool) -> Batches:
-    from kfac_onnx.runtime.data import Batches
-    from kfac_onnx.runtime.file_batches import FileBatches
+    from kfac_onnx.runtime.feed.data import Batches
+    from kfac_onnx.runtime.feed.file_batches import FileBatches
 
     if size is None:
         return FileBatches(path, seed=seed)
@@ -367,7 +367,7 @@ def _batches(path: str, size: int | None, seed: int | None, *, full: bool) -> Ba
 
 
 def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
-    from kfac_onnx.runtime.skip_causes import reasons
+    from kfac_onnx.runtime.step.skip_causes import reasons
 
     milliseconds = 1000 * result.seconds / max(1, result.steps)
     if as_json:

@@ -94,10 +94,10 @@ def command(
 
     The result is one ONNX file that runs on plain ONNX Runtime.
     """
-    from kfac_onnx.files import refuse_overwrite
-    from kfac_onnx.passes.api import save, transform
-    from kfac_onnx.passes.inspect import inspect
-    from kfac_onnx.runtime.weights import read_weights
+    from kfac_onnx.api import save, transform
+    from kfac_onnx.disk.models import refuse_overwrite
+    from kfac_onnx.reports.inspect import inspect
+    from kfac_onnx.runtime.saved.weights import read_weights
 
     refuse_overwrite(output, model, *([parameters] if parameters else []))
     if pipeline is not None:

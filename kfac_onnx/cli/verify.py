@@ -17,8 +17,8 @@ from kfac_onnx.cli.options import (
 from kfac_onnx.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from kfac_onnx.providers import Provider
-    from kfac_onnx.runtime.verify import GradientCheck
+    from kfac_onnx.device.providers import Provider
+    from kfac_onnx.runtime.gradcheck.verify import GradientCheck
 
 __all__ = ["command"]
 
@@ -67,12 +67,12 @@ def command(
         return
     if model is None or data is None or more:
         raise click.UsageError("verify wants MODEL and --data FILE, or --golden FILE...")
-    from kfac_onnx.frontends import read_training_graph
     from kfac_onnx.passes.find_embeddings import find_sites
-    from kfac_onnx.runtime.data import Batches
-    from kfac_onnx.runtime.file_batches import FileBatches
-    from kfac_onnx.runtime.verify import verify_gradients
-    from kfac_onnx.runtime.weights import read_weights
+    from kfac_onnx.readers import read_training_graph
+    from kfac_onnx.runtime.feed.data import Batches
+    from kfac_onnx.runtime.feed.file_batches import FileBatches
+    from kfac_onnx.runtime.gradcheck.verify import verify_gradients
+    from kfac_onnx.runtime.saved.weights import read_weights
 
     batches = FileBatches(data) if batch_size is None else Batches(data, batch_size)
     graph = read_training_graph(model, loss=loss, gradients=gradient_pairs(gradients))
@@ -114,7 +114,7 @@ def _print(checks: list[GradientCheck], as_json: bool) -> None:
 
 
 def _golden(ctx: click.Context, paths: list[str], providers: list[Provider], as_json: bool) -> None:
-    from kfac_onnx.fisher.golden import TOLERANCE, verify_golden
+    from kfac_onnx.reports.golden import TOLERANCE, verify_golden
 
     rows = verify_golden(paths, providers=providers)
     if as_json:

@@ -23,7 +23,7 @@ def command(model: str, parameter: str, loss: str | None, gradients: tuple[str, 
     Lists what was tried at each node from the parameter to its uses, and from its gradient back to what is
     scattered into it.
     """
-    from kfac_onnx.passes.api import why
+    from kfac_onnx.api import why
 
     found = why(model, parameter, loss=loss, gradients=gradient_pairs(gradients))
     if as_json:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from kfac_onnx.providers import GivenProviders
+    from kfac_onnx.device.providers import GivenProviders
 
 __all__ = ["ARMS", "Arm", "ArmResult", "train"]
 
@@ -71,7 +71,7 @@ def train(
 
     Between evaluations `tell` gets the last held-out loss (NaN before the first).
     """
-    from kfac_onnx.passes.inspect import inspect
+    from kfac_onnx.reports.inspect import inspect
     from kfac_onnx.runtime import TrainingSession
 
     at: list[int] = []

@@ -22,14 +22,14 @@ from kfac_onnx.demo.arms import ARMS, Arm, ArmResult, train
 from kfac_onnx.demo.corpus import CLASSES, CONTEXT, load_corpus
 from kfac_onnx.demo.curves import check_plot, draw_png, draw_text
 from kfac_onnx.demo.model import initial_parameters
+from kfac_onnx.device.providers import provider_list
 from kfac_onnx.errors import UserError
-from kfac_onnx.providers import provider_list
-from kfac_onnx.runtime.tensors import device_of
+from kfac_onnx.runtime.step.tensors import device_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.providers import GivenProviders
+    from kfac_onnx.device.providers import GivenProviders
 
 __all__ = ["DemoResult", "run"]
 
@@ -155,7 +155,7 @@ def run(
 
 def _models(console: Console, target: str) -> dict[Arm, ir.Model]:
     """Scan the shipped graph and transform it once for each arm."""
-    from kfac_onnx.passes.api import scan, transform
+    from kfac_onnx.api import scan, transform
 
     models: dict[Arm, ir.Model] = {}
     packed = resources.files("kfac_onnx.demo").joinpath("data/lm.onnx")

@@ -11,8 +11,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from kfac_onnx.disk.models import atomic_path, require_writable
 from kfac_onnx.errors import UserError
-from kfac_onnx.files import atomic_path, require_writable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

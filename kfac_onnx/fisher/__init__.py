@@ -26,7 +26,7 @@ from kfac_onnx.fisher.output_factor import FullyConnectedKroneckerFactor
 from kfac_onnx.fisher.presets import ADAGRAD, ADAPTIVE, HALF, PRESETS, R17, Damping, Preset, find_preset
 from kfac_onnx.fisher.session import FisherSession
 from kfac_onnx.fisher.settings import FactorSettings, settings_of
-from kfac_onnx.fisher.symbols import HostPower, SparseRows, Update, Variable, constant, placeholder
+from kfac_onnx.graph.symbols import HostPower, SparseRows, Update, Variable, constant, placeholder
 
 __all__ = [
     "ADAGRAD",

@@ -18,13 +18,13 @@ from kfac_onnx.fisher.damping import split_damping, trace_ratio
 from kfac_onnx.fisher.errors import FisherIndexError, FisherValueError
 from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor
 from kfac_onnx.fisher.output_factor import FullyConnectedKroneckerFactor
-from kfac_onnx.fisher.symbols import SparseRows, apply, call, constant
+from kfac_onnx.graph.symbols import SparseRows, apply, call, constant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kfac_onnx.fisher.layer_collection import LayerCollection
-    from kfac_onnx.fisher.symbols import Variable
+    from kfac_onnx.graph.symbols import Variable
 
 __all__ = ["EmbeddingKFACFB", "EmbeddingKFACMultiIndepFB", "FisherBlock", "KroneckerProductFB"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
-from kfac_onnx.fisher.symbols import apply, call, constant
+from kfac_onnx.graph.symbols import apply, call, constant
 
 if TYPE_CHECKING:
     from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor

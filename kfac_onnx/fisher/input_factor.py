@@ -13,12 +13,12 @@ import onnx_ir as ir
 
 from kfac_onnx.fisher.errors import FisherTypeError, FisherValueError
 from kfac_onnx.fisher.settings import FactorSettings
-from kfac_onnx.fisher.symbols import SparseRows, Update, apply, call, constant, ints, variable
+from kfac_onnx.graph.symbols import SparseRows, Update, apply, call, constant, ints, variable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kfac_onnx.fisher.symbols import Variable
+    from kfac_onnx.graph.symbols import Variable
 
 __all__ = ["EmbeddingInputKroneckerFactor", "as_towers", "row_count"]
 

@@ -13,7 +13,7 @@ from kfac_onnx.fisher.settings import FactorSettings
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
-    from kfac_onnx.fisher.symbols import Variable
+    from kfac_onnx.graph.symbols import Variable
 
 __all__ = ["AUTO_REUSE", "LayerCollection", "Reuse"]
 

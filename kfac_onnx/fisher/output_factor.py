@@ -10,12 +10,12 @@ import onnx_ir as ir
 from kfac_onnx.fisher.errors import FisherIndexError, FisherKeyError, FisherTypeError, FisherValueError
 from kfac_onnx.fisher.input_factor import as_towers, row_count
 from kfac_onnx.fisher.settings import FactorSettings
-from kfac_onnx.fisher.symbols import HostPower, SparseRows, Update, apply, call, constant, ints, variable
+from kfac_onnx.graph.symbols import HostPower, SparseRows, Update, apply, call, constant, ints, variable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kfac_onnx.fisher.symbols import Variable
+    from kfac_onnx.graph.symbols import Variable
 
 __all__ = ["FullyConnectedKroneckerFactor"]
 

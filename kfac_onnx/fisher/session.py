@@ -12,19 +12,19 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import dialect
+from kfac_onnx.device.providers import on_cuda, provider_list, require_providers
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.fisher.symbols import Array, HostPower, SparseRows, Update, Variable, placeholder
-from kfac_onnx.providers import on_cuda, provider_list, require_providers
+from kfac_onnx.graph.symbols import Array, HostPower, SparseRows, Update, Variable, placeholder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import onnxruntime
 
+    from kfac_onnx.device.providers import GivenProviders
     from kfac_onnx.dialect import Variant
     from kfac_onnx.fisher.blocks import FisherBlock
     from kfac_onnx.fisher.layer_collection import LayerCollection
-    from kfac_onnx.providers import GivenProviders
 
 __all__ = ["FisherSession", "build_model", "host_power"]
 

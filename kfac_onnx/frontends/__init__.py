@@ -1,14 +1,1 @@
-"""Readers of exported training graphs: from each exporter's files to one canonical form."""
-
-from kfac_onnx.frontends.canonical import read_forward_graph, read_training_graph
-from kfac_onnx.frontends.loss import emit_divisor
-from kfac_onnx.frontends.scatters import make_scatters_race_free
-from kfac_onnx.frontends.training_info import initial_values
-
-__all__ = [
-    "emit_divisor",
-    "initial_values",
-    "make_scatters_race_free",
-    "read_forward_graph",
-    "read_training_graph",
-]
+"""The public place of the PyTorch exporter."""

@@ -9,18 +9,18 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
+from kfac_onnx.graph.rewriter import Emitter, Out
 from kfac_onnx.metadata import IdCheck, Loss, Parameter, Phase, State, Step
-from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.find_embeddings import values_by_name
-from kfac_onnx.passes.insertion.draft import BOOL, FLOAT, GUARD, Draft
 from kfac_onnx.passes.insertion.writing import drop_gradient
-from kfac_onnx.passes.registry import register
-from kfac_onnx.passes.rewriter import Emitter, Out
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.registry import register
+from kfac_onnx.step.draft import BOOL, FLOAT, GUARD, Draft
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.log import Log
+    from kfac_onnx.pipeline.log import Log
 
 __all__ = ["CloseStep"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kfac_onnx.passes.base import Changes, Pass
-from kfac_onnx.passes.registry import register
-from kfac_onnx.passes.rewriter import graphs_of
+from kfac_onnx.graph.rewriter import graphs_of
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.log import Log
+    from kfac_onnx.pipeline.log import Log
 
 __all__ = ["Dce"]
 

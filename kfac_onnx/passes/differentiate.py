@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import onnx_ir as ir
 
 from kfac_onnx import metadata
-from kfac_onnx.blame import blames_the_graph
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.passes.base import Changes, Pass
-from kfac_onnx.passes.options import opt
-from kfac_onnx.passes.registry import register
+from kfac_onnx.graph.invalid import blames_the_graph
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from kfac_onnx.passes.log import Log
+    from kfac_onnx.pipeline.log import Log
 
     Source = str | Path | ir.Model | onnx.ModelProto
 
@@ -60,7 +60,7 @@ class Differentiate(Pass):
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place; every node, input, output and metadata entry is one change."""
-        from kfac_onnx.frontends.canonical import make_canonical
+        from kfac_onnx.readers.read import make_canonical
 
         before = _Census(model)
         place = None
@@ -85,7 +85,7 @@ class Differentiate(Pass):
         return before.changes(model)
 
     def _loss(self, model: ir.Model, place: str | None) -> ir.Value:
-        from kfac_onnx.frontends.autodiff.losses import append_loss
+        from kfac_onnx.autodiff.losses import append_loss
 
         if self.loss_output is not None:
             if self.logits is not None:
@@ -144,8 +144,8 @@ def differentiate(
             have no gradient rule (all of them are listed).
 
     """
-    from kfac_onnx.frontends.load import load
-    from kfac_onnx.passes.pipeline import Pipeline
+    from kfac_onnx.pipeline.pipeline import Pipeline
+    from kfac_onnx.readers.load import load
 
     exported = load(source)
     step = Differentiate(
@@ -228,7 +228,7 @@ def _find(model: ir.Model, name: str, what: str, place: str | None) -> ir.Value:
 
 
 def _logits(model: ir.Model, name: str | None, place: str | None) -> ir.Value:
-    from kfac_onnx.frontends.interface import is_float
+    from kfac_onnx.readers.interface import is_float
 
     if name is not None:
         return _find(model, name, "the logits", place)
@@ -244,8 +244,8 @@ def _logits(model: ir.Model, name: str | None, place: str | None) -> ir.Value:
 
 
 def _require_scalar(loss: ir.Value, place: str | None) -> None:
-    from kfac_onnx.frontends.interface import is_float
-    from kfac_onnx.frontends.values import static_shape
+    from kfac_onnx.graph.values import static_shape
+    from kfac_onnx.readers.interface import is_float
 
     shape = static_shape(loss)
     if not is_float(loss) or shape is None or any(dim != 1 for dim in shape):
@@ -261,8 +261,8 @@ def _weights(
     model: ir.Model, train: tuple[str, ...], freeze: tuple[str, ...], place: str | None
 ) -> tuple[list[ir.Value], dict[str, str], list[str]]:
     """Return what may be trained, what is not and why, and notes on transposed copies that were undone."""
-    from kfac_onnx.frontends.autodiff.trainable import find_candidates
-    from kfac_onnx.frontends.copies import undo_repeated_vectors, undo_stale_copies
+    from kfac_onnx.autodiff.trainable import find_candidates
+    from kfac_onnx.canonical.folded_copies import undo_repeated_vectors, undo_stale_copies
 
     found = find_candidates(model, train, freeze, place)
     repeated = undo_repeated_vectors(model, found.trained)
@@ -310,8 +310,8 @@ def _append(
     model: ir.Model, loss: ir.Value, weights: list[ir.Value], place: str | None
 ) -> dict[ir.Value, ir.Value]:
     """Append the gradients and make each an output `<weight>_grad`."""
-    from kfac_onnx.frontends.autodiff import append_gradients
-    from kfac_onnx.frontends.lowering.emit import Names
+    from kfac_onnx.autodiff import append_gradients
+    from kfac_onnx.graph.emit import Names
 
     taken = {f"{value.name}_grad" for value in weights}
     names = Names(model)
@@ -346,9 +346,9 @@ def _append(
 
 def _with_kernels(model: ir.Model) -> list[str]:
     """Tell the shapes of what was added, and give it types that onnxruntime has kernels for."""
-    from kfac_onnx.frontends.shapes import infer_shapes
-    from kfac_onnx.frontends.upgrade import clean_imports
-    from kfac_onnx.frontends.widen import widen
+    from kfac_onnx.canonical.upgrade import clean_imports
+    from kfac_onnx.canonical.widen import widen
+    from kfac_onnx.graph.shapes import infer_shapes
 
     infer_shapes(model)
     notes = widen(model)
@@ -369,7 +369,7 @@ def _inference_notes(model: ir.Model) -> list[str]:
 
 def _trains(node: ir.Node) -> bool:
     """Say whether a BatchNormalization or Dropout was exported for training."""
-    from kfac_onnx.frontends.values import constant, int_attribute
+    from kfac_onnx.graph.values import constant, int_attribute
 
     if node.op_type != "Dropout":
         return bool(int_attribute(node, "training_mode", 0))
@@ -379,8 +379,8 @@ def _trains(node: ir.Node) -> bool:
 
 
 def _describe(model: ir.Model, loss: ir.Value, gradients: dict[ir.Value, ir.Value], notes: list[str]) -> None:
-    from kfac_onnx.frontends.loss import find_reduction
-    from kfac_onnx.frontends.pairing import parameter_of
+    from kfac_onnx.readers.loss import find_reduction
+    from kfac_onnx.readers.pairing import parameter_of
 
     parameters = [parameter_of(value, gradient.name) for value, gradient in gradients.items()]
     metadata.write(model, "frontend", "differentiated")

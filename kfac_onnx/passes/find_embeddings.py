@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kfac_onnx import metadata
+from kfac_onnx.graph.rewriter import Emitter
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
-from kfac_onnx.passes.base import Changes, Pass
-from kfac_onnx.passes.options import opt
-from kfac_onnx.passes.registry import register
-from kfac_onnx.passes.rewriter import Emitter
-from kfac_onnx.passes.sites.facts import Facts, ancestors
-from kfac_onnx.passes.sites.marking import id_checks, mark
-from kfac_onnx.passes.sites.matching import Verdict, match_table
-from kfac_onnx.passes.sites.padding import check_padding, padding_rows
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.registry import register
+from kfac_onnx.tables.facts import Facts, ancestors
+from kfac_onnx.tables.marking import id_checks, mark
+from kfac_onnx.tables.matching import Verdict, match_table
+from kfac_onnx.tables.padding import check_padding, padding_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import onnx_ir as ir
 
-    from kfac_onnx.passes.log import Log
+    from kfac_onnx.pipeline.log import Log
 
 __all__ = ["FindEmbeddings", "facts_of", "find_sites", "find_tables", "values_by_name"]
 

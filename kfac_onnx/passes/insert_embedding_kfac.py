@@ -11,20 +11,20 @@ import onnx_ir as ir
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.fisher.presets import PRESETS, Preset
+from kfac_onnx.graph.rewriter import Emitter, Out
 from kfac_onnx.metadata import Loss, Phase, Refusal, Site
-from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.find_embeddings import values_by_name
-from kfac_onnx.passes.insertion.draft import FLOAT, Draft
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
 from kfac_onnx.passes.insertion.table import RowUpdate, TableBlock, from_rows
 from kfac_onnx.passes.insertion.writing import drop_gradient, takes_steps, write_table
-from kfac_onnx.passes.options import opt
-from kfac_onnx.passes.registry import register
-from kfac_onnx.passes.rewriter import Emitter, Out
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.registry import register
+from kfac_onnx.step.draft import FLOAT, Draft
 
 if TYPE_CHECKING:
-    from kfac_onnx.passes.log import Log
+    from kfac_onnx.pipeline.log import Log
 
 __all__ = ["LEARNING_RATES", "InsertEmbeddingKfac"]
 
@@ -224,7 +224,7 @@ class InsertEmbeddingKfac(Pass):
         emit = emitter.derive(phase=Phase.GRADIENTS)
         if self.grad_scale is not None:
             return emit.constant(np.float32(self.grad_scale**2), "grad_scale_squared")
-        from kfac_onnx.frontends import emit_divisor
+        from kfac_onnx.readers import emit_divisor
 
         divisor = emit_divisor(model)
         if divisor is None:

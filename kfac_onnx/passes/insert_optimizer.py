@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kfac_onnx import metadata
+from kfac_onnx.graph.rewriter import Emitter, Out
 from kfac_onnx.metadata import Parameter, Phase, Site
-from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.find_embeddings import values_by_name
-from kfac_onnx.passes.insertion.draft import FLOAT, INT64, Draft
 from kfac_onnx.passes.insertion.table import RowUpdate
 from kfac_onnx.passes.insertion.writing import as_float32, drop_gradient, keep_parameter, write_table
-from kfac_onnx.passes.options import opt
-from kfac_onnx.passes.registry import register
-from kfac_onnx.passes.rewriter import Emitter, Out
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.registry import register
+from kfac_onnx.step.draft import FLOAT, INT64, Draft
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.log import Log
+    from kfac_onnx.pipeline.log import Log
 
 __all__ = ["InsertOptimizer"]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
-from kfac_onnx.passes.base import Changes, Pass
 from kfac_onnx.passes.device_scalars import Brought, bring_sizes_to_device
-from kfac_onnx.passes.options import opt
-from kfac_onnx.passes.registry import register
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from kfac_onnx.dialect import Variant
-    from kfac_onnx.passes.log import Log
+    from kfac_onnx.pipeline.log import Log
 
 __all__ = ["Lower"]
 

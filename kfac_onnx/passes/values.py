@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.frontends.values import static_shape
+from kfac_onnx.graph.values import static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

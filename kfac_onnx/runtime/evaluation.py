@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.passes.partition import extract
-from kfac_onnx.runtime.batches import checked_batch, examples_in
-from kfac_onnx.runtime.ids import check_given, check_ids, explain_failure, origin_of
-from kfac_onnx.runtime.tensors import Buffer, Device, open_session
+from kfac_onnx.runtime.feed.batches import checked_batch, examples_in
+from kfac_onnx.runtime.feed.ids import check_given, check_ids, explain_failure, origin_of
+from kfac_onnx.runtime.step.tensors import Buffer, Device, open_session
+from kfac_onnx.step.plan import extract
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     import onnxruntime as ort
 
-    from kfac_onnx.passes.partition import Plan
-    from kfac_onnx.providers import Providers
-    from kfac_onnx.runtime.batches import BatchInput
-    from kfac_onnx.runtime.runner import Holder
+    from kfac_onnx.device.providers import Providers
+    from kfac_onnx.runtime.feed.batches import BatchInput
+    from kfac_onnx.runtime.step.runner import Holder
+    from kfac_onnx.step.plan import Plan
 
 __all__ = ["Evaluator"]
 

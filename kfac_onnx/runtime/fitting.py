@@ -11,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+from kfac_onnx.disk.json_lines import json_lines
+from kfac_onnx.disk.models import make_folder
 from kfac_onnx.errors import UserError
-from kfac_onnx.files import make_folder
-from kfac_onnx.runtime.batches import examples_in
-from kfac_onnx.runtime.checkpoint_folder import is_folder
-from kfac_onnx.runtime.data import Batches
-from kfac_onnx.runtime.json_lines import json_lines
-from kfac_onnx.runtime.prefetch import prefetched
-from kfac_onnx.runtime.skip_causes import advice, reasons
+from kfac_onnx.runtime.feed.batches import examples_in
+from kfac_onnx.runtime.feed.data import Batches
+from kfac_onnx.runtime.feed.prefetch import prefetched
+from kfac_onnx.runtime.saved.checkpoint_folder import is_folder
+from kfac_onnx.runtime.step.skip_causes import advice, reasons
 from kfac_onnx.runtime.stopping import stop_signals, stopped
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from kfac_onnx.runtime.description import Metrics
     from kfac_onnx.runtime.session import TrainingSession
-    from kfac_onnx.runtime.skip_causes import Cause
-    from kfac_onnx.runtime.views import Metrics
+    from kfac_onnx.runtime.step.skip_causes import Cause
 
 __all__ = ["SKIP_LIMIT", "FitResult", "Row", "fit"]
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from kfac_onnx.metadata import RootCheck, State
-    from kfac_onnx.passes.partition_graph import Item
-    from kfac_onnx.runtime.monitor import RootRecord
+    from kfac_onnx.runtime.step.monitor import RootRecord
+    from kfac_onnx.step.protos import Item
 
 __all__ = ["RootHealth", "root_health"]
 

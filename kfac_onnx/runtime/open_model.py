@@ -15,20 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
+from kfac_onnx.device.providers import provider_list
+from kfac_onnx.disk.models import load_model
 from kfac_onnx.errors import UserError, VerifyError, first_line
-from kfac_onnx.files import load_model
+from kfac_onnx.graph.verifier import require_sound
 from kfac_onnx.metadata import Loss, Parameter, Site
-from kfac_onnx.passes.partition import partition
-from kfac_onnx.passes.verifier import require_sound
-from kfac_onnx.providers import provider_list
 from kfac_onnx.runtime import schedules
-from kfac_onnx.runtime.bodies import lowered_for, use_bodies_for
-from kfac_onnx.runtime.checkpoint import kfac_metadata
-from kfac_onnx.runtime.device_engine import DeviceEngine
-from kfac_onnx.runtime.engine import Engine
+from kfac_onnx.runtime.description import Description, Parameters, describe
 from kfac_onnx.runtime.evaluation import Evaluator
-from kfac_onnx.runtime.feeding import Feeder
-from kfac_onnx.runtime.halves import Halves
+from kfac_onnx.runtime.feed.feeding import Feeder
 from kfac_onnx.runtime.health import RootHealth, root_health
 from kfac_onnx.runtime.opening import (
     assignable,
@@ -40,23 +35,28 @@ from kfac_onnx.runtime.opening import (
     own_outputs,
     require_step,
 )
-from kfac_onnx.runtime.probe import plan_problem
-from kfac_onnx.runtime.random_nodes import KEYS
-from kfac_onnx.runtime.seeds import seed_random_nodes
-from kfac_onnx.runtime.skips import SkipFinder
-from kfac_onnx.runtime.stateless import RandomKeys, make_stateless
-from kfac_onnx.runtime.stepper import Stepper
-from kfac_onnx.runtime.tensors import device_of
-from kfac_onnx.runtime.views import Description, Parameters, describe
-from kfac_onnx.runtime.weights import stored_weights
+from kfac_onnx.runtime.random.random_nodes import KEYS
+from kfac_onnx.runtime.random.seeds import seed_random_nodes
+from kfac_onnx.runtime.random.stateless import RandomKeys, make_stateless
+from kfac_onnx.runtime.saved.checkpoint import kfac_metadata
+from kfac_onnx.runtime.saved.weights import stored_weights
+from kfac_onnx.runtime.step.bodies import lowered_for, use_bodies_for
+from kfac_onnx.runtime.step.device_engine import DeviceEngine
+from kfac_onnx.runtime.step.engine import Engine
+from kfac_onnx.runtime.step.forward_half import Halves
+from kfac_onnx.runtime.step.probe import plan_problem
+from kfac_onnx.runtime.step.skips import SkipFinder
+from kfac_onnx.runtime.step.stepper import Stepper
+from kfac_onnx.runtime.step.tensors import device_of
+from kfac_onnx.step.plan import partition
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from kfac_onnx.passes.partition import Plan
+    from kfac_onnx.disk.stored import Array
     from kfac_onnx.runtime.schedules import Schedule
-    from kfac_onnx.runtime.stored import Array
+    from kfac_onnx.step.plan import Plan
 
 __all__ = ["OpenModel"]
 

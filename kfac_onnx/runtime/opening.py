@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kfac_onnx import metadata
+from kfac_onnx.disk.memory import require_memory
+from kfac_onnx.disk.stored import StoredArray
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.memory import require_memory
 from kfac_onnx.metadata import State, Step
-from kfac_onnx.runtime.batches import BatchInput
-from kfac_onnx.runtime.runner import Holder
-from kfac_onnx.runtime.stored import StoredArray
-from kfac_onnx.runtime.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
+from kfac_onnx.runtime.feed.batches import BatchInput
+from kfac_onnx.runtime.step.runner import Holder
+from kfac_onnx.runtime.step.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import onnx_ir as ir
 
-    from kfac_onnx.passes.partition import Plan
-    from kfac_onnx.runtime.stored import Array
+    from kfac_onnx.disk.stored import Array
+    from kfac_onnx.step.plan import Plan
 
 __all__ = [
     "assignable",

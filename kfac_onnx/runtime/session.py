@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.disk.models import load_model, make_folder, require_folder, save_model
 from kfac_onnx.errors import UserError
-from kfac_onnx.files import load_model, make_folder, require_folder, save_model
-from kfac_onnx.passes.partition import partition
-from kfac_onnx.runtime.batches import as_inputs, checked_batch
-from kfac_onnx.runtime.checkpoint import (
+from kfac_onnx.runtime.feed.batches import as_inputs, checked_batch
+from kfac_onnx.runtime.feed.ids import check_given
+from kfac_onnx.runtime.fitting import SKIP_LIMIT, fit
+from kfac_onnx.runtime.open_model import OpenModel
+from kfac_onnx.runtime.opening import require_step
+from kfac_onnx.runtime.saved.checkpoint import (
     Checkpoint,
     different_model,
     given_values,
@@ -33,7 +36,7 @@ from kfac_onnx.runtime.checkpoint import (
     versions,
     write_checkpoint,
 )
-from kfac_onnx.runtime.checkpoint_folder import (
+from kfac_onnx.runtime.saved.checkpoint_folder import (
     KEEP,
     checkpoint_name,
     is_folder,
@@ -41,19 +44,16 @@ from kfac_onnx.runtime.checkpoint_folder import (
     require_own,
     tidy,
 )
-from kfac_onnx.runtime.export import forward_model, write_into
-from kfac_onnx.runtime.fitting import SKIP_LIMIT, fit
-from kfac_onnx.runtime.ids import check_given
-from kfac_onnx.runtime.open_model import OpenModel
-from kfac_onnx.runtime.opening import require_step
-from kfac_onnx.runtime.skip_causes import reasons
+from kfac_onnx.runtime.saved.export import forward_model, write_into
+from kfac_onnx.runtime.step.skip_causes import reasons
 from kfac_onnx.runtime.uninterrupted import uninterrupted
+from kfac_onnx.step.plan import partition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from kfac_onnx.runtime.description import Metrics
     from kfac_onnx.runtime.fitting import FitResult, Row
-    from kfac_onnx.runtime.views import Metrics
 
 __all__ = ["TrainingSession"]
 

@@ -18,9 +18,10 @@ from kfac_onnx.bench.results import Results, Settings
 from kfac_onnx.bench.roofline import floor_of
 from kfac_onnx.bench.run import check
 from kfac_onnx.bench.workloads import cases, write_parameters
+from kfac_onnx.device.provider_options import CUDA
 from kfac_onnx.errors import UserError
-from kfac_onnx.provider_options import CUDA
-from kfac_onnx.runtime import cuda_graphs, open_model
+from kfac_onnx.runtime import open_model
+from kfac_onnx.runtime.step import cuda_graphs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +69,7 @@ def test_free_memory_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.status
 
     assert GPU.free_bytes() is None
-    monkeypatch.setattr("kfac_onnx.runtime.pinned.loaded_library", lambda stem: "libcudart.so.13")
+    monkeypatch.setattr("kfac_onnx.runtime.feed.pinned.loaded_library", lambda stem: "libcudart.so.13")
     monkeypatch.setattr(place.ctypes, "CDLL", lambda path: Runtime())
     assert GPU.free_bytes() == 70e9
     assert Runtime.device == 1
@@ -208,7 +209,7 @@ class TestRates:
     def rates(self, monkeypatch: pytest.MonkeyPatch) -> GpuRates:
         """Of the CPU's kernels, by way of a stand-in for a device."""
         fake = FakeCuda(monkeypatch)
-        monkeypatch.setattr("kfac_onnx.runtime.tensors.device_of", lambda them: fake.device)
+        monkeypatch.setattr("kfac_onnx.runtime.step.tensors.device_of", lambda them: fake.device)
         monkeypatch.setattr(gpu_rates, "_LARGE", 400_000)
         monkeypatch.setattr(gpu_rates, "_REPEATS", 5)
         monkeypatch.setattr(gpu_rates, "_CHAIN", 4)

@@ -11,7 +11,7 @@ import pytest
 from kfac_onnx.bench.arms import ARMS, choose, open_arm
 from kfac_onnx.bench.workloads import WORKLOADS, cases, zipf_ids
 from kfac_onnx.errors import UserError
-from kfac_onnx.runtime.weights import read_weights
+from kfac_onnx.runtime.saved.weights import read_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable

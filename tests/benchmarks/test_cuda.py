@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kfac_onnx import placement as placements
 from kfac_onnx.bench.results import CaseResult, Results, Roofline, Settings, Timing
 from kfac_onnx.bench.targets import targets
 from kfac_onnx.cli.main import main as command_line
+from kfac_onnx.device import placement as placements
 
 if TYPE_CHECKING:
     from types import ModuleType

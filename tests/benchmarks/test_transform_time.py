@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from kfac_onnx.frontends import read_forward_graph
-from kfac_onnx.frontends.autodiff import differentiate
-from kfac_onnx.passes.api import scan, transform
-from kfac_onnx.passes.partition import partition
+from kfac_onnx.api import scan, transform
+from kfac_onnx.autodiff import differentiate
+from kfac_onnx.readers import read_forward_graph
 from kfac_onnx.runtime import TrainingSession
+from kfac_onnx.step.plan import partition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

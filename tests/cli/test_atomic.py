@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kfac_onnx import atomic
+from kfac_onnx.api import save, transform
 from kfac_onnx.bench import report
 from kfac_onnx.cli import bench
+from kfac_onnx.disk import atomic
 from kfac_onnx.errors import UserError
-from kfac_onnx.passes.api import save, transform
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,7 +202,7 @@ def test_a_killed_process_leaves_the_old_file(folder: Path, run: Run, verb: str)
     words, _ = WRITING[verb]
     before = everything(folder)
     program = (
-        "import os, signal, sys; from kfac_onnx import atomic; from kfac_onnx.cli.main import main; "
+        "import os, signal, sys; from kfac_onnx.disk import atomic; from kfac_onnx.cli.main import main; "
         "atomic.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL); main(sys.argv[1:])"
     )
     done = subprocess.run(  # noqa: S603  our own program

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from kfac_onnx.passes.api import save, transform
+from kfac_onnx.api import save, transform
 
 if TYPE_CHECKING:
     from collections.abc import Callable

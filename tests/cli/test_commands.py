@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from kfac_onnx.passes.api import save, transform
+from kfac_onnx.api import save, transform
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:

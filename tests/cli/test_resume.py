@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import pytest
 
-from kfac_onnx.passes.api import save, transform
-from kfac_onnx.runtime import checkpoint
-from kfac_onnx.runtime.checkpoint_folder import numbered
+from kfac_onnx.api import save, transform
+from kfac_onnx.runtime.saved import checkpoint
+from kfac_onnx.runtime.saved.checkpoint_folder import numbered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,7 +146,7 @@ def test_another_graph_is_refused(run: Run, folder: Path) -> None:
 
 def test_other_first_values_make_no_other_graph(run: Run, folder: Path) -> None:
     model = onnx.load(DATA / "ortart_dyncore__nplm.onnx")
-    from kfac_onnx.runtime.source import source_hash
+    from kfac_onnx.runtime.saved.source import source_hash
 
     onnx.save(model, folder / "a.onnx")
     large = [item for item in model.graph.initializer if np.prod(item.dims) >= 32]

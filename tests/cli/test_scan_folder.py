@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kfac_onnx.passes import coverage
+from kfac_onnx.cli import scan_folder as coverage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,8 @@ import onnx
 import pytest
 from corpus_cases import Case, case_names
 
-from kfac_onnx.passes.api import scan
-from kfac_onnx.passes.checks import check
+from kfac_onnx.api import scan
+from kfac_onnx.reports.checks import check
 
 NAMES = case_names("")
 

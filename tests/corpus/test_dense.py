@@ -18,8 +18,8 @@ from corpus_table import names
 from plain_host import Host
 
 from kfac_onnx import metadata
+from kfac_onnx.api import transform
 from kfac_onnx.metadata import RowGradient, State
-from kfac_onnx.passes.api import transform
 
 NAMES = [name for name in names("trained") if not name.startswith(("traininginfo_", "tf2onnx_sgd_"))]
 """Graphs with gradient outputs; those that hold their optimizer have new parameters instead."""

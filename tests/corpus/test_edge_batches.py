@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from corpus_cases import Case, MarkedGraph, StepReference
 
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 PRESETS = ["half", "r1.7", "adagrad", "adaptive"]

@@ -11,8 +11,8 @@ from corpus_cases import Case, StepReference, case_names, marked
 from preview_training import formula
 
 from kfac_onnx import metadata
+from kfac_onnx.api import transform
 from kfac_onnx.metadata import State
-from kfac_onnx.passes.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 DOMAIN = "ai.onnx.preview.training"

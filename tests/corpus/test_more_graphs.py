@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from corpus_cases import Case, MarkedGraph, StepReference
 
-from kfac_onnx.passes.api import scan, transform
+from kfac_onnx.api import scan, transform
 from kfac_onnx.runtime import TrainingSession
 
 FOLDER = Path(__file__).parents[1] / "data" / "graphs_more"

@@ -17,8 +17,8 @@ from corpus_steps import compare, rest_of
 from plain_host import Host
 
 from kfac_onnx import metadata
+from kfac_onnx.api import transform
 from kfac_onnx.metadata import State, Step
-from kfac_onnx.passes.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from corpus_cases import OPTIMIZERS, Case, MarkedGraph
 
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 GRAPHS = ["torchjoint_in__nplm_pad0", "ortart_legcore__siamese", "torchjoint_in__lookup_axis1"]

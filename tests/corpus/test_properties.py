@@ -29,11 +29,11 @@ from generated_graphs import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kfac_onnx.frontends import read_training_graph
-from kfac_onnx.passes.api import scan, transform
+from kfac_onnx.api import scan, transform
 from kfac_onnx.passes.find_embeddings import find_sites
+from kfac_onnx.readers import read_training_graph
 from kfac_onnx.runtime import TrainingSession
-from kfac_onnx.runtime.verify import verify_gradients
+from kfac_onnx.runtime.gradcheck.verify import verify_gradients
 
 if TYPE_CHECKING:
     import onnx

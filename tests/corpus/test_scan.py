@@ -7,7 +7,7 @@ import json
 import pytest
 from corpus_cases import Case, case_names
 
-from kfac_onnx.passes.api import scan
+from kfac_onnx.api import scan
 
 NAMES = case_names("ortart_", "torchjoint_")
 

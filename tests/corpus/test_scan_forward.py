@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kfac_onnx.api import scan, transform
 from kfac_onnx.errors import UserError
-from kfac_onnx.passes.api import scan, transform
 
 FORWARD = Path(__file__).parents[1] / "data" / "graphs_forward"
 NPLM = FORWARD / "fwd_dyncore__nplm.onnx"

@@ -13,8 +13,8 @@ import pytest
 from corpus_cases import GRAPHS, Case, marked
 from corpus_table import ROWS, names
 
+from kfac_onnx.api import scan, transform
 from kfac_onnx.errors import UserError
-from kfac_onnx.passes.api import scan, transform
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:

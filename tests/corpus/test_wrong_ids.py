@@ -16,8 +16,8 @@ import pytest
 from corpus_cases import marked
 
 from kfac_onnx import metadata
+from kfac_onnx.api import transform
 from kfac_onnx.errors import UserError
-from kfac_onnx.passes.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 GRAPHS = {

@@ -14,8 +14,9 @@ import pytest
 from corpus_cases import marked
 from fake_device import FakeCuda
 
-from kfac_onnx.passes.api import transform
-from kfac_onnx.runtime import TrainingSession, cuda_graphs, open_model
+from kfac_onnx.api import transform
+from kfac_onnx.runtime import TrainingSession, open_model
+from kfac_onnx.runtime.step import cuda_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

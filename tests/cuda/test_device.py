@@ -10,14 +10,14 @@ import onnx
 import pytest
 from corpus_cases import marked
 
-from kfac_onnx.passes.api import transform
-from kfac_onnx.providers import provider_list
+from kfac_onnx.api import transform
+from kfac_onnx.device.providers import provider_list
 from kfac_onnx.runtime import TrainingSession
-from kfac_onnx.runtime.data import Batches
-from kfac_onnx.runtime.feeding import Feeder
-from kfac_onnx.runtime.pinned import Pinned
-from kfac_onnx.runtime.probe import in_place_problem
-from kfac_onnx.runtime.tensors import Buffer, Device, device_of
+from kfac_onnx.runtime.feed.data import Batches
+from kfac_onnx.runtime.feed.feeding import Feeder
+from kfac_onnx.runtime.feed.pinned import Pinned
+from kfac_onnx.runtime.step.probe import in_place_problem
+from kfac_onnx.runtime.step.tensors import Buffer, Device, device_of
 
 if TYPE_CHECKING:
     from pathlib import Path

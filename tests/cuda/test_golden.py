@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kfac_onnx.fisher import session
-from kfac_onnx.fisher.golden import verify_golden
+from kfac_onnx.reports.golden import verify_golden
 
 if TYPE_CHECKING:
     from conftest import Place

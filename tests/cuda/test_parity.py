@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from corpus_cases import StepReference, marked
 
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:

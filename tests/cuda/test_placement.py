@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from corpus_cases import marked
 
+from kfac_onnx.api import transform
 from kfac_onnx.bench.workloads import cases
-from kfac_onnx.passes.api import transform
-from kfac_onnx.passes.partition import partition
-from kfac_onnx.placement import measure, predict
+from kfac_onnx.device.placement import measure, predict
+from kfac_onnx.step.plan import partition
 
 if TYPE_CHECKING:
     from conftest import Place
 
-    from kfac_onnx.placement import Placement
+    from kfac_onnx.device.placement import Placement
 
 
 def placed(place: Place, graph: Any, **options: Any) -> Placement:

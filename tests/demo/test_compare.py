@@ -74,7 +74,7 @@ def test_json_is_one_object_and_a_seed_repeats(capsys: pytest.CaptureFixture[str
 def test_held_out_loss_is_that_of_the_trained_parameters() -> None:
     from importlib import resources
 
-    from kfac_onnx.passes.api import transform
+    from kfac_onnx.api import transform
     from kfac_onnx.runtime import TrainingSession
 
     corpus = load_corpus()

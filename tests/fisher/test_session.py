@@ -18,7 +18,7 @@ from kfac_onnx.fisher import (
     placeholder,
 )
 from kfac_onnx.fisher.session import build_model, host_power
-from kfac_onnx.fisher.symbols import call
+from kfac_onnx.graph.symbols import call
 from kfac_onnx.reference import BlockReference, BlockSettings
 
 V, D = 9, 4

@@ -11,7 +11,7 @@ import pytest
 
 from kfac_onnx.fisher.presets import PRESETS, Preset
 from kfac_onnx.fisher.session import build_model
-from kfac_onnx.fisher.symbols import apply, call, constant, placeholder
+from kfac_onnx.graph.symbols import apply, call, constant, placeholder
 from kfac_onnx.reference import TableReference
 
 V, D, LR = 30, 8, 0.05

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_onnx.passes.base import Changes
+from kfac_onnx.graph.verifier import problems_of
 from kfac_onnx.passes.dce import Dce
-from kfac_onnx.passes.log import Log
-from kfac_onnx.passes.verifier import problems_of
+from kfac_onnx.pipeline.base import Changes
+from kfac_onnx.pipeline.log import Log
 
 if TYPE_CHECKING:
     from collections.abc import Callable

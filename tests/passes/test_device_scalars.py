@@ -11,9 +11,9 @@ import pytest
 from corpus_cases import Case
 
 from kfac_onnx import TrainingSession
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
 from kfac_onnx.passes.device_scalars import Brought, bring_sizes_to_device
-from kfac_onnx.passes.pipeline import parse_pipeline
+from kfac_onnx.pipeline.pipeline import parse_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,12 +17,12 @@ from kfac_onnx import metadata
 from kfac_onnx.demo.corpus import load_corpus
 from kfac_onnx.demo.model import initial_parameters, model_bytes
 from kfac_onnx.errors import UserError
-from kfac_onnx.frontends import read_training_graph
+from kfac_onnx.graph.verifier import problems_of
 from kfac_onnx.metadata import Loss, Parameter
 from kfac_onnx.passes.differentiate import Differentiate
-from kfac_onnx.passes.log import Log
-from kfac_onnx.passes.pipeline import parse_pipeline
-from kfac_onnx.passes.verifier import problems_of
+from kfac_onnx.pipeline.log import Log
+from kfac_onnx.pipeline.pipeline import parse_pipeline
+from kfac_onnx.readers import read_training_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable

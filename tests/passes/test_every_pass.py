@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kfac_onnx.frontends import read_training_graph
-from kfac_onnx.passes.api import pipeline_text
-from kfac_onnx.passes.log import Log
-from kfac_onnx.passes.pipeline import parse_pipeline
-from kfac_onnx.passes.registry import BUILT_IN
-from kfac_onnx.passes.verifier import problems_of
+from kfac_onnx.api import pipeline_text
+from kfac_onnx.graph.verifier import problems_of
+from kfac_onnx.pipeline.log import Log
+from kfac_onnx.pipeline.pipeline import parse_pipeline
+from kfac_onnx.pipeline.registry import BUILT_IN
+from kfac_onnx.readers import read_training_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,14 +9,14 @@ from corpus_cases import Case
 from small_graphs import model_of, training_graph
 
 from kfac_onnx import metadata
+from kfac_onnx.api import pipeline_text, transform
 from kfac_onnx.errors import UserError
+from kfac_onnx.graph.rewriter import Emitter
 from kfac_onnx.metadata import Phase, State, Step
-from kfac_onnx.passes.api import pipeline_text, transform
 from kfac_onnx.passes.find_embeddings import FindEmbeddings
-from kfac_onnx.passes.insertion.draft import Draft
-from kfac_onnx.passes.log import Log
-from kfac_onnx.passes.pipeline import parse_pipeline
-from kfac_onnx.passes.rewriter import Emitter
+from kfac_onnx.pipeline.log import Log
+from kfac_onnx.pipeline.pipeline import parse_pipeline
+from kfac_onnx.step.draft import Draft
 
 NPLM = Case("torchjoint_in__nplm")
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from kfac_onnx.errors import UserError
-from kfac_onnx.passes.partition import Slot
-from kfac_onnx.runtime import TrainingSession, probe
+from kfac_onnx.runtime import TrainingSession
+from kfac_onnx.runtime.step import probe
+from kfac_onnx.step.plan import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ import pytest
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime import TrainingSession
-from kfac_onnx.runtime.data import Batches
+from kfac_onnx.runtime.feed.data import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kfac_onnx.runtime import TrainingSession
-from kfac_onnx.runtime.data import Batches
+from kfac_onnx.runtime.feed.data import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +112,7 @@ def test_dropout_through_skipped_steps(graph_case: Callable[..., Case], tmp_path
 PROGRAM = """
 import sys
 from kfac_onnx.runtime import TrainingSession
-from kfac_onnx.runtime.data import Batches
+from kfac_onnx.runtime.feed.data import Batches
 with TrainingSession.resume(sys.argv[1], threads=1) as session:
     session.fit(Batches(sys.argv[2], 5, seed=3), steps=30, checkpoint=sys.argv[1])
 """

@@ -11,8 +11,9 @@ import pytest
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
-from kfac_onnx.passes import partition, partition_graph
 from kfac_onnx.runtime import Schedule, TrainingSession
+from kfac_onnx.step import plan as partition
+from kfac_onnx.step import protos as partition_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from kfac_onnx.frontends.autodiff import propagate
-from kfac_onnx.frontends.lowering.emit import Names
-from kfac_onnx.frontends.shapes import infer_shapes
+from kfac_onnx.autodiff import propagate
+from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.shapes import infer_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,10 +19,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from kfac_onnx import metadata
-from kfac_onnx.frontends import read_training_graph
 from kfac_onnx.metadata import Loss, Parameter, Site, State
 from kfac_onnx.passes.find_embeddings import FindEmbeddings, values_by_name
-from kfac_onnx.passes.pipeline import parse_pipeline
+from kfac_onnx.pipeline.pipeline import parse_pipeline
+from kfac_onnx.readers import read_training_graph
 from kfac_onnx.reference import (
     AdagradReference,
     AdamReference,
@@ -93,7 +93,7 @@ class MarkedGraph:
         loss = metadata.read(self.model, "loss", Loss) or Loss(None)
         self.loss, self.predictions = loss.value, loss.predictions
         wanted += [item.gradient for item in self.parameters if item.gradient]
-        from kfac_onnx.frontends import emit_divisor
+        from kfac_onnx.readers import emit_divisor
 
         divisor = emit_divisor(self.model)
         self.divisor = None if divisor is None else str(divisor.name)

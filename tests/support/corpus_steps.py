@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from corpus_cases import StepReference, marked
 
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:

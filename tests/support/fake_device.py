@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
-from kfac_onnx.runtime import tensors
-from kfac_onnx.runtime.tensors import Device
+from kfac_onnx.runtime.step import tensors
+from kfac_onnx.runtime.step.tensors import Device
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from kfac_onnx.frontends import read_forward_graph
-from kfac_onnx.frontends.autodiff import differentiate
+from kfac_onnx.autodiff import differentiate
+from kfac_onnx.readers import read_forward_graph
 
 __all__ = ["Recipe", "Table", "Use", "recipes", "scrambled", "training_graph"]
 

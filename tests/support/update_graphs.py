@@ -10,8 +10,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from kfac_onnx import metadata
-from kfac_onnx.frontends import read_training_graph
 from kfac_onnx.metadata import Parameter
+from kfac_onnx.readers import read_training_graph
 
 V, D, N = 5, 3, 4
 SHAPES = {"W": (V, D), "v": (D, 1)}

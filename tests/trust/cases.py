@@ -19,8 +19,8 @@ import mutations
 import numpy as np
 import onnx
 
-from kfac_onnx import files
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
+from kfac_onnx.disk import models as files
 
 __all__ = ["LEVELS", "SECRET", "Case", "make_case"]
 

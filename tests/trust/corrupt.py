@@ -38,8 +38,8 @@ import kfac_onnx as kx
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime import TrainingSession
-from kfac_onnx.runtime.checkpoint import read_checkpoint
-from kfac_onnx.runtime.checkpoint_folder import read_newest
+from kfac_onnx.runtime.saved.checkpoint import read_checkpoint
+from kfac_onnx.runtime.saved.checkpoint_folder import read_newest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -289,7 +289,7 @@ def rows(path: Path) -> dict[int, set[str]]:
 
 def contents(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Return a checkpoint's tensors and everything else that it says of the run."""
-    from kfac_onnx.runtime.checkpoint import read_checkpoint
+    from kfac_onnx.runtime.saved.checkpoint import read_checkpoint
 
     found = read_checkpoint(path)
     tensors = {f"state {name}": np.asarray(array).tobytes() for name, array in found.states.items()}
@@ -330,7 +330,7 @@ def differences(case: Case, killed: Path, whole: Path) -> list[str]:
 def check_folder(case: Case, place: Path, at: int) -> list[str]:
     """Return what is wrong with the checkpoints after a kill; the last resume was at position `at`."""
     from kfac_onnx.errors import UserError
-    from kfac_onnx.runtime.checkpoint import read_checkpoint
+    from kfac_onnx.runtime.saved.checkpoint import read_checkpoint
 
     wrong: list[str] = []
     found = checkpoints(place)

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 from corpus_cases import Case, MarkedGraph, StepReference
 
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ def test_wrong_numbers_would_be_seen(
     corrupt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that believes every checksum lets damage through, and the harness says so."""
-    from kfac_onnx.runtime import checkpoint
+    from kfac_onnx.runtime.saved import checkpoint
 
     real = checkpoint._checksum
     run = corrupt.prepared(tmp_path / "run")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from corpus_cases import Case, MarkedGraph
 
-from kfac_onnx.passes.api import transform
+from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 STEPS = 22  # roots are refreshed at steps 1, 2, 4, 8, 10 and 20

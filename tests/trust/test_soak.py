@@ -89,7 +89,7 @@ def test_the_limits_see_what_is_wrong(soak: ModuleType, what: str, limit: str) -
         name = "A" if what == "counts" else "G"
         run.session._holders[f"kfac/user_emb.weight/{name}"].live.view()[...] *= np.float32(1.01)
     if what == "root":
-        from kfac_onnx.runtime import monitor
+        from kfac_onnx.runtime.step import monitor
 
         real = monitor.RootMonitor.after_refresh
         with pytest.MonkeyPatch.context() as patch:

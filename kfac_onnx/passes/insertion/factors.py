@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.fisher.projections import emit_positions
+from kfac_onnx.fisher.sampling import rows_for_g
+from kfac_onnx.graph.rewriter import Emitter, Out
 from kfac_onnx.metadata import Phase, RootCheck, Site
-from kfac_onnx.passes.insertion.draft import BOOL, DOUBLE, FLOAT, INT64, Draft
-from kfac_onnx.passes.insertion.projections import emit_positions
-from kfac_onnx.passes.insertion.sampling import rows_for_g
-from kfac_onnx.passes.rewriter import Emitter, Out
+from kfac_onnx.step.draft import BOOL, DOUBLE, FLOAT, INT64, Draft
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

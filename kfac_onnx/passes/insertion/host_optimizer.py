@@ -13,16 +13,16 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
-from kfac_onnx.frontends.updates.flow import VIEWS
-from kfac_onnx.frontends.updates.keeping import OURS
 from kfac_onnx.metadata import HostUpdate, OptimizerState, Parameter, Phase, Site
-from kfac_onnx.passes.insertion.draft import FLOAT, INT64
+from kfac_onnx.readers.optimizer_inside.flow import VIEWS
+from kfac_onnx.readers.optimizer_inside.host_update import OURS
+from kfac_onnx.step.draft import FLOAT, INT64
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.insertion.draft import Draft
     from kfac_onnx.passes.insertion.table import RowUpdate
+    from kfac_onnx.step.draft import Draft
 
 __all__ = ["close_updates", "host_update_of", "replace_source"]
 

@@ -17,8 +17,8 @@ from kfac_onnx.metadata import Phase, RowGradient
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.insertion.draft import Draft
     from kfac_onnx.passes.insertion.table import RowUpdate
+    from kfac_onnx.step.draft import Draft
 
 __all__ = ["drop_tensors", "replace_rows", "row_gradient_of"]
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.graph.rewriter import Emitter, Out
 from kfac_onnx.metadata import Phase, Site
-from kfac_onnx.passes.insertion.draft import DOUBLE, FLOAT, INT64
 from kfac_onnx.passes.insertion.factors import TableFactors
-from kfac_onnx.passes.rewriter import Emitter, Out
+from kfac_onnx.step.draft import DOUBLE, FLOAT, INT64
 
 if TYPE_CHECKING:
     import onnx_ir as ir

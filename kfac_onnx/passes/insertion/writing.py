@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx import metadata
+from kfac_onnx.graph.rewriter import Out
 from kfac_onnx.metadata import Phase, RowGradient, Site
-from kfac_onnx.passes.insertion.draft import FLOAT, INT64, Draft
 from kfac_onnx.passes.insertion.table import RowUpdate, from_rows, to_rows
-from kfac_onnx.passes.rewriter import Out
+from kfac_onnx.step.draft import FLOAT, INT64, Draft
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.rewriter import Emitter
+    from kfac_onnx.graph.rewriter import Emitter
 
 __all__ = ["as_float32", "drop_gradient", "keep_parameter", "takes_steps", "write_table"]
 

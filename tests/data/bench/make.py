@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from kfac_onnx.bench.arms import ARMS, open_arm
 from kfac_onnx.bench.workloads import cases, write_parameters
-from kfac_onnx.runtime.tensors import session_maker
+from kfac_onnx.runtime.step.tensors import session_maker
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Every rewrite towards the canonical form of a training graph."""

@@ -1,0 +1,121 @@
+"""Lowering of exporters' training operators to standard ONNX operators: one table, one rule per operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import onnx
+
+from kfac_onnx.canonical.lowering import (
+    activations,
+    batch_norm,
+    convolution,
+    cross_entropy,
+    normalization,
+    optimizers,
+    plumbing,
+    recurrent,
+    rows,
+)
+from kfac_onnx.errors import UserError
+from kfac_onnx.graph.emit import Emit, Miss, Names, Rule, replace_node
+from kfac_onnx.graph.shapes import infer_shapes
+from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["RUNNABLE", "TABLE", "lower_training_operators"]
+
+TABLE: Final[dict[tuple[str, str], Rule]] = {
+    **rows.RULES,
+    **activations.RULES,
+    **batch_norm.RULES,
+    **convolution.RULES,
+    **cross_entropy.RULES,
+    **optimizers.RULES,
+    **normalization.RULES,
+    **plumbing.RULES,
+    **recurrent.RULES,
+}
+"""(domain, operator) -> rule."""
+
+RUNNABLE: Final = {
+    "com.microsoft": frozenset(
+        {
+            "BiasGelu",
+            "FastGelu",
+            "FusedMatMul",
+            "Gelu",
+            "Inverse",
+            "QuickGelu",
+            "SkipLayerNormalization",
+        }
+    ),
+    "": frozenset({"SimplifiedLayerNormalization"}),
+}
+"""Operators outside the ONNX standard that the plain onnxruntime wheel runs on both CPU and CUDA."""
+
+
+def lower_training_operators(model: ir.Model, place: str | None = None) -> list[str]:
+    """Replace every operator that has a rule by standard ones, keeping the names of its outputs.
+
+    Nodes must be in topological order. Returns one sentence per kind of operator replaced.
+
+    Raises:
+        UserError: for all operators at once that plain onnxruntime lacks and no rule can lower.
+
+    """
+    counts: dict[str, int] = {}
+    missing = _sweep(model, counts)
+    if missing and counts:  # what was lowered may tell the shapes that the others lacked
+        infer_shapes(model)
+        missing = _sweep(model, counts)
+    if missing:
+        what = "1 node that" if len(missing) == 1 else f"{len(missing)} nodes that"
+        raise UserError(
+            f"the graph has {what} onnxruntime cannot run and no rule can lower",
+            place=place,
+            tried=missing,
+            help="export the model without these operators",
+        )
+    return [f"{name} lowered to standard operators: {count}" for name, count in sorted(counts.items())]
+
+
+def _sweep(model: ir.Model, counts: dict[str, int]) -> list[str]:
+    """Lower every node that has a rule, adding to `counts`; return what is missing, one line per node."""
+    names = Names(model)
+    missing: list[str] = []
+    for graph in list(all_graphs(model.graph)):
+        retired: list[ir.Node] = []
+        for node in list(graph):
+            domain = "" if node.domain in ONNX_DOMAINS else node.domain
+            rule = TABLE.get((domain, node.op_type))
+            if rule is None:
+                if not _runs(domain, node.op_type):
+                    missing.append(f"{_label(node)}: no rule for {domain or 'ai.onnx'}::{node.op_type}")
+                continue
+            emit = Emit(names, node)
+            results = rule(emit, node)
+            if isinstance(results, Miss):
+                missing.append(f"{_label(node)}: {domain}::{node.op_type}: {results.reason}")
+                continue
+            if any(value.uses() or value.is_graph_output() for value in node.outputs[len(results) :]):
+                known = f"only {len(results)} of its outputs are known"
+                missing.append(f"{_label(node)}: {domain}::{node.op_type}: {known}")
+                continue
+            replace_node(node, emit, results, retired)
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        graph.remove(retired)
+    return missing
+
+
+def _label(node: ir.Node) -> str:
+    output = next((value.name for value in node.outputs if value.name), "")
+    return f"node '{node.name}'" if node.name else f"the node of '{output}'"
+
+
+def _runs(domain: str, op_type: str) -> bool:
+    if op_type in RUNNABLE.get(domain, frozenset()):
+        return True
+    return domain in ("", "ai.onnx.ml") and onnx.defs.has(op_type, domain)

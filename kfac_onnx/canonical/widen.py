@@ -1,0 +1,109 @@
+"""Running operators in float32 that onnxruntime's CPU provider has no kernel for in the graph's type.
+
+A node of such a type becomes Cast to float32, the node, Cast back: it rounds its result once, as the
+exporter's own node does. Operators that only move data have bfloat16 kernels and stay, so that a lookup
+reads the table itself. float16 needs nothing: onnxruntime inserts these casts by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import onnx_ir as ir
+
+from kfac_onnx.graph.emit import Emit, Names, replace_node
+from kfac_onnx.graph.values import all_graphs, dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["BFLOAT16_KERNELS", "widen"]
+
+BFLOAT16_KERNELS: Final = frozenset(
+    {
+        "Cast",
+        "CastLike",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "If",
+        "Loop",
+        "Reshape",
+        "Scan",
+        "ScatterElements",
+        "ScatterND",
+        "Shape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+"""Operators with a bfloat16 CPU kernel, found by opening a one-node session for each in onnxruntime 1.32."""
+DOUBLE_LACKING: Final = frozenset(
+    {"Erf", "Mean", "OneHot", "Gelu", "BiasGelu", "Acos", "Asin", "Atan", "Tan"}
+)
+"""Operators without a float64 CPU kernel there."""
+
+
+def _needs(node: ir.Node, types: Iterable[ir.DataType | None]) -> ir.DataType | None:
+    """Return the type that this node has no kernel for, if any."""
+    present = set(types)
+    adds = "reduction" in node.attributes and node.attributes["reduction"].as_string() != "none"
+    if ir.DataType.BFLOAT16 in present and (node.op_type not in BFLOAT16_KERNELS or adds):
+        return ir.DataType.BFLOAT16
+    if ir.DataType.DOUBLE in present and node.op_type in DOUBLE_LACKING:
+        return ir.DataType.DOUBLE
+    return None
+
+
+def widen(model: ir.Model) -> list[str]:
+    """Wrap nodes in casts where their type has no CPU kernel. Returns what was done, in sentences."""
+    names = Names(model)
+    counts: dict[ir.DataType, int] = {}
+    for graph in list(all_graphs(model.graph)):
+        for node in list(graph):
+            types = [dtype_of(value) for value in (*node.inputs, *node.outputs)]
+            narrow = _needs(node, types)
+            if narrow is None:
+                continue
+            _wrap(names, node, narrow)
+            counts[narrow] = counts.get(narrow, 0) + 1
+    return [
+        f"nodes without a {dtype.name.lower()} kernel that compute in float32: {count}"
+        for dtype, count in sorted(counts.items())
+    ]
+
+
+def _wrap(names: Names, node: ir.Node, narrow: ir.DataType) -> None:
+    emit = Emit(names, node, "widen")
+    inputs = [
+        _in_float(emit, value) if value is not None and dtype_of(value) == narrow else value
+        for value in node.inputs
+    ]
+    results = emit.many(node.op_type, inputs, len(node.outputs), domain=node.domain)
+    core = results[0].producer()
+    if core is None:
+        raise ValueError("an emitted node has outputs")
+    for attribute in node.attributes.values():
+        core.attributes.add(attribute)
+    back: list[ir.Value | None] = []
+    for old, new in zip(node.outputs, results, strict=True):
+        if dtype_of(old) == narrow:
+            new.type, new.shape = ir.TensorType(ir.DataType.FLOAT), old.shape
+            back.append(emit.cast(new, narrow))
+        else:
+            back.append(new)
+    replace_node(node, emit, back)
+
+
+def _in_float(emit: Emit, value: ir.Value) -> ir.Value:
+    cast = emit.cast(value, ir.DataType.FLOAT)
+    cast.type, cast.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+    return cast

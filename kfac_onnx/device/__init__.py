@@ -1,0 +1,1 @@
+"""Where a step runs: execution providers, their options, and the placement of nodes."""

@@ -1,0 +1,170 @@
+"""Reading and writing models and arrays: clear errors in, whole files or none out.
+
+Open to every room, like `errors` and `metadata`. External data stays beside its model: a location
+that leaves the model's folder is refused when a file is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kfac_onnx.disk.atomic import atomic_path, require_file
+from kfac_onnx.disk.data_files import belonging, pair
+from kfac_onnx.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+__all__ = [
+    "atomic_path",
+    "load_model",
+    "load_proto",
+    "make_folder",
+    "refuse_overwrite",
+    "require_folder",
+    "require_writable",
+    "save_model",
+]
+
+TEXT_SUFFIXES: Final = (".onnxtxt", ".onnxtext")
+LARGEST_FILE: Final = 2**31 - 2**20
+"""Bytes: protobuf's limit, less room for what is not a tensor."""
+
+
+def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
+    """Return the ModelProto in a file: `.onnx` (protobuf), `.onnxtxt` (text), or `-` for stdin.
+
+    With `external` the tensors beside the file are read into the proto.
+
+    Raises UserError when there is no such file, it is not an ONNX model, or its external data is
+    missing or lies outside its folder.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from kfac_onnx.disk.external import check_external, load_external
+    from kfac_onnx.disk.wellformed import require_wellformed
+
+    data = _read(path)
+    text_form = str(path).endswith(TEXT_SUFFIXES) or (str(path) == "-" and data.lstrip()[:1] in (b"<", b"#"))
+    try:
+        proto = onnx.parser.parse_model(data.decode()) if text_form else onnx.ModelProto.FromString(data)
+    except (DecodeError, onnx.parser.ParseError, RuntimeError, ValueError) as e:
+        detail = f": {_parser_says(e)}" if text_form else ""
+        raise UserError(f"'{path}' is not an ONNX model{detail}") from e
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise UserError(f"'{path}' is not an ONNX model", help="it holds no graph with operator sets")
+    require_wellformed(proto, str(path))
+    check_external(proto, path)
+    if external:
+        load_external(proto, path)
+    return proto
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except FileNotFoundError as e:
+        raise UserError(f"there is no file '{path}'") from e
+    except OSError as e:
+        raise UserError(f"'{path}' cannot be read: {e.strerror or e}") from e
+
+
+def _parser_says(error: Exception) -> str:
+    """Return the place and the complaint of ONNX's text parser in one line."""
+    text = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
+    lines = text.splitlines()
+    return f"{lines[0].strip('[]')}, {lines[-1]}" if lines else type(error).__name__
+
+
+def load_model(path: str | Path) -> ir.Model:
+    """Return the model in a file as onnx_ir; formats and errors as `load_proto`."""
+    import onnx_ir as ir
+
+    proto = load_proto(path)
+    try:
+        return ir.from_proto(proto)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise UserError(f"'{path}' is not an ONNX model: {first_line(e)}") from e
+
+
+def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:
+    """Raise UserError when writing `output` would change what is read: a file, its data, a folder's file.
+
+    Links of either kind are seen through.
+    """
+    target = Path(output)
+    written = [place for place in (target, Path(f"{output}.data"), Path(f"{output}.data2")) if place.exists()]
+    if not written:
+        return
+    for item in (Path(item) for item in inputs if str(item) != "-"):
+        if target.exists() and item.exists() and target.samefile(item):
+            raise UserError(
+                f"'{output}' is the input and will not be overwritten", help="choose another name"
+            )
+        read = set(item.glob("*.npz")) if item.is_dir() else belonging(item)
+        for place, other in itertools.product(written, read):
+            if place.samefile(other):
+                raise UserError(
+                    f"'{place}' belongs to the input '{item}' and will not be overwritten",
+                    help="choose another name",
+                )
+
+
+def require_writable(path: str | Path) -> None:
+    """Raise UserError for a place that `atomic_path` could not write to: sooner than after hours of work."""
+    require_file(Path(path))
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"'{path}' cannot be written: its folder does not exist or is read-only")
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those above it where they are missing.
+
+    Raises UserError when that cannot be done.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"the folder '{path}' cannot be made: {e.strerror or e}") from e
+
+
+def require_folder(path: str | Path) -> None:
+    """Raise UserError unless files can be written into a folder, or `make_folder` can make it."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "not a folder" if not folder.is_dir() else "read-only"
+        raise UserError(f"nothing can be written into the folder '{path}': '{folder}' is {what}")
+
+
+def save_model(model: ir.Model, path: str | Path) -> None:
+    """Write a model as one file, whole or not at all; above 2 GB its tensors go to `<name>.data`.
+
+    Where a model is there already that uses that file, they go to `<name>.data2`, and the old data are
+    deleted afterwards: there is a whole pair at any time.
+
+    Raises UserError when the place cannot be written.
+    """
+    import onnx_ir as ir
+
+    size = sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    with pair(path) as data, atomic_path(path) as temporary:
+        if str(path).endswith(TEXT_SUFFIXES):
+            temporary.write_text(ir.to_onnx_text(model))
+        elif size > LARGEST_FILE:
+            ir.save(model, str(temporary), external_data=data)  # pyright: ignore[reportUnknownMemberType]  its PathLike has no parameter
+        else:
+            temporary.write_bytes(ir.to_proto(model).SerializeToString())

@@ -1,0 +1,1 @@
+"""What a graph is made of: values, constants, shapes, operators, and how nodes are added and checked."""

@@ -1,0 +1,127 @@
+"""Shapes and types of values, as far as ONNX's own inference can tell them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import onnx
+import onnx_ir as ir
+
+from kfac_onnx.errors import first_line
+from kfac_onnx.graph.inference import inferred
+from kfac_onnx.graph.values import REMEMBERED, all_graphs, bodies_of, dtype_of
+
+__all__ = ["infer_missing_shapes", "infer_shapes"]
+
+LOG: Final = logging.getLogger(__name__)
+
+SEQUENCES = frozenset(
+    {
+        "SplitToSequence",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceMap",
+    }
+)
+"""Operators whose result is a sequence of tensors."""
+
+LARGE: Final = 1000
+"""Bytes above which only the shape of an initializer is given to ONNX's inference."""
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in missing shapes and types; a graph that ONNX cannot infer stays as it is.
+
+    A file cannot say a type without a shape or a shape without a type: of such values `dtype_of` keeps the
+    type, and what it finds for the others is filled in.
+    """
+    try:
+        found = inferred(_without_large_tensors(model))
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:  # ONNX gives it up
+        LOG.debug("shapes are not inferred: %s", first_line(error))
+    else:
+        _merge(model.graph, found.graph)
+    for graph in all_graphs(model.graph):
+        for node in graph:
+            for value in node.outputs:
+                if node.op_type in SEQUENCES:  # a sequence's type is not that of its tensors
+                    value.type, value.shape = None, None
+                    continue
+                dtype = dtype_of(value)
+                if value.is_graph_output():
+                    continue
+                if value.shape is None or dtype is None:
+                    value.meta[REMEMBERED], value.type, value.shape = dtype, None, None
+                elif value.type is None:
+                    value.type = ir.TensorType(dtype)
+
+
+def infer_missing_shapes(model: ir.Model) -> None:
+    """Infer shapes if any value lacks its own: for a graph that was edited since they were inferred."""
+    if any(
+        value.shape is None or value.dtype is None
+        for graph in all_graphs(model.graph)
+        for node in graph
+        for value in node.outputs
+    ):
+        infer_shapes(model)
+
+
+def _without_large_tensors(model: ir.Model) -> onnx.ModelProto:
+    """Return the model as ONNX's inference reads it: large initializers are inputs. The model stays."""
+    graph = model.graph
+    held = list(graph.initializers.values())
+    inputs = list(graph.inputs)
+    for value in held:
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= LARGE:
+            continue
+        if value.shape is None:
+            value.shape = ir.Shape(tensor.shape.numpy())
+        if value.type is None:
+            value.type = ir.TensorType(tensor.dtype)
+        if not value.is_graph_input():
+            graph.inputs.append(value)
+        del graph.initializers[str(value.name)]
+    try:
+        return ir.to_proto(model)
+    finally:
+        graph.initializers.clear()
+        for value in held:
+            graph.initializers.add(value)
+        graph.inputs.clear()
+        graph.inputs.extend(inputs)
+
+
+def _merge(graph: ir.Graph, found: onnx.GraphProto) -> None:
+    """Take over shapes and types, also of the graphs inside: both have the same nodes in the same order."""
+    known = {info.name: info.type for info in (*found.input, *found.value_info, *found.output)}
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.name in known:
+            _take(value, known[value.name])
+    for node, proto in zip(graph, found.node, strict=True):
+        bodies = bodies_of(node)
+        if not bodies:
+            continue
+        single = onnx.AttributeProto.GRAPH
+        inner = [g for item in proto.attribute for g in ([item.g] if item.type == single else item.graphs)]
+        for body, inside in zip(bodies, inner, strict=True):
+            _merge(body, inside)
+
+
+def _take(value: ir.Value, found: onnx.TypeProto) -> None:
+    """Give a value the tensor type and shape that were inferred; other types are left alone."""
+    if not found.HasField("tensor_type"):
+        return
+    tensor = found.tensor_type
+    if tensor.elem_type and (value.dtype is None or value.dtype != tensor.elem_type):
+        value.type = ir.TensorType(ir.DataType(tensor.elem_type))
+    if tensor.HasField("shape"):
+        dims = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim
+        ]
+        if value.shape is None or list(value.shape) != dims:
+            value.shape = ir.Shape(dims)

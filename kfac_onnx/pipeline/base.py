@@ -1,0 +1,94 @@
+"""A pass: one frozen dataclass whose fields are its options and whose `run` edits a model in place."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from kfac_onnx.pipeline.options import check_value, format_value, options_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from kfac_onnx.pipeline.log import Log
+
+__all__ = ["NO_CHANGES", "Changes", "Pass"]
+
+_KEBAB: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How much a pass changed: things added, removed and edited (nodes, values, inputs, metadata).
+
+    A pass counts everything: the written file differs exactly when `total` is above 0.
+    """
+
+    added: int = 0
+    removed: int = 0
+    edited: int = 0
+
+    @property
+    def total(self) -> int:
+        """All changes together."""
+        return self.added + self.removed + self.edited
+
+    def __add__(self, other: Changes) -> Changes:
+        return Changes(
+            self.added + other.added,
+            self.removed + other.removed,
+            self.edited + other.edited,
+        )
+
+    def __bool__(self) -> bool:
+        return self.total > 0
+
+
+NO_CHANGES: Final = Changes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """One step of a pipeline. A subclass is a frozen keyword-only dataclass with a `name`.
+
+    Fields are options (`kfac_onnx.pipeline.options.opt`). `run` keeps nothing on `self`: running a
+    pass twice, or on two models, does not matter. The verifier runs before and after it.
+    """
+
+    name: ClassVar[str]
+    """kebab-case; how pipelines call the pass."""
+
+    def __post_init__(self) -> None:
+        for option in options_of(type(self)):
+            check_value(option, getattr(self, option.field), owner=self.name)
+
+    @abstractmethod
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place and return the number of changes, all of them."""
+
+    def __str__(self) -> str:
+        """Return the text form, with the options that are not at their default."""
+        given = [
+            f"{option.name}={format_value(value)}"
+            for option in options_of(type(self))
+            if (value := getattr(self, option.field)) != option.default
+        ]
+        return f"{self.name}{{{','.join(given)}}}" if given else self.name
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first line of the pass's docstring."""
+        return (cls.__doc__ or "").strip().split("\n", 1)[0]
+
+    @classmethod
+    def check_declaration(cls) -> None:
+        """Raise TypeError when the class is not a well-made pass: a mistake of its author."""
+        if not _KEBAB.fullmatch(getattr(cls, "name", "")):
+            raise TypeError(f"{cls.__name__} needs a ClassVar `name` in kebab-case")
+        if "__dataclass_fields__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} must be decorated with @dataclass(frozen=True, kw_only=True)")
+        if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):
+            raise TypeError(f"{cls.__name__} needs a docstring; its first line is the pass's help")
+        options_of(cls)

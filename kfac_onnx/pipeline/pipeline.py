@@ -1,0 +1,165 @@
+"""Pipelines of passes: from text, to text, and run over a model with the verifier in between."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kfac_onnx.errors import UserError, VerifyError, did_you_mean
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.log import Log
+from kfac_onnx.pipeline.options import options_of, read_value
+from kfac_onnx.pipeline.registry import pass_class
+from kfac_onnx.pipeline.text import Call, read_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import onnx_ir as ir
+
+__all__ = ["PassReport", "Pipeline", "Report", "parse_pipeline"]
+
+METADATA_KEY = "kfac.pipeline"
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: its text, its changes, its wall time in seconds, and what it counted."""
+
+    text: str
+    changes: Changes
+    seconds: float
+    statistics: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pipeline did, pass by pass."""
+
+    passes: tuple[PassReport, ...]
+
+    @property
+    def changes(self) -> Changes:
+        """All passes' changes together."""
+        return sum((item.changes for item in self.passes), NO_CHANGES)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON data."""
+        return {
+            "passes": [
+                {
+                    "pass": item.text,
+                    "added": item.changes.added,
+                    "removed": item.changes.removed,
+                    "edited": item.changes.edited,
+                    "seconds": item.seconds,
+                    "statistics": dict(item.statistics),
+                }
+                for item in self.passes
+            ]
+        }
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. `str(pipeline)` is its text, and `parse_pipeline` of that is the pipeline again."""
+
+    passes: tuple[Pass, ...]
+
+    def __str__(self) -> str:
+        return ",".join(str(item) for item in self.passes)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def run(
+        self,
+        model: ir.Model,
+        *,
+        verify: bool = True,
+        print_after_change: bool = False,
+        timing: bool = False,
+        log: Log | None = None,
+    ) -> Report:
+        """Run the passes over `model`, in place, and record the pipeline's text in its metadata.
+
+        With `verify` the model is checked before the first pass and after each. `print_after_change`
+        logs the model's text after each pass that changed it, `timing` each pass's seconds and
+        counts; both through `log` at level info.
+
+        Raises VerifyError, naming the pass, when a pass leaves a broken model; UserError of a pass
+        gets the line `in: find-embeddings, pass 1 of 3`.
+        """
+        log = log if log is not None else Log()
+        reports: list[PassReport] = []
+        if verify:
+            _verify(model, "before the first pass")
+        for number, item in enumerate(self.passes, start=1):
+            where = f"{item.name}, pass {number} of {len(self.passes)}"
+            log.statistics.clear()
+            start = time.perf_counter()
+            try:
+                changes = item.run(model, log)
+            except UserError as e:
+                e.context = e.context or where
+                raise
+            seconds = time.perf_counter() - start
+            reports.append(PassReport(str(item), changes, seconds, dict(log.statistics)))
+            if timing:
+                log.info(_timing_line(reports[-1]))
+            if print_after_change and changes:
+                from kfac_onnx.graph.printer import model_text
+
+                log.info(f"after {where}:\n{model_text(model)}")
+            if verify:
+                _verify(model, f"after {where}")
+        before = model.metadata_props.get(METADATA_KEY)
+        if self.passes:
+            model.metadata_props[METADATA_KEY] = f"{before},{self}" if before else str(self)
+        return Report(tuple(reports))
+
+
+def _timing_line(report: PassReport) -> str:
+    changes = report.changes
+    counts = "".join(f", {number} {what}" for what, number in report.statistics.items())
+    return (
+        f"{report.seconds * 1000:9.1f} ms  {report.text}: "
+        f"+{changes.added} -{changes.removed} ~{changes.edited}{counts}"
+    )
+
+
+def _verify(model: ir.Model, where: str) -> None:
+    from kfac_onnx.graph.verifier import problems_of
+
+    problems = problems_of(model)
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:10])
+        raise VerifyError(f"the model is broken {where}:{listed}{more}")
+
+
+def parse_pipeline(text: str) -> Pipeline:
+    """Return the pipeline that `text` describes, such as `find-embeddings,lower{target=cpu}`.
+
+    Raises UserError for a text of another form, an unknown pass or option, or a value out of range.
+    """
+    return Pipeline(tuple(_make(call) for call in read_calls(text)))
+
+
+def _make(call: Call) -> Pass:
+    cls = pass_class(call.name)
+    options = {option.name: option for option in options_of(cls)}
+    arguments: dict[str, Any] = {}
+    for name, value in call.options:
+        option = options.get(name.replace("_", "-"))
+        if option is None:
+            known = ", ".join(options) if options else "none"
+            raise UserError(
+                f"unknown option '{name}' of pass '{call.name}'{did_you_mean(name, options)}",
+                help=f"the options of '{call.name}' are: {known}",
+            )
+        if option.field in arguments:
+            raise UserError(f"option '{option.name}' of pass '{call.name}' is given twice")
+        arguments[option.field] = read_value(option, value, owner=call.name)
+    return cls(**arguments)

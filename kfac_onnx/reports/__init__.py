@@ -1,0 +1,1 @@
+"""What can be said of a model: why, inspect, diff, checks, golden numbers."""

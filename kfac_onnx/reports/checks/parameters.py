@@ -1,0 +1,273 @@
+"""Checks of trained parameters: without a gradient, folded away, renamed, merged, or gone stale."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx.reports.checks.finding import Finding
+from kfac_onnx.reports.checks.subject import is_anonymous
+from kfac_onnx.tables.facts import ancestors
+from kfac_onnx.tables.lookups import forward_uses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx_ir as ir
+
+    from kfac_onnx.metadata import Parameter
+    from kfac_onnx.reports.checks.subject import Subject
+    from kfac_onnx.tables.lookups import Lookup
+
+__all__ = [
+    "equal_tables",
+    "folded",
+    "frozen",
+    "gone",
+    "refused",
+    "renamed",
+    "shared",
+    "stale_copies",
+    "unused",
+]
+
+NO_FOLDING = (
+    "export with the parameters as inputs, or without optimization and constant folding "
+    "(torch.onnx.export(..., optimize=False), do_constant_folding=False)"
+)
+
+
+def gone(subject: Subject) -> Iterator[Finding]:
+    """Report gradients whose parameter the exporter folded away."""
+    for item in subject.refused:
+        if item.path.startswith("gradient output"):
+            yield Finding(
+                "parameter-gone",
+                "error",
+                f"the gradient of '{item.parameter}' is computed, but the parameter is not in the graph",
+                (item.path.removeprefix("gradient output "),),
+                "the exporter folded it into a constant or merged it with one that started equal: nothing is "
+                "left to train",
+                NO_FOLDING,
+            )
+
+
+def refused(subject: Subject) -> Iterator[Finding]:
+    """Report tables that no block covers, and constants that are a copy of one of several parameters."""
+    items = [item for item in subject.refused if not item.path.startswith("gradient output")]
+    items += [item.refusal for item in subject.verdicts if item.refusal is not None]
+    for item in items:
+        copied = item.path.startswith("constant ")
+        yield Finding(
+            "ambiguous-copy" if copied else "refused-table",
+            "error" if copied else "warning",
+            f"'{item.parameter}' cannot be trained as an embedding table: {item.reason}"
+            if not copied
+            else f"'{item.parameter}': {item.reason}",
+            (item.path,),
+            "the copy keeps its first value while the parameter is trained"
+            if copied
+            else "`transform` refuses it unless the ordinary optimizer may train it",
+            item.remedy,
+        )
+
+
+def stale_copies(subject: Subject) -> Iterator[Finding]:
+    """Report constants that were folded copies of a parameter, which reading the file undoes."""
+    for note in subject.notes:
+        if ": now computed from it" in note:
+            yield Finding(
+                "stale-copy",
+                "warning",
+                note.replace("was a", "is a").removesuffix(": now computed from it")
+                + ", folded into a constant",
+                (note.split("'")[1],),
+                "the constant keeps the parameter's first value, so that loss and gradients are those of "
+                "another model from the second step on",
+                "`transform` computes it from the parameter again; elsewhere " + NO_FOLDING,
+            )
+
+
+def unused(subject: Subject) -> Iterator[Finding]:
+    """Report trained parameters outside the loss, and those whose gradient is zero whatever the batch is."""
+    facts = subject.facts
+    if facts is None or not subject.trainable:
+        return
+    has_loss = subject.loss is not None and subject.loss.value is not None
+    for item in subject.parameters:
+        weight = subject.values.get(item.name)
+        gradient = subject.values.get(item.gradient or "")
+        if weight is None or (has_loss and weight not in facts.forward):
+            yield Finding(
+                "unused-parameter",
+                "warning",
+                f"the loss does not depend on the parameter '{item.name}'",
+                (item.name,),
+                "it has a gradient output, but it cannot be trained",
+                "leave it out of the trained parameters, or check the model: is it detached?",
+            )
+        elif gradient is not None and facts.is_zeros(gradient):
+            yield Finding(
+                "zero-gradient",
+                "warning",
+                f"the gradient '{item.gradient}' of '{item.name}' is zero whatever the batch is",
+                (str(item.gradient),),
+                "the parameter is never trained",
+                "check the model: is it detached, or behind an operator without a gradient?",
+            )
+
+
+def frozen(subject: Subject) -> Iterator[Finding]:
+    """Report tensors like parameters that the loss depends on and that have no gradient."""
+    facts = subject.facts
+    if facts is None or not subject.trainable:
+        return
+    names = [
+        str(value.name)
+        for value, array in subject.constants()
+        if value in facts.forward and _varied(array) and not _folded_name(subject, value)
+    ]
+    if names:
+        yield Finding(
+            "frozen-parameter",
+            "note",
+            f"{len(names)} tensor{'s' if len(names) > 1 else ''} that the loss depends on "
+            f"ha{'ve' if len(names) > 1 else 's'} no gradient: {', '.join(names)}",
+            tuple(names),
+            "they keep the values that they were exported with; buffers and frozen tables are meant to",
+            "if one should be trained, name it when exporting (requires_grad)",
+        )
+
+
+def folded(subject: Subject) -> Iterator[Finding]:
+    """Report constants that vary as a parameter does, with made-up names or while parameters are gone."""
+    facts = subject.facts
+    if facts is None:
+        return
+    listed = {item.name for item in subject.parameters} if subject.trainable else set[str]()
+    found = [
+        str(value.name)
+        for value, array in _untrained(subject)
+        if value.name not in listed
+        and value in facts.forward
+        and _folded_name(subject, value)
+        and _varied(array)
+    ]
+    if found:
+        yield Finding(
+            "folded-parameter",
+            "warning",
+            f"{'a constant looks' if len(found) == 1 else f'{len(found)} constants look'} "
+            f"like what an exporter folded from parameters: {', '.join(found)}",
+            tuple(found),
+            "an exporter that folds constants stores what it computed from a parameter under another name: "
+            "such a parameter is not trained, and cannot be put back into the model",
+            NO_FOLDING,
+        )
+
+
+def _untrained(subject: Subject) -> Iterator[tuple[ir.Value, np.ndarray]]:
+    """Yield candidates for folded parameters; without gradients every initializer is one."""
+    yield from subject.constants()
+    if subject.trainable:
+        return
+    for item in subject.parameters:
+        value, array = subject.values.get(item.name), subject.array(item.name)
+        if value is not None and array is not None and array.ndim > 1:
+            yield value, array
+
+
+def _folded_name(subject: Subject, value: ir.Value) -> bool:
+    return is_anonymous(value.name) or any(True for _ in gone(subject))
+
+
+def renamed(subject: Subject) -> Iterator[Finding]:
+    """Report trained parameters with a made-up name."""
+    names = [item.name for item in subject.parameters if subject.trainable and is_anonymous(item.name)]
+    if names:
+        yield Finding(
+            "renamed-parameter",
+            "warning",
+            f"{'a trained parameter has' if len(names) == 1 else f'{len(names)} trained parameters have'} "
+            f"a name that an exporter made up: {', '.join(names)}",
+            tuple(names),
+            "the exporter folded or renamed the model's own parameter: what is trained cannot be loaded back "
+            "under its name",
+            NO_FOLDING,
+        )
+
+
+def equal_tables(subject: Subject) -> Iterator[Finding]:
+    """Report parameters of two or more dimensions that start equal, entry by entry."""
+    by_shape: dict[tuple[int, ...], list[tuple[Parameter, np.ndarray]]] = {}
+    for item in subject.parameters:
+        array = subject.array(item.name)
+        if array is not None and array.ndim > 1 and _varied(array):
+            by_shape.setdefault(array.shape, []).append((item, array))
+    for group in by_shape.values():
+        for (one, first), (other, second) in combinations(group, 2):
+            if np.array_equal(first, second):
+                yield Finding(
+                    "equal-parameters",
+                    "note",
+                    f"'{one.name}' and '{other.name}' start with the same values",
+                    (one.name, other.name),
+                    "some exporters merge parameters that start equal into one; here they are still two",
+                    "start them differently, or export with the parameters as inputs",
+                )
+
+
+def shared(subject: Subject) -> Iterator[Finding]:
+    """Report a table that is read by ids of different inputs: shared, or merged by an exporter."""
+    facts = subject.facts
+    if facts is None:
+        return
+    batch = set(subject.batch_inputs)
+    for item in subject.parameters:
+        weight = subject.values.get(item.name)
+        if weight is None or weight.shape is None or len(weight.shape) != 2:
+            continue
+        lookups = forward_uses(weight, facts)[0]
+        if len(lookups) < 2:
+            continue
+        sources = {name for lookup in lookups if (name := _source(lookup, batch)) is not None}
+        if len(sources) < 2:
+            continue
+        through = [
+            str(value.name) for value in _copies(weight) if str(value.name).endswith((".weight", "_weight"))
+        ]
+        array = subject.array(item.name)
+        equal = array is not None and array.size > 1 and bool(np.all(array == array.flat[0]))
+        merged = bool(through) or equal or any(True for _ in gone(subject))
+        yield Finding(
+            "shared-table",
+            "warning" if merged else "note",
+            f"{len(lookups)} lookups by ids of different inputs ({', '.join(sorted(sources))}) read one "
+            f"table, '{item.name}'" + (f", one of them as '{through[0]}'" if through else ""),
+            (item.name, *(str(lookup.output.name) for lookup in lookups)),
+            "some exporters merge tables that start with equal values; that cannot be told from a table that "
+            "the model shares",
+            "check that it is meant; if it is not, start the tables differently, or " + NO_FOLDING,
+        )
+
+
+def _source(lookup: Lookup, batch: set[ir.Value]) -> str | None:
+    if lookup.ids is None or lookup.constant_ids is not None:
+        return None
+    names = sorted(str(value.name) for value in ancestors([lookup.ids]) if value in batch)
+    return " and ".join(names) if names else None
+
+
+def _copies(weight: ir.Value) -> list[ir.Value]:
+    return [node.outputs[0] for node, _ in weight.uses() if node.op_type == "Identity"]
+
+
+def _varied(array: np.ndarray) -> bool:
+    """Say whether a tensor's entries vary as those of a parameter do: most are different numbers."""
+    entries = array.reshape(-1)
+    if entries.size < 8:
+        return False
+    sample = entries[:4096]
+    return len(np.unique(sample)) > sample.size // 2

@@ -1,0 +1,1 @@
+"""Batches: from files or arrays to what a step reads."""

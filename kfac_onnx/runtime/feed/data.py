@@ -1,0 +1,176 @@
+"""Training data from `.npz` files: arrays by input name, in batches, shuffled by a seed.
+
+A file holds one array per batch input; their first dimensions are the examples and must agree. Arrays without
+dimensions go with every batch as they are. A folder holds such files as shards, which are loaded one at a
+time; shuffling then permutes the shards and the rows inside each. The order of batches depends on the seed
+and the epoch alone, so a run that is resumed at batch p sees what the uninterrupted run saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx.disk.npz import npz_headers, read_npz
+from kfac_onnx.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    Arrays = Mapping[str, np.ndarray]
+
+__all__ = ["Batches"]
+
+
+def _lengths(arrays: Arrays, place: str) -> int:
+    """Return the number of examples in a file's arrays."""
+    sizes = {name: array.shape[0] for name, array in arrays.items() if array.ndim}
+    if not sizes:
+        raise UserError(f"{place} holds no examples: no array has a dimension")
+    first, size = next(iter(sizes.items()))
+    for name, other in sizes.items():
+        if other != size:
+            message = f"{place} holds {size} examples of '{first}' and {other} of '{name}'"
+            raise UserError(message, help="the first dimension of every array is the example")
+    return size
+
+
+def _stored_length(path: Path) -> int:
+    """Return the number of examples in an `.npz` file, from the arrays' headers alone."""
+    for header in npz_headers(path):
+        if header.shape:
+            return header.shape[0]
+    raise UserError(f"'{path}' holds no examples: no array has a dimension")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Where rows come from: a file, or arrays already in memory."""
+
+    rows: int
+    path: Path | None = None
+    arrays: Arrays | None = None
+
+    def load(self) -> Arrays:
+        if self.arrays is not None:
+            return self.arrays
+        if self.path is None:
+            raise AssertionError("a shard has arrays or a path")
+        arrays = read_npz(self.path)
+        _lengths(arrays, f"'{self.path}'")
+        return arrays
+
+
+class Batches:
+    """An endless or counted supply of batches; iterating it once gives one epoch (epoch 0).
+
+    Args:
+        source: an `.npz` file, a folder of them, or arrays by input name.
+        batch_size: examples in a batch; the last batch of an epoch may have fewer.
+        seed: of the shuffling; None keeps the stored order.
+        drop_last: leave out a last batch that is not full.
+
+    Raises:
+        UserError: no such data, arrays of different lengths, or a batch size below 1.
+
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Arrays,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+        if isinstance(source, (str, Path)):
+            self._shards = self._find(Path(source))
+        else:
+            self._shards = [_Shard(_lengths(source, "the data"), arrays=source)]
+        self.examples = sum(shard.rows for shard in self._shards)
+        if not len(self):
+            message = f"the data holds {self.examples} examples, fewer than one batch of {batch_size}"
+            raise UserError(message)
+
+    @staticmethod
+    def _find(path: Path) -> list[_Shard]:
+        if path.is_dir():
+            files = sorted(path.glob("*.npz"))
+            if not files:
+                raise UserError(f"the folder '{path}' holds no .npz file")
+            return [_Shard(_stored_length(file), file) for file in files]
+        arrays = read_npz(path)
+        return [_Shard(_lengths(arrays, f"'{path}'"), arrays=arrays)]
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        full, rest = divmod(self.examples, self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self.epoch(0)
+
+    def describe(self) -> dict[str, int | bool | None]:
+        """Return what decides which batch comes at which position of a run."""
+        return {
+            "batches": len(self),
+            "examples": self.examples,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "drop_last": self.drop_last,
+        }
+
+    def epoch(self, number: int, *, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches of one epoch, without its first `skip`."""
+        random = None if self.seed is None else np.random.default_rng([self.seed, number])
+        order = np.arange(len(self._shards))
+        if random is not None:
+            random.shuffle(order)
+        held: list[dict[str, np.ndarray]] = []
+        count = 0
+        passed = skip * self.batch_size
+        for shard in (self._shards[index] for index in order):
+            rows = np.arange(shard.rows) if random is None else random.permutation(shard.rows)
+            if passed >= shard.rows:
+                passed -= shard.rows
+                continue
+            rows, passed = rows[passed:], 0
+            arrays = shard.load()
+            while rows.size:
+                take, rows = np.split(rows, [min(self.batch_size - count, rows.size)])
+                held.append({name: a[take] if a.ndim else a for name, a in arrays.items()})
+                count += take.size
+                if count == self.batch_size:
+                    yield _joined(held)
+                    held, count = [], 0
+        if count and not self.drop_last:
+            yield _joined(held)
+
+    def since(self, position: int, *, epochs: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield batches from batch `position` of the whole run on, to the end of `epochs`, or for ever."""
+        number, skip = divmod(position, len(self))
+        while epochs is None or number < epochs:
+            yield from self.epoch(number, skip=skip)
+            number, skip = number + 1, 0
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if len(parts) == 1:
+        return parts[0]
+    names = parts[0].keys()
+    for part in parts[1:]:
+        if part.keys() != names:
+            missing = ", ".join(f"'{name}'" for name in sorted(names ^ part.keys()))
+            raise UserError(f"the shards do not all hold the same arrays: {missing} is in some only")
+    return {
+        name: np.concatenate([part[name] for part in parts]) if parts[0][name].ndim else parts[0][name]
+        for name in names
+    }

@@ -1,0 +1,77 @@
+"""Values of parameters from the files that people have.
+
+`.npz`, `.safetensors`, the initializers of an `.onnx` file, and ONNX Runtime's training `.checkpoint`.
+bfloat16 comes out as `ml_dtypes.bfloat16`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kfac_onnx.disk.models import load_model
+from kfac_onnx.disk.stored import npz_arrays, safetensors_arrays
+from kfac_onnx.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kfac_onnx.disk.stored import Array
+
+__all__ = ["read_weights", "stored_weights"]
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Array]:
+    try:
+        return {**safetensors_arrays(path)[0]}
+    except (OSError, ValueError) as e:
+        raise UserError(f"'{path}' is not a readable .safetensors file: {first_line(e)}") from e
+
+
+def _read_npz(path: str | Path) -> dict[str, Array]:
+    return {**npz_arrays(path)}
+
+
+def _read_onnx(path: str | Path) -> dict[str, Array]:
+    model = load_model(path)
+    return {
+        name: value.const_value.numpy()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+
+
+def _read_checkpoint(path: str | Path) -> dict[str, Array]:
+    from kfac_onnx.runtime.saved.ort_checkpoint import read_ort_checkpoint
+
+    return {**read_ort_checkpoint(path)}
+
+
+def read_weights(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file by name, in memory.
+
+    Raises UserError when the file is missing, damaged or of another kind.
+    """
+    return {name: np.asarray(array) for name, array in stored_weights(path).items()}
+
+
+def stored_weights(path: str | Path) -> dict[str, Array]:
+    """Return the arrays of a file by name; those of `.npz` and `.safetensors` stay in it until they are read.
+
+    Raises UserError when the file is missing, damaged or of another kind.
+    """
+    readers: dict[str, Callable[[str | Path], dict[str, Array]]] = {
+        ".npz": _read_npz,
+        ".safetensors": _read_safetensors,
+        ".onnx": _read_onnx,
+        ".checkpoint": _read_checkpoint,
+    }
+    reader = readers.get(Path(path).suffix)
+    if reader is None:
+        message = f"parameters cannot be read from '{path}'"
+        raise UserError(message, help=f"give a file ending in {', '.join(readers)}")
+    if not Path(path).is_file():
+        raise UserError(f"there is no file '{path}'")
+    return reader(path)

@@ -1,0 +1,244 @@
+"""The training step while passes are still adding to it.
+
+Every inserting pass registers its states, learning rates and finite flags here; they are kept in the
+model's metadata (`kfac.draft`, `kfac.draft_states`), so that passes run in any order and in separate runs
+of the tool. The pass `close-step` assembles the step from them.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from kfac_onnx import metadata
+from kfac_onnx.errors import UserError
+from kfac_onnx.fisher.presets import EARLY_REFRESHES
+from kfac_onnx.graph.values import static_shape
+from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from kfac_onnx.graph.rewriter import Emitter, Out
+
+__all__ = ["DOMAIN", "GUARD", "Draft"]
+
+DOMAIN = "ai.kfac"
+GUARD = "kfac.guard"
+"""Node metadata: `index` or `index:fallback`: the input that a skipped step replaces by zeros or a value."""
+
+FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The entry `kfac.draft`."""
+
+    flags: tuple[str, ...] = ()
+    learning_rates: tuple[LearningRate, ...] = ()
+    root_checks: tuple[RootCheck, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Draft:
+    """Reads and extends the draft that a model carries, through one pass's emitter."""
+
+    def __init__(self, model: ir.Model, emitter: Emitter, values: dict[str, ir.Value]) -> None:
+        self.model = model
+        self.emitter = emitter
+        self.values = values
+        self.states = metadata.read_list(model, "draft_states", State)
+        self._places = {state.input: index for index, state in enumerate(self.states)}
+        kept = metadata.read(model, "draft", _Kept) or _Kept()
+        self.flags = list(kept.flags)
+        self.rates = list(kept.learning_rates)
+        self.roots = list(kept.root_checks)
+        self.settings = kept.settings
+
+    def save(self) -> None:
+        """Write the draft back into the model's metadata."""
+        self.emitter.metadata("draft_states", self.states)
+        kept = _Kept(tuple(self.flags), tuple(self.rates), tuple(self.roots), self.settings)
+        self.emitter.metadata("draft", kept)
+
+    @contextmanager
+    def at(self, emitter: Emitter) -> Generator[None]:
+        """Add nodes through another emitter, for one site."""
+        outer, self.emitter = self.emitter, emitter
+        try:
+            yield
+        finally:
+            self.emitter = outer
+
+    def value(self, name: str) -> ir.Value:
+        """Return a value of the main graph by name."""
+        return self.values[name]
+
+    def remember(self, *values: ir.Value) -> None:
+        """Make new values known by name."""
+        self.values.update((str(value.name), value) for value in values)
+
+    def parameter(self, name: str) -> ir.Value:
+        """Return a trained parameter as an input of the step; its value, if it has one, stays its default."""
+        value = self.values[name]
+        if not value.is_graph_input():
+            self.model.graph.inputs.append(value)
+            self.emitter.count(edited=1)
+        return value
+
+    def state(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        initial: str | float,
+        role: Literal["factor", "root", "counter", "optimizer"],
+        *,
+        parameter: str | None = None,
+    ) -> ir.Value:
+        """Add a state input; `keep` or `write` says later what it becomes."""
+        value = self.emitter.input(name, dtype, shape)
+        self.remember(value)
+        self._places[name] = len(self.states)
+        self.states.append(
+            State(
+                input=name,
+                output="",
+                shape=tuple(shape),
+                dtype=dtype.numpy().name,
+                initial=initial,
+                phase=Phase.PRECONDITION,
+                update="double",
+                candidate="",
+                role=role,
+                parameter=parameter,
+            )
+        )
+        return value
+
+    def keep(self, old: ir.Value, new: ir.Value, phase: Phase) -> None:
+        """Say that `new` is the state `old` after a kept step, held in two buffers."""
+        self._settle(old, new, phase, "double", ())
+
+    def write(self, old: ir.Value, new: ir.Value, phase: Phase) -> None:
+        """Say that `new` is the state `old` after a kept step, written in place."""
+        self._settle(old, new, phase, "in-place", (str(old.name), str(new.name)))
+
+    def _settle(
+        self,
+        old: ir.Value,
+        new: ir.Value,
+        phase: Phase,
+        update: Literal["in-place", "double"],
+        aliases: tuple[str, ...],
+    ) -> None:
+        self.remember(new)
+        place = self._places.setdefault(str(old.name), len(self.states))
+        if place < len(self.states):
+            self.states[place] = replace(
+                self.states[place], candidate=str(new.name), phase=phase, update=update, aliases=aliases
+            )
+            return
+        self.states.append(
+            State(
+                input=str(old.name),
+                output="",
+                shape=_fixed_shape(old),
+                dtype="float32" if old.dtype is None else old.dtype.numpy().name,
+                initial="parameter",
+                phase=phase,
+                update=update,
+                candidate=str(new.name),
+                role="parameter",
+                parameter=str(old.name),
+                aliases=aliases,
+            )
+        )
+
+    def flag(self, *values: ir.Value, phase: Phase = Phase.PRECONDITION) -> None:
+        """Let the step be kept only if these tensors are finite."""
+        for value in values:
+            found = self.emitter.node(
+                "AllFinite", [value], domain=DOMAIN, name="finite", phase=phase, dtype=FLOAT, shape=[]
+            )
+            self.remember(found)
+            self.flags.append(str(found.name))
+
+    def learning_rate(self, name: str, default: float) -> ir.Value:
+        """Return the learning-rate input of this name, made on first use."""
+        if name in self.values:
+            return self.values[name]
+        value = self.emitter.input(name, FLOAT, [])
+        self.emitter.default(value, np.float32(default))
+        self.remember(value)
+        self.rates.append(LearningRate(name, default))
+        return value
+
+    def step_number(self) -> ir.Value:
+        """Return t, the number of the step being made (int64 scalar, 1 first)."""
+        known = self.settings.get("t")
+        if known is not None:
+            return self.values[known]
+        old = self.state("kfac/t", INT64, [], 0.0, "counter")
+        one = self.emitter.constant(np.asarray(1, np.int64), "one")
+        new = self.emitter.node("Add", [old, one], name="t", phase=Phase.GRADIENTS, dtype=INT64, shape=[])
+        self.keep(old, new, Phase.GRADIENTS)
+        self.settings["t"] = str(new.name)
+        return new
+
+    def due(self, every: int) -> ir.Value:
+        """Return whether this is a step of a schedule: steps 1, 2, 4, 8 and multiples of `every`."""
+        known = self.settings.setdefault("due", {}).get(str(every))
+        if known is not None:
+            return self.values[known]
+        t, emit = self.step_number(), self.emitter.derive(phase=Phase.GRADIENTS)
+        after = max(EARLY_REFRESHES) + 1
+        early = emit.constant(np.isin(np.arange(after + 1), EARLY_REFRESHES), "early_refreshes")
+        late = emit.constant(np.asarray(after, np.int64), "after_early_refreshes")
+        period = emit.constant(np.asarray(every, np.int64), "every")
+        zero = emit.constant(np.asarray(0, np.int64), "zero")
+        place = emit.node("Min", [t, late], name="early", dtype=INT64, shape=[])
+        hit = emit.node("Gather", [early, place], name="early", dtype=BOOL, shape=[])
+        rest = emit.node("Mod", [t, period], name="since_due", dtype=INT64, shape=[])
+        due = emit.node("Equal", [rest, zero], name="due", dtype=BOOL, shape=[])
+        now = emit.node("Or", [hit, due], name="due_now", dtype=BOOL, shape=[])
+        self.remember(now)
+        self.settings["due"][str(every)] = str(now.name)
+        return now
+
+    def guard(self, node: ir.Node, index: int, fallback: ir.Value | None = None) -> None:
+        """Mark an input of a writing node: in a skipped step it is `fallback`, or zeros."""
+        node.metadata_props[GUARD] = str(index) if fallback is None else f"{index}:{fallback.name}"
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[Out],
+        phase: Phase,
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        """Add an `ai.kfac` operator and return its outputs."""
+        made = self.emitter.node(
+            op_type, inputs, domain=DOMAIN, attributes=attributes, phase=phase, outputs=list(outputs)
+        )
+        self.remember(*made)
+        return made
+
+
+def _fixed_shape(parameter: ir.Value) -> tuple[int, ...]:
+    """Return the shape of a trained parameter.
+
+    Raises UserError where the graph leaves a dimension open: no buffer could hold it.
+    """
+    shape = static_shape(parameter)
+    if shape is None:
+        raise UserError(
+            f"the parameter '{parameter.name}' has dimensions without a number",
+            help="export the graph with its weights, or with inputs of fixed shapes",
+        )
+    return shape

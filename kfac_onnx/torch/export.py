@@ -1,0 +1,177 @@
+"""From a PyTorch module that returns a loss to a training graph: forward and backward in one ONNX graph.
+
+The graph that `export_training_graph` returns:
+
+- inputs: the example inputs, under the names of `forward`'s arguments, with a dynamic first dimension;
+- trained parameters under their names in `module.named_parameters()`; tied parameters once, under the
+  first of their names;
+- outputs: the loss, a float scalar, and `<parameter>_grad` for each trained parameter;
+- buffers and frozen parameters as initializers.
+
+Parameters travel through PyTorch's exporter as inputs, whose values it does not know: given as
+initializers, its optimizer folds some away and merges those that start with equal values.
+
+Needs PyTorch 2.9 or newer (extra `torch`), which is imported at the first call and not before.
+"""
+
+# PyTorch is an extra, absent where the types are checked (this file then answers to its name).
+# pyright: basic, reportMissingImports=false, reportInvalidTypeForm=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import onnx_ir as ir
+
+from kfac_onnx.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from torch import Tensor
+    from torch.nn import Module
+
+__all__ = ["export_training_graph"]
+
+_EXTERNAL_DATA_FROM = 1 << 31
+"""Bytes: no protobuf file can be larger, so the values of a larger model go into a file beside it."""
+
+
+def export_training_graph(
+    module: Module,
+    example_inputs: Sequence[Tensor],
+    path: str | Path | None = None,
+    *,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    loss_name: str = "loss",
+    opset: int = 20,
+    parameters_as: Literal["initializers", "inputs"] = "initializers",
+) -> ir.Model:
+    """Return the training graph of a module whose `forward(*example_inputs)` is a scalar loss.
+
+    `example_inputs` are tensors on the CPU. With `dynamic_batch` the first dimension of each stays free
+    (at least two examples are needed to tell a batch from a constant); all other dimensions are fixed.
+    With `parameters_as="inputs"` the graph holds no values of trained parameters and takes them as
+    inputs. The module is exported in the mode (train or eval) that it is in, and stays as it was. With
+    `path` the model is also written there, its values beside it in `<name>.data` above 2 GB.
+
+    Raises `UserError` when PyTorch is missing, when the module does not return a differentiable scalar,
+    when its forward changes a buffer or a parameter, or when PyTorch cannot export it.
+    """
+    try:
+        from kfac_onnx.torch import joint as torch_joint
+    except ImportError as error:
+        raise UserError(
+            "exporting a training graph from a PyTorch module needs PyTorch 2.9 or newer",
+            tried=[f"import torch: {first_line(error)}"],
+            help="pip install 'kfac-onnx[torch]'",
+        ) from error
+    if parameters_as not in ("initializers", "inputs"):
+        raise UserError(f"parameters_as must be 'initializers' or 'inputs', not '{parameters_as}'")
+    joint = torch_joint.export_joint(
+        module,
+        tuple(example_inputs),
+        dynamic_batch=dynamic_batch,
+        input_names=None if input_names is None else list(input_names),
+        loss_name=loss_name,
+        opset=opset,
+    )
+    model = joint.model
+    _inner_names_apart(model)
+    _values_into_graph(model, joint.constants)
+    if parameters_as == "initializers":
+        _values_into_graph(model, joint.parameters)
+    _tidy(model)
+    if path is not None:
+        _write(model, Path(path))
+    return model
+
+
+def _inner_names_apart(model: ir.Model) -> None:
+    """Rename inner values that have the name of an input or output, or of an earlier inner value.
+
+    PyTorch names inner values after operators (`neg`, `add_3`), whatever the arguments of forward are called.
+    """
+    graph = model.graph
+    ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    taken = {value.name for value in ends}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs:
+            if value in ends or not value.name:
+                continue
+            name, number = value.name, 1
+            while name in taken:
+                number += 1
+                name = f"{value.name}_{number}"
+            value.name = name
+            taken.add(name)
+
+
+def _values_into_graph(model: ir.Model, values: Mapping[str, np.ndarray]) -> None:
+    """Turn graph inputs into initializers of the same names with these values."""
+    graph = model.graph
+    for value in list(graph.inputs):
+        array = None if value.name is None else values.get(value.name)
+        if array is not None:
+            value.const_value = ir.Tensor(array, name=value.name)
+            graph.inputs.remove(value)
+            if value.uses():
+                graph.register_initializer(value)
+
+
+def _tidy(model: ir.Model) -> None:
+    """Name the dynamic dimension `batch` (others `batch_2`, ...), and drop the exporter's stack traces."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        first = value.shape[0] if value.shape is not None and value.shape.rank() > 0 else None
+        if isinstance(first, ir.SymbolicDim) and first.value is not None and first.value not in names:
+            names[first.value] = f"batch_{len(names) + 1}" if names else "batch"
+    seen: set[int] = set()
+
+    def rename(value: ir.Value | None) -> None:
+        if value is None or id(value) in seen:
+            return
+        seen.add(id(value))
+        value.metadata_props.clear()
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dimension, names) for dimension in value.shape])
+
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        rename(value)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            rename(value)
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.name = "training_graph"
+
+
+def _renamed(dimension: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    """Return a dimension with its symbols renamed, also inside an expression such as `4*s23`."""
+    if isinstance(dimension, int):
+        return dimension
+    if dimension.value is None:
+        return None
+    return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), dimension.value)
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """Write the model through a temporary file, so that a failure leaves nothing half-written."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    beside = f"{path.name}.data" if size >= _EXTERNAL_DATA_FROM else None
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            ir.save(model, Path(folder) / path.name, external_data=beside)
+            if beside is not None:
+                (Path(folder) / beside).replace(path.with_name(beside))
+            (Path(folder) / path.name).replace(path)
+    except OSError as error:
+        raise UserError(
+            f"the training graph cannot be written to {path}", tried=[first_line(error)]
+        ) from error

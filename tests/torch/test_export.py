@@ -1,0 +1,452 @@
+"""Exported training graphs against PyTorch's own autograd, also at another batch size."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+import kfac_onnx.torch
+from kfac_onnx.api import scan
+from kfac_onnx.errors import UserError
+from kfac_onnx.torch.export import export_training_graph
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+# Float32 sums over tens of terms of order one: 1e-6 each; 1e-5 leaves room, and a factor 1.01 is 1e-2.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def run(model: ir.Model, feed: dict[str, Any]) -> dict[str, np.ndarray]:
+    import onnx_ir
+
+    proto = onnx_ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(
+        zip(names, session.run(None, {key: np.asarray(value) for key, value in feed.items()}), strict=True)
+    )
+
+
+def check(model: ir.Model, module: Any, names: tuple[str, ...], inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Compare loss and every gradient of the graph with autograd; return what the graph gave."""
+    module.zero_grad()
+    loss = module(*inputs)
+    loss.backward()
+    got = run(model, dict(zip(names, inputs, strict=True)))
+    np.testing.assert_allclose(got["loss"], loss.detach().numpy(), rtol=TOLERANCE)
+    expected = {f"{name}_grad": p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
+    assert set(got) == {"loss", *expected}
+    for name, gradient in expected.items():
+        largest = float(np.abs(gradient).max())
+        assert largest > 0, name
+        np.testing.assert_allclose(got[name], gradient, rtol=0, atol=TOLERANCE * largest, err_msg=name)
+    return got
+
+
+def language_model(torch: Any, *, padding_idx: int | None = None, tied: bool = False) -> Any:
+    class LanguageModel(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(30, 8, padding_idx=padding_idx)
+            self.fc = torch.nn.Linear(24, 8)
+            self.out = torch.nn.Linear(8, 30)
+            if tied:
+                self.out.weight = self.emb.weight
+
+        def forward(self, ids: Any, labels: Any) -> Any:
+            hidden = torch.tanh(self.fc(self.emb(ids).flatten(1)))
+            return torch.nn.functional.cross_entropy(self.out(hidden), labels)
+
+    return LanguageModel()
+
+
+def batch(torch: Any, size: int, *, dtype: str = "int64") -> tuple[Any, Any]:
+    ids = torch.randint(0, 30, (size, 3))
+    ids[0] = torch.tensor([4, 4, 0])
+    return ids.to(getattr(torch, dtype)), torch.randint(0, 30, (size,))
+
+
+@pytest.mark.parametrize(("padding_idx", "dtype"), [(None, "int64"), (None, "int32"), (0, "int64")])
+def test_language_model_equals_autograd_at_two_batch_sizes(
+    torch: Any, padding_idx: int | None, dtype: str
+) -> None:
+    module = language_model(torch, padding_idx=padding_idx)
+    model = export_training_graph(module, batch(torch, 5, dtype=dtype))
+    assert [value.name for value in model.graph.inputs] == ["ids", "labels"]
+    assert [str(value.shape) for value in model.graph.inputs] == ["[batch,3]", "[batch]"]
+    for size in (5, 11, 1):
+        got = check(model, module, ("ids", "labels"), batch(torch, size, dtype=dtype))
+        if padding_idx is not None:
+            assert not got["emb.weight_grad"][padding_idx].any()
+
+
+def test_tied_weights_are_one_parameter_with_the_sum_of_both_gradients(torch: Any) -> None:
+    module = language_model(torch, tied=True)
+    model = export_training_graph(module, batch(torch, 5))
+    got = check(model, module, ("ids", "labels"), batch(torch, 7))
+    (site,) = scan(model).sites
+    assert (site.parameter, len(site.uses), len(site.dense_uses)) == ("emb.weight", 1, 1)
+    assert sorted(got) == ["emb.weight_grad", "fc.bias_grad", "fc.weight_grad", "loss", "out.bias_grad"]
+
+
+def test_parameters_as_inputs_leave_their_values_out(torch: Any) -> None:
+    module = language_model(torch)
+    model = export_training_graph(module, batch(torch, 5), parameters_as="inputs")
+    names = [name for name, _ in module.named_parameters()]
+    assert [value.name for value in model.graph.inputs] == ["ids", "labels", *names]
+    ids, labels = batch(torch, 4)
+    values = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    given = run(model, {"ids": ids, "labels": labels, **values})
+    full = export_training_graph(module, batch(torch, 5))
+    for name, array in check(full, module, ("ids", "labels"), (ids, labels)).items():
+        np.testing.assert_array_equal(array, given[name])
+
+
+@pytest.mark.parametrize("names", [("context", "neg"), ("neg", "mul")])
+def test_arguments_and_parameters_called_like_operators(torch: Any, names: tuple[str, str]) -> None:
+    class Scored(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 3)
+            self.sigmoid = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, first: Any, second: Any) -> Any:
+            rows = self.emb(first) * self.emb(second)
+            return torch.sigmoid(-(rows * torch.sigmoid(self.sigmoid)).sum(1)).mean()
+
+    module = Scored()
+    inputs = torch.tensor([1, 2, 2]), torch.tensor([3, 3, 8])
+    model = export_training_graph(module, inputs, input_names=names)
+    check(model, module, names, inputs)
+    (site,) = scan(model).sites
+    assert (site.parameter, len(site.uses)) == ("emb.weight", 2)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_convolution_pooling_and_gates(torch: Any, padded: bool) -> None:
+    class Text(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.conv = torch.nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
+            self.average = torch.nn.AvgPool1d(2, 1, padding=1, count_include_pad=padded)
+            self.most = torch.nn.MaxPool1d(3, 2, padding=1)
+
+        def forward(self, ids: Any) -> Any:
+            rows = torch.nn.functional.silu(self.conv(self.emb(ids).transpose(1, 2)))
+            return self.most(self.average(rows)).square().mean()
+
+    module = Text()
+    model = export_training_graph(module, (torch.randint(0, 9, (4, 12)),))
+    check(model, module, ("ids",), (torch.randint(0, 9, (7, 12)),))
+    (site,) = scan(model).sites
+    assert (site.parameter, site.vocab_size, site.embedding_dim) == ("emb.weight", 9, 4)
+
+
+def test_what_no_rule_covers_is_said(torch: Any) -> None:
+    class Up(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.up = torch.nn.ConvTranspose1d(4, 2, 3)
+
+        def forward(self, ids: Any) -> Any:
+            return self.up(self.emb(ids).transpose(1, 2)).square().mean()
+
+    with pytest.raises(UserError, match="the gradient of a transposed convolution cannot be exported"):
+        export_training_graph(Up(), (torch.randint(0, 9, (4, 5)),))
+
+
+def test_parameters_with_equal_values_stay_apart(torch: Any) -> None:
+    class TwoBiases(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.users = torch.nn.Embedding(9, 2)
+            self.items = torch.nn.Embedding(9, 2)
+            torch.nn.init.ones_(self.users.weight)
+            torch.nn.init.ones_(self.items.weight)
+
+        def forward(self, user: Any, item: Any, rating: Any) -> Any:
+            return ((self.users(user) * self.items(item)).sum(1) - rating).square().mean()
+
+    module = TwoBiases()
+    inputs = torch.tensor([1, 2, 2]), torch.tensor([3, 3, 3]), torch.tensor([0.5, 1.0, 4.0])
+    model = export_training_graph(module, inputs)
+    assert {"users.weight", "items.weight"} <= set(model.graph.initializers)
+    check(model, module, ("user", "item", "rating"), inputs)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_embedding_bag_over_offsets(torch: Any, mode: str, padding_idx: int | None) -> None:
+    class Bags(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = torch.nn.EmbeddingBag(12, 4, mode=mode, padding_idx=padding_idx, sparse=True)
+            self.out = torch.nn.Linear(4, 1)
+
+        def forward(self, ids: Any, offsets: Any) -> Any:
+            return torch.sigmoid(self.out(self.bag(ids, offsets))).square().mean()
+
+    module = Bags()
+    ids, offsets = torch.tensor([1, 2, 2, 5, 7, 2, 1]), torch.tensor([0, 3, 3, 4])  # the second is empty
+    model = export_training_graph(module, (ids, offsets))
+    module.bag.sparse = False
+    check(model, module, ("ids", "offsets"), (ids, offsets))
+    check(model, module, ("ids", "offsets"), (torch.tensor([3, 3, 2]), torch.tensor([0, 2])))
+    (site,) = scan(model).sites
+    assert (site.parameter, site.vocab_size, site.embedding_dim) == ("bag.weight", 12, 4)
+    assert site.padding_idx == padding_idx
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_embedding_bag_of_one_length(torch: Any, mode: str) -> None:
+    class Bags(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = torch.nn.EmbeddingBag(12, 4, mode=mode)
+
+        def forward(self, ids: Any, target: Any) -> Any:
+            return (self.bag(ids) - target).square().mean()
+
+    module = Bags()
+    model = export_training_graph(module, (torch.randint(0, 12, (4, 3)), torch.randn(4, 4)))
+    check(model, module, ("ids", "target"), (torch.randint(0, 12, (6, 3)), torch.randn(6, 4)))
+
+
+def test_embedding_bag_weights_each_sample(torch: Any) -> None:
+    class Bags(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = torch.nn.EmbeddingBag(12, 4, mode="sum", include_last_offset=True)
+
+        def forward(self, ids: Any, offsets: Any, weights: Any) -> Any:
+            return self.bag(ids, offsets, weights).square().mean()
+
+    module = Bags()
+    inputs = torch.tensor([1, 2, 2, 5]), torch.tensor([0, 3, 4]), torch.tensor([0.5, 1.0, -2.0, 3.0])
+    check(
+        export_training_graph(module, inputs, dynamic_batch=False),
+        module,
+        ("ids", "offsets", "weights"),
+        inputs,
+    )
+
+
+def test_buffers_frozen_and_unused_parameters_are_not_trained(torch: Any, caplog: Any) -> None:
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.fixed = torch.nn.Embedding(9, 4).requires_grad_(False)
+            self.unused = torch.nn.Linear(2, 2, bias=False)
+            self.register_buffer("gain", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+        def forward(self, ids: Any) -> Any:
+            return (self.emb(ids) * self.gain - self.fixed(ids)).square().mean()
+
+    module = Mixed()
+    model = export_training_graph(module, (torch.randint(0, 9, (5,)),))
+    check(model, module, ("ids",), (torch.randint(0, 9, (8,)),))
+    assert {"emb.weight", "fixed.weight", "gain"} <= set(model.graph.initializers)
+    assert "parameter 'unused.weight' has no gradient of the loss and will not be trained" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_values_keep_their_type_and_bits(torch: Any, dtype: str) -> None:
+    module = language_model(torch).to(getattr(torch, dtype))
+    model = export_training_graph(module, batch(torch, 5))
+    value = model.graph.initializers["emb.weight"].const_value
+    assert value is not None
+    assert value.dtype.name == dtype.upper()
+    # Exact: every float16 and bfloat16 is a float32.
+    np.testing.assert_array_equal(
+        value.numpy().astype(np.float32), module.emb.weight.detach().float().numpy()
+    )
+    (site,) = scan(model).sites
+    assert site.dtype == dtype
+
+
+def test_the_module_is_left_as_it_was(torch: Any) -> None:
+    module = language_model(torch)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    flags = {name: value.requires_grad for name, value in module.named_parameters()}
+    export_training_graph(module.train(), batch(torch, 5))
+    assert module.training
+    assert all(value.grad is None for value in module.parameters())
+    assert flags == {name: value.requires_grad for name, value in module.named_parameters()}
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_file_holds_the_same_graph(torch: Any, tmp_path: Path) -> None:
+    path = tmp_path / "train.onnx"
+    model = export_training_graph(language_model(torch), batch(torch, 5), path, opset=18, loss_name="cost")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["train.onnx"]
+    written = onnx.load(path)
+    assert written.opset_import[0].version == 18
+    assert [output.name for output in written.graph.output] == [value.name for value in model.graph.outputs]
+    assert written.graph.output[0].name == "cost"
+    assert not any(node.metadata_props for node in written.graph.node)
+
+
+def failing(torch: Any, result: Any) -> Any:
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+
+        def forward(self, ids: Any) -> Any:
+            return result(self.emb(ids))
+
+    return Module()
+
+
+WRAP = "\n  help: wrap it in a module whose forward takes inputs and labels and returns the mean loss"
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda rows: rows, "Module.forward returns a tensor of shape [5, 4], not a scalar loss" + WRAP),
+        (lambda rows: (rows.sum(),), "Module.forward returns a tuple, not a scalar loss" + WRAP),
+        (
+            lambda rows: rows.detach().sum(),
+            "the loss that Module.forward returns depends on no trained parameter\n"
+            "  help: check requires_grad of the parameters, and that nothing detaches the loss",
+        ),
+        (
+            lambda rows: rows[1000].sum(),
+            "Module.forward fails on the example inputs\n"
+            "  tried: IndexError: index 1000 is out of bounds for dimension 0 with size 5",
+        ),
+    ],
+)
+def test_a_module_without_a_loss_is_refused(torch: Any, result: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        export_training_graph(failing(torch, result), (torch.arange(5),))
+    assert str(caught.value) == message
+
+
+def test_a_row_norm_bound_is_refused(torch: Any) -> None:
+    class Bounded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4, max_norm=0.1)
+
+        def forward(self, ids: Any) -> Any:
+            return self.emb(ids).square().mean()
+
+    with pytest.raises(
+        UserError, match=r"^forward changes 'emb\.weight', which a training graph cannot hold"
+    ):
+        export_training_graph(Bounded(), (torch.arange(5),))
+
+
+def test_running_statistics_are_refused(torch: Any) -> None:
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def forward(self, ids: Any) -> Any:
+            return self.norm(self.emb(ids)).square().mean()
+
+    with pytest.raises(UserError) as caught:
+        export_training_graph(Normed(), (torch.arange(5),))
+    assert str(caught.value) == (
+        "forward changes 'norm.running_mean', which a training graph cannot hold\n"
+        "  help: switch off running statistics (track_running_stats=False, or eval()) and max_norm"
+    )
+
+
+def test_an_operator_without_an_onnx_form_is_refused(torch: Any) -> None:
+    def result(rows: Any) -> Any:
+        return torch.linalg.matrix_exp(rows.T @ rows).sum()
+
+    with pytest.raises(UserError, match=r"^PyTorch cannot export forward and backward of Module as one ONNX"):
+        export_training_graph(failing(torch, result), (torch.arange(5),))
+
+
+def test_max_bags_over_offsets_are_refused(torch: Any) -> None:
+    class Bags(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = torch.nn.EmbeddingBag(12, 4, mode="max")
+
+        def forward(self, ids: Any, offsets: Any) -> Any:
+            return self.bag(ids, offsets).square().mean()
+
+    with pytest.raises(UserError) as caught:
+        export_training_graph(Bags(), (torch.arange(5), torch.tensor([0, 2])))
+    assert str(caught.value) == (
+        "an embedding bag of mode 'max' over offsets cannot be exported as a training graph\n"
+        "  help: use mode 'sum' or 'mean', or bags of one length as a 2-D input"
+    )
+
+
+def test_bad_arguments_are_refused(torch: Any, tmp_path: Path) -> None:
+    module = language_model(torch)
+    ids, labels = batch(torch, 5)
+
+    def message(*arguments: Any, **options: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            export_training_graph(module, *arguments, **options)
+        return str(caught.value)
+
+    assert message((ids[:1], labels[:1])) == (
+        "example input 0 has 1 along its first dimension, which would fix the batch\n"
+        "  help: pass two examples or more, or dynamic_batch=False"
+    )
+    assert message((ids, 3)) == (
+        "example input 1 is of type int, not a tensor\n"
+        "  help: pass tensors, and let the module hold whatever is constant"
+    )
+    assert message((ids, labels[0])) == (
+        "example input 1 is a scalar, which has no batch dimension\n"
+        "  help: give it a first dimension, or pass dynamic_batch=False"
+    )
+    assert message((ids, labels), input_names=["x"]) == "there are 1 input_names for 2 example inputs"
+    assert message((ids, labels), input_names=["x", "loss"]) == (
+        "'loss' would name two things in the graph\n"
+        "  help: pass input_names and loss_name that differ from each other and from all parameters"
+    )
+    assert message((ids, labels), parameters_as="files") == (
+        "parameters_as must be 'initializers' or 'inputs', not 'files'"
+    )
+    absent = tmp_path / "absent" / "train.onnx"
+    assert message((ids, labels), absent).startswith(f"the training graph cannot be written to {absent}")
+
+
+def test_without_pytorch_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in ("joint", "embeddings"):
+        monkeypatch.delitem(sys.modules, f"kfac_onnx.torch.{name}", raising=False)
+        monkeypatch.delattr(kfac_onnx.torch, name, raising=False)
+    with pytest.raises(UserError) as caught:
+        export_training_graph(object(), ())  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "exporting a training graph from a PyTorch module needs PyTorch 2.9 or newer\n"
+        "  tried: import torch: import of torch halted; None in sys.modules\n"
+        "  help: pip install 'kfac-onnx[torch]'"
+    )

@@ -19,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from kfac_onnx.errors import UserError, VerifyError
+from kfac_onnx.version import __version__
 
 if TYPE_CHECKING:
     from kfac_onnx.api import save, scan, transform, why
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingSession",
     "UserError",
     "VerifyError",
+    "__version__",
     "check",
     "diff",
     "differentiate",
@@ -43,8 +45,6 @@ __all__ = [
     "transform",
     "why",
 ]
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "TrainingSession": "kfac_onnx.runtime",

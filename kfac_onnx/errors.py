@@ -2,19 +2,21 @@
 
 `UserError` is the user's input (exit code 1, no traceback), `VerifyError` a pass that left a broken
 model behind (exit code 3), everything else is a bug.
+
+Text from files is shown so that nothing in it acts on a terminal and no line is endless (`safe`): names,
+documentation and messages of a model are whatever somebody wrote there, escape sequences included.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
-
-from kfac_onnx.shown import safe_line
+import re
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["NoGradientsError", "UserError", "VerifyError", "did_you_mean", "first_line"]
+__all__ = ["NoGradientsError", "UserError", "VerifyError", "did_you_mean", "first_line", "safe", "safe_line"]
 
 
 class UserError(Exception):
@@ -76,3 +78,28 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, for a sentence that quotes it."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+_RAW: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters other than tab and newline, marks that turn the direction of text, lone surrogates."""
+_LONGEST: Final = 4000
+"""Characters of one line of an error."""
+
+
+def safe(text: str) -> str:
+    r"""Return text with control characters written out, such as `\x1b`; tabs and newlines stay."""
+    return _RAW.sub(_escaped, text)
+
+
+def safe_line(text: str) -> str:
+    r"""Return text as one line of bounded length: newlines and tabs are written out as well."""
+    line = safe(text).replace("\n", "\\n").replace("\t", "\\t")
+    if len(line) <= _LONGEST:
+        return line
+    left, right = line[: _LONGEST // 2], line[-_LONGEST // 4 :]
+    return f"{left} [{len(line) - len(left) - len(right)} more characters] {right}"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -22,8 +22,7 @@ from kfac_onnx.autodiff.contents import (
     is_usual_factor,
 )
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.graph.values import rank_of
-from kfac_onnx.readers.interface import is_float
+from kfac_onnx.graph.values import is_float, rank_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

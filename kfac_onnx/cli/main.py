@@ -15,8 +15,7 @@ from typing import Final
 import click
 
 from kfac_onnx.cli.output import say
-from kfac_onnx.errors import UserError, VerifyError, did_you_mean
-from kfac_onnx.shown import safe_line
+from kfac_onnx.errors import UserError, VerifyError, did_you_mean, safe_line
 
 __all__ = ["VERBS", "cli", "main"]
 

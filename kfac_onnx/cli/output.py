@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kfac_onnx.shown import safe
+from kfac_onnx.errors import safe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.step.draft import EARLY_REFRESHES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAGRAD",
     "ADAPTIVE",
-    "EARLY_REFRESHES",
     "HALF",
     "PRESETS",
     "R17",
@@ -35,9 +35,6 @@ __all__ = [
     "Preset",
     "find_preset",
 ]
-
-EARLY_REFRESHES: Final = (1, 2, 4, 8)
-"""Committed steps at which the inverse (root) of G is recomputed besides every `refresh_every`-th."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import onnx_ir as ir
 
+from kfac_onnx.graph.changes import Changes
 from kfac_onnx.graph.values import all_graphs
-from kfac_onnx.pipeline.base import Changes
 
 if TYPE_CHECKING:
     import numpy as np

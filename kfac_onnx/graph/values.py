@@ -233,3 +233,9 @@ def is_filled(value: ir.Value | None, number: int) -> bool:
         return False
     fill = node.attributes.get("value")
     return number == 0 if fill is None else bool(np.all(fill.as_tensor().numpy() == number))
+
+
+def is_float(value: ir.Value) -> bool:
+    """Say whether a value is a tensor of floating-point numbers."""
+    dtype = dtype_of(value)
+    return dtype is not None and dtype.is_floating_point()

@@ -228,7 +228,7 @@ def _find(model: ir.Model, name: str, what: str, place: str | None) -> ir.Value:
 
 
 def _logits(model: ir.Model, name: str | None, place: str | None) -> ir.Value:
-    from kfac_onnx.readers.interface import is_float
+    from kfac_onnx.graph.values import is_float
 
     if name is not None:
         return _find(model, name, "the logits", place)
@@ -244,8 +244,7 @@ def _logits(model: ir.Model, name: str | None, place: str | None) -> ir.Value:
 
 
 def _require_scalar(loss: ir.Value, place: str | None) -> None:
-    from kfac_onnx.graph.values import static_shape
-    from kfac_onnx.readers.interface import is_float
+    from kfac_onnx.graph.values import is_float, static_shape
 
     shape = static_shape(loss)
     if not is_float(loss) or shape is None or any(dim != 1 for dim in shape):

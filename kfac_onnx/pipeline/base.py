@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from kfac_onnx.graph.changes import NO_CHANGES, Changes
 from kfac_onnx.pipeline.options import check_value, format_value, options_of
 
 if TYPE_CHECKING:
@@ -17,36 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["NO_CHANGES", "Changes", "Pass"]
 
 _KEBAB: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-
-
-@dataclass(frozen=True)
-class Changes:
-    """How much a pass changed: things added, removed and edited (nodes, values, inputs, metadata).
-
-    A pass counts everything: the written file differs exactly when `total` is above 0.
-    """
-
-    added: int = 0
-    removed: int = 0
-    edited: int = 0
-
-    @property
-    def total(self) -> int:
-        """All changes together."""
-        return self.added + self.removed + self.edited
-
-    def __add__(self, other: Changes) -> Changes:
-        return Changes(
-            self.added + other.added,
-            self.removed + other.removed,
-            self.edited + other.edited,
-        )
-
-    def __bool__(self) -> bool:
-        return self.total > 0
-
-
-NO_CHANGES: Final = Changes()
 
 
 @dataclass(frozen=True, kw_only=True)

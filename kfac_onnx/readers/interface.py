@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import onnx_ir as ir
 
 from kfac_onnx.graph.emit import Miss
-from kfac_onnx.graph.values import dtype_of
+from kfac_onnx.graph.values import is_float
 from kfac_onnx.readers.load import Exported
 from kfac_onnx.readers.row_gradients import (
     following_row_gradients,
@@ -25,7 +25,7 @@ from kfac_onnx.readers.row_gradients import (
 if TYPE_CHECKING:
     from kfac_onnx.metadata import HostUpdate, OptimizerState, RowGradient
 
-__all__ = ["READERS", "Interface", "Reader", "is_float"]
+__all__ = ["READERS", "Interface", "Reader"]
 
 GRADIENT_SUFFIX: Final = "_grad"
 BUFFER_SUFFIX: Final = ".accumulation.buffer"
@@ -62,12 +62,6 @@ class Interface:
 
 
 Reader: TypeAlias = Callable[[Exported], Interface | Miss]
-
-
-def is_float(value: ir.Value) -> bool:
-    """Say whether a value is a tensor of floating-point numbers."""
-    dtype = dtype_of(value)
-    return dtype is not None and dtype.is_floating_point()
 
 
 def _known(model: ir.Model, name: str) -> bool:

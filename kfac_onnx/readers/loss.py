@@ -10,9 +10,8 @@ import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.emit import Emit, Names
-from kfac_onnx.graph.values import constant, dtype_of, int_attribute, static_shape
+from kfac_onnx.graph.values import constant, dtype_of, int_attribute, is_float, static_shape
 from kfac_onnx.metadata import Loss, read
-from kfac_onnx.readers.interface import is_float
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
-from kfac_onnx.graph.values import dtype_of, static_shape
+from kfac_onnx.graph.values import dtype_of, is_float, static_shape
 from kfac_onnx.metadata import Parameter, Refusal
-from kfac_onnx.readers.interface import Interface, is_float
 from kfac_onnx.readers.pair_by_flow import FlowPairs, owners_by_flow, pair_by_flow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from kfac_onnx.readers.interface import Interface
 
 __all__ = ["Pairing", "candidates", "find_value", "named_values", "pair", "parameter_of"]
 

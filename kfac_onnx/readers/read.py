@@ -27,9 +27,9 @@ from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.shapes import infer_missing_shapes, infer_shapes
 from kfac_onnx.graph.validity import require_consistent, require_tensors
-from kfac_onnx.graph.values import dtype_of, rank_of, static_shape
+from kfac_onnx.graph.values import dtype_of, is_float, rank_of, static_shape
 from kfac_onnx.readers.gradient_nodes import expand_gradients
-from kfac_onnx.readers.interface import READERS, Interface, is_float
+from kfac_onnx.readers.interface import READERS, Interface
 from kfac_onnx.readers.load import Exported, load
 from kfac_onnx.readers.loss import choose_loss, find_reduction, loss_candidates
 from kfac_onnx.readers.optimizer_inside import calibrate, optimizer_inside, scaled

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
-from kfac_onnx.fisher.presets import EARLY_REFRESHES
 from kfac_onnx.graph.values import static_shape
 from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State
 
@@ -25,11 +24,14 @@ if TYPE_CHECKING:
 
     from kfac_onnx.graph.rewriter import Emitter, Out
 
-__all__ = ["DOMAIN", "GUARD", "Draft"]
+__all__ = ["DOMAIN", "EARLY_REFRESHES", "GUARD", "Draft"]
 
 DOMAIN = "ai.kfac"
 GUARD = "kfac.guard"
 """Node metadata: `index` or `index:fallback`: the input that a skipped step replaces by zeros or a value."""
+
+EARLY_REFRESHES: Final = (1, 2, 4, 8)
+"""Committed steps at which the inverse (root) of G is recomputed besides every `refresh_every`-th."""
 
 FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
 

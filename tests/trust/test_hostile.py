@@ -20,12 +20,11 @@ from safetensors.numpy import save as safetensors
 from kfac_onnx.api import save, transform
 from kfac_onnx.cli.main import main
 from kfac_onnx.disk import memory
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import UserError, safe, safe_line
 from kfac_onnx.pipeline.pipeline import parse_pipeline
 from kfac_onnx.runtime.saved.ort_checkpoint import read_ort_checkpoint
 from kfac_onnx.runtime.saved.weights import stored_weights
 from kfac_onnx.runtime.session import TrainingSession
-from kfac_onnx.shown import safe, safe_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

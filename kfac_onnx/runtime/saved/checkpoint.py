@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from kfac_onnx import __version__, metadata
+from kfac_onnx import metadata
 from kfac_onnx.disk.models import atomic_path
 from kfac_onnx.disk.stored import StoredArray, bytes_of, safetensors_arrays
 from kfac_onnx.errors import UserError, first_line
@@ -34,6 +34,7 @@ from kfac_onnx.metadata import State
 from kfac_onnx.runtime.step.tensors import element_type, numpy_dtype
 from kfac_onnx.step.plan import partition
 from kfac_onnx.step.protos import build_model
+from kfac_onnx.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -2,9 +2,9 @@
 
     python tools/compare_transforms.py REVISION MODEL_OR_FOLDER...
 
-Each graph is transformed by the package of this checkout and by that of REVISION (checked out beside it for the
-time of the run), with each of `SETTINGS`. Two models are equal if they agree up to names and the order of nodes:
-the same inputs and outputs, the same states and initial values, and the same computation behind each output.
+Each graph is transformed by the package of this checkout and by that of REVISION (checked out for the time
+of the run), with each of `SETTINGS`. Two models are equal if they agree up to names and the order of nodes:
+the same inputs and outputs, the same states and initial values, the same computation behind each output.
 What differs is printed, one line a graph and setting; the exit code is 2 if anything does.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,10 @@ from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
-from kfac_onnx.passes.collector import collector_paused
 from kfac_onnx.reports.why import Verdicts, why
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
 
     import onnx
     import onnx_ir as ir
@@ -24,7 +25,17 @@ if TYPE_CHECKING:
 
     Source = str | Path | ir.Model | onnx.ModelProto
 
-__all__ = ["PLAIN", "Report", "Verdicts", "pipeline_text", "save", "scan", "transform", "why"]
+__all__ = [
+    "PLAIN",
+    "Report",
+    "Verdicts",
+    "collector_paused",
+    "pipeline_text",
+    "save",
+    "scan",
+    "transform",
+    "why",
+]
 
 PLAIN = ("plain-sgd", "plain-momentum", "plain-adam", "plain-adagrad")
 """Presets that train the tables with an ordinary optimizer, for comparison."""
@@ -274,11 +285,59 @@ def transform(
         _refuse_transformed(model, source)
         first: Mapping[str, Any] = _first_values(source) if initialize else {}
         if first or parameters:
-            from kfac_onnx.passes.values import give_values
-
-            give_values(model, {**first, **(parameters or {})})
+            _give_values(model, {**first, **(parameters or {})})
         passes.run(model, log=log)
     return model
+
+
+@contextmanager
+def collector_paused() -> Generator[None]:
+    """Let no collection run inside; afterwards the collector is as it was.
+
+    A graph is hundreds of thousands of objects that all stay, and the collector walks them again and again: a
+    quarter of the time (benchmarks/transform_time).
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+def _give_values(model: ir.Model, values: Mapping[str, Any]) -> None:
+    """Store each array as the default value of the input or initializer of its name.
+
+    Raises UserError for an unknown name, or an array whose shape or dtype is not the input's.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    from kfac_onnx.graph.values import static_shape
+
+    known = {str(value.name): value for value in model.graph.inputs} | dict(model.graph.initializers)
+    for name, array in values.items():
+        value = known.get(name)
+        if value is None:
+            raise UserError(
+                f"the graph has no parameter or input '{name}'{did_you_mean(name, known)}",
+                help="`scan MODEL` lists the parameters and the inputs",
+            )
+        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        shape = static_shape(value)
+        if shape is not None and tuple(np.shape(array)) != shape:
+            raise UserError(
+                f"the value of '{name}' has the shape {list(np.shape(array))}, the graph wants {list(shape)}"
+            )
+        if value.dtype is not None and tensor.dtype != value.dtype:
+            raise UserError(
+                f"the value of '{name}' is {tensor.dtype.numpy().name}, "
+                f"the graph wants {value.dtype.numpy().name}"
+            )
+        value.const_value = tensor
+        if name not in model.graph.initializers:
+            model.graph.register_initializer(value)
 
 
 def _refuse_transformed(model: ir.Model, source: Source) -> None:

@@ -173,7 +173,7 @@ def command(
     )
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.saved.export import filled
-    from kfac_onnx.runtime.saved.source import require_source, source_hash
+    from kfac_onnx.runtime.saved.saved_run import require_source, source_hash
 
     providers = chosen_providers(ctx, provider)
     if resume is not None and begun is not None:

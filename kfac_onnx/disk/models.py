@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.disk.atomic import atomic_path, require_file
-from kfac_onnx.disk.data_files import belonging, pair
+from kfac_onnx.disk.external import belonging, check_external, load_external, pair
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from kfac_onnx.disk.external import check_external, load_external
     from kfac_onnx.disk.wellformed import require_wellformed
 
     data = _read(path)

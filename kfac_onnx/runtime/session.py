@@ -46,7 +46,7 @@ from kfac_onnx.runtime.saved.checkpoint_folder import (
 )
 from kfac_onnx.runtime.saved.export import forward_model, write_into
 from kfac_onnx.runtime.step.skip_causes import reasons
-from kfac_onnx.runtime.uninterrupted import uninterrupted
+from kfac_onnx.runtime.stopping import uninterrupted
 from kfac_onnx.step.plan import partition
 
 if TYPE_CHECKING:

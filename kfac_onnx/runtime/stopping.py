@@ -2,6 +2,8 @@
 
 Only in the main thread, and only where nobody else handles the signal: SIGINT where it would raise
 KeyboardInterrupt, SIGTERM where it would end the process. A second signal does that at once.
+
+Whoever handles them otherwise (Python's KeyboardInterrupt) gets them between steps, never within one.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
-__all__ = ["Interrupted", "Stop", "Terminated", "stop_signals", "stopped"]
+__all__ = ["Interrupted", "Stop", "Terminated", "stop_signals", "stopped", "uninterrupted"]
 
 _DEFAULTS: Final = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -80,3 +82,31 @@ def stop_signals() -> Generator[Stop]:
     finally:
         for number in taken:
             signal.signal(number, _DEFAULTS[number])
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Generator[None]:
+    """Let SIGINT and SIGTERM wait for the end of the block where Python handles them (KeyboardInterrupt).
+
+    A signal that Python does not handle still ends the process. Python runs handlers in the main thread only,
+    so in another thread nothing needs to be done. Costs a few microseconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+
+    before = {number: signal.getsignal(number) for number in _DEFAULTS}
+    replaced = {number: handler for number, handler in before.items() if callable(handler)}
+    try:
+        for number in replaced:
+            signal.signal(number, later)
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        for number, frame in came:
+            replaced[signal.Signals(number)](number, frame)

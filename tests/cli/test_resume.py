@@ -146,7 +146,7 @@ def test_another_graph_is_refused(run: Run, folder: Path) -> None:
 
 def test_other_first_values_make_no_other_graph(run: Run, folder: Path) -> None:
     model = onnx.load(DATA / "ortart_dyncore__nplm.onnx")
-    from kfac_onnx.runtime.saved.source import source_hash
+    from kfac_onnx.runtime.saved.saved_run import source_hash
 
     onnx.save(model, folder / "a.onnx")
     large = [item for item in model.graph.initializer if np.prod(item.dims) >= 32]

@@ -20,15 +20,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kfac_onnx.runtime.step.roots import eigen_power
-
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from kfac_onnx.metadata import RootCheck
     from kfac_onnx.runtime.step.engine import Engine
 
-__all__ = ["RootMonitor", "RootRecord"]
+__all__ = ["RootMonitor", "RootRecord", "eigen_power"]
 
 _log = logging.getLogger(__name__)
 ROUNDING: Final = 16 * float(np.finfo(np.float32).eps)
@@ -99,3 +97,21 @@ def _problem(residual: float, tolerance: float, damping: float, factor: np.ndarr
     if damping < ROUNDING * trace:
         return f"damping {damping:.3g} within the rounding of a factor of trace {trace:.3g}"
     return None
+
+
+def eigen_power(factor: np.ndarray, damping: float, exponent: float) -> np.ndarray | None:
+    """Return `(factor + damping I)^exponent` by eigendecomposition in float64, symmetric, float32[D, D].
+
+    `root = Q (max(w, 0) + damping)^exponent Qᵀ` with `factor = Q w Qᵀ`: any exponent, also one that has no
+    iteration. None where it is not finite: the factor holds NaN or infinities, or is singular without
+    damping.
+    """
+    matrix = np.asarray(factor, np.float64)
+    if not np.isfinite(matrix).all() or not np.isfinite(damping):
+        return None
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        powers = (np.maximum(values, 0.0) + damping) ** exponent
+        root = ((vectors * powers) @ vectors.T).astype(np.float32)
+    root = (root + root.T) / np.float32(2)
+    return root if np.isfinite(root).all() else None

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from kfac_onnx.passes.collector import collector_paused
+from kfac_onnx.api import collector_paused
 
 
 def fails() -> None:

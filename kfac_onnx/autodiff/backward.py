@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,10 +11,25 @@ import onnx_ir as ir
 from kfac_onnx.graph.emit import Emit, Miss, Names
 from kfac_onnx.graph.values import all_graphs, dtype_of, static_shape
 
-__all__ = ["Backward", "GradientEmit", "Gradients", "Rule", "captured_values", "dimensions", "no_gradient"]
+__all__ = [
+    "Backward",
+    "GradientEmit",
+    "Gradients",
+    "Propagate",
+    "Rule",
+    "captured_values",
+    "dimensions",
+    "no_gradient",
+]
 
 Gradients: TypeAlias = Sequence[ir.Value | None] | Miss
 """One gradient per input of the node (None: zero, or not wanted; a shorter list is filled up), or why not."""
+
+Propagate: TypeAlias = Callable[
+    [Names, Sequence[ir.Node], Mapping[ir.Value, ir.Value], Iterable[ir.Value], list[str]],
+    tuple[dict[ir.Value, ir.Value], list[ir.Node]],
+]
+"""The engine, `engine.propagate`: rules are handed it, so that it can import them."""
 
 
 class GradientEmit(Emit):
@@ -38,6 +53,8 @@ class Backward:
     gradients: tuple[ir.Value | None, ...]
     wanted: Callable[[ir.Value], bool]
     """Says whether the gradient of a value of the forward graph is wanted."""
+    propagate: Propagate
+    """Differentiates other nodes: the body of a loop, or what an operator is defined by."""
     extra: list[tuple[ir.Value, ir.Value]] = field(default_factory=list[tuple[ir.Value, ir.Value]])
 
     @property

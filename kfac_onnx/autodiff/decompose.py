@@ -54,8 +54,6 @@ def has_body(op_type: str) -> bool:
 
 def through_body(back: Backward) -> Gradients:
     """Differentiate a node through the operators that ONNX defines it by."""
-    from kfac_onnx.autodiff.engine import propagate  # the engine looks rules up, and this is one
-
     written = _written_out(back)
     if isinstance(written, Miss):
         return written
@@ -70,7 +68,7 @@ def through_body(back: Backward) -> Gradients:
     wrt = {value: index for index, value in reversed(list(enumerate(back.node.inputs))) if back.needs(index)}
     wanted = {value: index for value, index in wrt.items() if value is not None}
     missing: list[str] = []
-    found, added = propagate(back.names, nodes, seeds, wanted, missing)
+    found, added = back.propagate(back.names, nodes, seeds, wanted, missing)
     if missing:
         for node in (*nodes, *added):
             for index in range(len(node.inputs)):

@@ -105,7 +105,7 @@ def propagate(
         if all(item is None for item in gradients):
             continue
         emit = GradientEmit(names, node)
-        back = Backward(node, emit, gradients, reached.__contains__)
+        back = Backward(node, emit, gradients, reached.__contains__, propagate)
         rule = rule_of(node)
         results = (
             Miss(f"no rule for {node.domain or 'ai.onnx'}::{node.op_type}") if rule is None else rule(back)

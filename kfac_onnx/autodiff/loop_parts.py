@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.recurrence import Recurrence, prune
-from kfac_onnx.graph.emit import Emit, Names
+from kfac_onnx.graph.emit import Emit
 from kfac_onnx.graph.operators import unchanged
 from kfac_onnx.graph.values import all_graphs, dtype_of, int_attribute
 
@@ -36,9 +36,10 @@ def zeros_like(emit: Emit, value: ir.Value) -> ir.Value:
 class BodyCopy:
     """A copy of a nested graph in which its nodes run again, to which their gradients are appended."""
 
-    def __init__(self, body: ir.Graph, names: Names, node: ir.Node) -> None:
-        self.names = names
-        self.emit = Emit(names, node, "gradient/body")
+    def __init__(self, body: ir.Graph, back: Backward) -> None:
+        self.names = names = back.names
+        self.emit = Emit(names, back.node, "gradient/body")
+        self._propagate = back.propagate
         self.graph = body.clone(allow_outer_scope_values=True)
         self._copies: dict[ir.Value, ir.Value] = {}
         self._pair(body, self.graph)
@@ -97,10 +98,8 @@ class BodyCopy:
         self, seeds: Mapping[ir.Value, ir.Value], wrt: Sequence[ir.Value], missing: list[str]
     ) -> dict[ir.Value, ir.Value]:
         """Append the gradients' nodes to the copy; return the gradients that there are."""
-        from kfac_onnx.autodiff.engine import propagate
-
         self.graph.outputs.clear()
-        found, nodes = propagate(self.names, list(self.graph), seeds, wrt, missing)
+        found, nodes = self._propagate(self.names, list(self.graph), seeds, wrt, missing)
         if not missing:
             self.graph.extend(nodes)
         inside = set(self._copies.values())
@@ -196,7 +195,7 @@ def _run_again(
     back: Backward, loop: Recurrence, known: Sequence[ir.Value | None]
 ) -> tuple[list[ir.Value], ir.Value]:
     """Emit the node once more, with its states as further results."""
-    copy = BodyCopy(loop.body, back.names, back.node)
+    copy = BodyCopy(loop.body, back)
     emit = back.emit
     wanted = [index for index, stack in enumerate(known) if stack is None]
     starts = list(copy.graph.inputs)

@@ -78,7 +78,7 @@ class _Reversed:
         self.back = back
         self.loop = loop
         self.wanted = wanted
-        self.copy = BodyCopy(loop.body, back.names, back.node)
+        self.copy = BodyCopy(loop.body, back)
         self.states = [i for i, state in enumerate(loop.states) if float_value(state.inner, state.first)]
         self.firsts: list[ir.Value] = []
         self.carried: list[ir.Value] = []
@@ -238,7 +238,7 @@ def branches(back: Backward) -> Gradients:
     attributes: dict[str, ir.Graph] = {}
     for name in ("then_branch", "else_branch"):
         branch = back.node.attributes[name].as_graph()
-        copy = BodyCopy(branch, back.names, back.node)
+        copy = BodyCopy(branch, back)
         seeds = {
             copy.end(value): gradient
             for index, value in enumerate(branch.outputs)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kfac_onnx.bench.place import HOST
+from kfac_onnx.bench.rates import REST_LR
 from kfac_onnx.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from kfac_onnx.runtime import TrainingSession
 
 __all__ = ["ARMS", "DEFAULT_ARMS", "Arm", "Trainee", "choose", "open_arm"]
-
-REST_LR: Final = 1e-3
 
 
 class Trainee(Protocol):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from kfac_onnx.bench.arms import REST_LR
+from kfac_onnx.bench.rates import REST_LR
 from kfac_onnx.runtime.saved.weights import stored_weights
 
 if TYPE_CHECKING:

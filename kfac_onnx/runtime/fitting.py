@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
 
 from kfac_onnx.disk.json_lines import json_lines
 from kfac_onnx.disk.models import make_folder
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kfac_onnx.runtime.description import Metrics
-    from kfac_onnx.runtime.session import TrainingSession
+    from kfac_onnx.runtime.schedules import Schedule
     from kfac_onnx.runtime.step.skip_causes import Cause
 
 __all__ = ["SKIP_LIMIT", "FitResult", "Row", "fit"]
@@ -44,6 +44,23 @@ SKIP_LIMIT = 10
 """Skipped steps in a row that stop a run, unless it says otherwise."""
 ROW_CAUSES = 16
 """Causes of a skipped step in its row of metrics: all of a diverged model's parameters would fill files."""
+
+
+class Trainee(Protocol):
+    """What `fit` needs of a session; `TrainingSession` says what each does."""
+
+    schedule: Schedule | None
+    data: dict[str, int | bool | None] | None
+
+    @property
+    def position(self) -> int: ...
+    def step(self, batch: Mapping[str, np.ndarray]) -> Metrics: ...
+    def prepared(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]: ...
+    def reserve(self, ahead: int) -> None: ...
+    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float: ...
+    def require_loss(self, what: str) -> None: ...
+    def require_place(self, path: str | Path) -> None: ...
+    def save(self, path: str | Path, *, keep: int | None = None) -> Path: ...
 
 
 class Row(TypedDict):
@@ -78,7 +95,7 @@ class FitResult:
 
 
 def _supply(
-    session: TrainingSession,
+    session: Trainee,
     batches: Iterable[Mapping[str, np.ndarray]],
     steps: int | None,
     epochs: int | None,
@@ -160,7 +177,7 @@ class _Bar:
 
 
 def fit(
-    session: TrainingSession,
+    session: Trainee,
     batches: Iterable[Mapping[str, np.ndarray]],
     *,
     steps: int | None = None,
@@ -250,7 +267,7 @@ class _Saver:
     Raises UserError when the place cannot take the session's checkpoints.
     """
 
-    def __init__(self, session: TrainingSession, path: str | Path, keep: int | None) -> None:
+    def __init__(self, session: Trainee, path: str | Path, keep: int | None) -> None:
         self._session, self._path, self._keep = session, path, keep
         self._folder = is_folder(path)
         if keep is not None and not self._folder:
@@ -270,7 +287,7 @@ class _Saver:
         return Path(self._path)
 
 
-def _note_data(session: TrainingSession, batches: object) -> None:
+def _note_data(session: Trainee, batches: object) -> None:
     """Keep what the batches are made of, and say if a resumed run goes on with others."""
     if not isinstance(batches, Batches):
         return
@@ -293,7 +310,7 @@ def _stopped(count: int, made: Metrics, checkpoint: str | Path | None) -> UserEr
     )
 
 
-def _row(session: TrainingSession, made: Metrics, held_out: float | None) -> Row:
+def _row(session: Trainee, made: Metrics, held_out: float | None) -> Row:
     row: Row = {
         "step": made["step"],
         "position": session.position,

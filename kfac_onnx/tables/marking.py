@@ -15,12 +15,12 @@ import onnx_ir as ir
 from kfac_onnx.metadata import IdCheck, Phase, Site
 from kfac_onnx.tables.match_uses import MatchedUse, whole_ids
 from kfac_onnx.tables.padding import drop_padding
-from kfac_onnx.tables.scatters import DenseTerm, RowTerm
+from kfac_onnx.tables.terms import DenseTerm, RowTerm
 
 if TYPE_CHECKING:
     from kfac_onnx.graph.rewriter import Emitter
     from kfac_onnx.tables.matching import SiteMatch
-    from kfac_onnx.tables.pull_back import RowStep
+    from kfac_onnx.tables.terms import RowStep
 
 __all__ = ["id_checks", "mark"]
 

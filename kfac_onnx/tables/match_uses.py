@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx.graph.values import static_shape
 from kfac_onnx.tables.lookups import RESHAPES, Lookup, ids_chain, keeps_every_id
-from kfac_onnx.tables.pull_back import Miss, Pulled, RowStep, pull, pull_whole
-from kfac_onnx.tables.scatters import DenseTerm, RowTerm
+from kfac_onnx.tables.pull_back import Miss, Pulled, pull, pull_whole
+from kfac_onnx.tables.terms import DenseTerm, RowStep, RowTerm
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -17,7 +17,8 @@ from kfac_onnx.tables.match_uses import MatchedUse, claim, with_clamping, with_s
 from kfac_onnx.tables.nested import looked_up_inside
 from kfac_onnx.tables.products import projections
 from kfac_onnx.tables.pull_back import Miss, Pulled
-from kfac_onnx.tables.scatters import DenseTerm, RowTerm, gradient_terms
+from kfac_onnx.tables.scatters import gradient_terms
+from kfac_onnx.tables.terms import DenseTerm, RowTerm
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kfac_onnx.tables.facts import Facts
     from kfac_onnx.tables.lookups import DenseUse
     from kfac_onnx.tables.pull_back import Layout
-    from kfac_onnx.tables.scatters import DenseTerm
+    from kfac_onnx.tables.terms import DenseTerm
 
 __all__ = ["projections"]
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx.graph.values import static_shape
+from kfac_onnx.tables.terms import RowStep
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.tables.scatters import DenseTerm, RowTerm, ViewStep
+    from kfac_onnx.tables.terms import DenseTerm, RowTerm, ViewStep
 
-__all__ = ["Miss", "Pulled", "RowStep", "pull", "pull_whole"]
+__all__ = ["Miss", "Pulled", "pull", "pull_whole"]
 
 Layout = Literal["rows", "columns", "flat"]
 
@@ -28,22 +29,6 @@ class Miss:
 
     reason: str
     at: ir.Node | None = None
-
-
-@dataclass(frozen=True)
-class RowStep:
-    """One operation on (ids, rows), in the order in which they apply.
-
-    `negate`; `scale` by a scalar or per-column operand (`divide` for Div); `scale-rows` by a per-row operand
-    read at the ids; `window` keeps ids in [start, stop) and subtracts start; `columns` keeps columns
-    [start, stop); `shift` adds start to the ids; `wrap` adds stop to negative ids.
-    """
-
-    kind: Literal["negate", "scale", "scale-rows", "window", "columns", "shift", "wrap"]
-    operand: ir.Value | None = None
-    divide: bool = False
-    start: int = 0
-    stop: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ the chain back over the rows instead of over the table is what makes a step cost
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from kfac_onnx.graph.values import int_attribute, static_shape
 from kfac_onnx.tables.lookups import slice_window, unexpanded
-from kfac_onnx.tables.masks import DropMask, drop_mask
+from kfac_onnx.tables.masks import drop_mask
 from kfac_onnx.tables.one_hot import scattering
-from kfac_onnx.tables.pull_back import RowStep
+from kfac_onnx.tables.terms import DenseTerm, RowStep, RowTerm, ViewStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,59 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCATTERS",
-    "DenseTerm",
-    "DropMask",
-    "RowTerm",
-    "ViewStep",
     "adds_into_zeros",
     "gradient_terms",
     "other_operand",
     "placed_rows",
     "view_step",
 ]
-
-
-@dataclass(frozen=True)
-class ViewStep:
-    """One operator between the scatter and the gradient; `operand` is the other input of a scaling."""
-
-    node: ir.Node
-    kind: str
-    operand: ir.Value | None = None
-    window: tuple[int, int, int] | None = None
-    """(axis, start, stop) of a Slice or Split, or (axis, before, 0) of a Pad."""
-
-
-@dataclass(frozen=True)
-class RowTerm:
-    """Rows of a gradient with their ids, as the scattering operator has them.
-
-    `indices` and `updates` are the operator's inputs; `axis` is the table axis that it scatters along,
-    `columns` says that the indices are repeated over the columns (ScatterElements), `shape` is the
-    shape of what it scatters into. For constant ids without a scatter `indices` is None and `fixed`
-    holds them. `order` transposes the updates to one axis for each of the ids' and then the columns;
-    `before` are operations on ids and rows that the scattering operator implies.
-    """
-
-    steps: tuple[ViewStep, ...]
-    op: str
-    indices: ir.Value | None
-    updates: ir.Value
-    axis: int
-    columns: bool
-    shape: tuple[int, ...]
-    mask: DropMask | None = None
-    fixed: tuple[int, ...] | None = None
-    order: tuple[int, ...] | None = None
-    before: tuple[RowStep, ...] = ()
-
-
-@dataclass(frozen=True)
-class DenseTerm:
-    """A part of the gradient that is dense in the table, e.g. that of a tied projection."""
-
-    steps: tuple[ViewStep, ...]
-    value: ir.Value
 
 
 def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 from kfac_onnx.graph.values import static_shape
 from kfac_onnx.tables.explaining import why_no_lookup, why_no_scatter
 from kfac_onnx.tables.lookups import READERS, RESHAPES, SCALINGS, Lookup, is_view
-from kfac_onnx.tables.scatters import SCATTERS, RowTerm, other_operand, placed_rows, view_step
+from kfac_onnx.tables.scatters import SCATTERS, other_operand, placed_rows, view_step
+from kfac_onnx.tables.terms import RowTerm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,6 +20,7 @@ from kfac_onnx.canonical.loops.casts import name_types_of_casts
 from kfac_onnx.canonical.loops.lookups import look_up_before
 from kfac_onnx.canonical.loops.recurrence import Recurrence, prune, subgraphs
 from kfac_onnx.canonical.loops.results import compute_outside, prune_emitted, stack_sequences
+from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.scopes import name_values_apart
 from kfac_onnx.canonical.loops.states import (
     counts_iterations,
@@ -78,7 +79,7 @@ def why_not_outside(model: ir.Model, node: ir.Node) -> str:
     loop = None if owner is None else Recurrence.of(owner)
     if loop is None:
         return "it runs under a condition, so that the number of its lookups is not known before"
-    vec = Vectorizer(loop, Names(model), _constants(model))
+    vec = Vectorizer(loop, Names(model), _constants(model), RULES)
     table, ids = (vec.lane(value) for value in node.inputs[:2])
     prune_emitted(vec.emit)
     if isinstance(table, Miss):

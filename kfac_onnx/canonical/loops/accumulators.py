@@ -16,6 +16,7 @@ import onnx_ir as ir
 from kfac_onnx.canonical.loops.lanes import Fixed, Stacked
 from kfac_onnx.canonical.loops.recurrence import State, prune
 from kfac_onnx.canonical.loops.results import prune_emitted
+from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.emit import Emit, Miss
 from kfac_onnx.graph.operators import unchanged
@@ -213,7 +214,7 @@ def _take_out(
     loop: Recurrence, state: State, found: _Sum, names: Names, constants: Constants
 ) -> Recurrence | None:
     before = list(loop.collected)
-    vec = Vectorizer(loop, names, constants, leaf=ROW_STEPS)
+    vec = Vectorizer(loop, names, constants, RULES, leaf=ROW_STEPS)
     terms: list[_Term] = []
     for node in found.scatters:
         term = _term(vec, node, state)

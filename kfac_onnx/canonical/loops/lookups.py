@@ -13,6 +13,7 @@ import onnx_ir as ir
 from kfac_onnx.canonical.loops.lanes import Ragged, Stacked
 from kfac_onnx.canonical.loops.recurrence import Read, prune
 from kfac_onnx.canonical.loops.results import prune_emitted
+from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer, is_table
 from kfac_onnx.graph.emit import Emit
 from kfac_onnx.graph.operators import LOOKUPS
@@ -37,7 +38,7 @@ def lookups_in(loop: Recurrence, vec: Vectorizer) -> list[ir.Node]:
 
 def look_up_before(loop: Recurrence, names: Names, constants: Constants) -> tuple[Recurrence, int]:
     """Hoist the lookups of a body that can be; return the loop as it then is, and how many there were."""
-    vec = Vectorizer(loop, names, constants)
+    vec = Vectorizer(loop, names, constants, RULES)
     found: list[tuple[ir.Node, Stacked | Ragged]] = []
     for node in lookups_in(loop, vec):
         if node.inputs[1] is loop.number:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kfac_onnx.canonical.loops.lanes import Fixed, Lane, Stacked
 from kfac_onnx.canonical.loops.recurrence import Collected, prune
+from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.states import replace_result
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.emit import Emit, Miss, Names, replace_node
@@ -26,7 +27,7 @@ __all__ = ["compute_outside", "stack_sequences"]
 
 def compute_outside(loop: Recurrence, names: Names, constants: Constants) -> int:
     """Compute the stacks that no state is needed for outside of the loop; return how many."""
-    vec = Vectorizer(loop, names, constants)
+    vec = Vectorizer(loop, names, constants, RULES)
     found: list[tuple[ir.Value, ir.Value]] = []
     for item in loop.collected:
         if not (item.outer.uses() or item.outer.is_graph_output()):
@@ -66,7 +67,7 @@ def stack_sequences(loop: Recurrence, names: Names, constants: Constants) -> Rec
     they can be computed for all iterations at once, or have a static shape.
     """
     found: list[tuple[State, ir.Value, list[ir.Node]]] = []
-    vec = Vectorizer(loop, names, constants)
+    vec = Vectorizer(loop, names, constants, RULES)
     for state in loop.states:
         part = _appended(state, loop)
         joins = [node for node, _ in state.final.uses()]

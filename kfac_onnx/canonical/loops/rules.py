@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.lanes import FORWARD, Fixed, Lane, Ragged, Stacked
 from kfac_onnx.canonical.loops.rules_rows import RULES as ROW_RULES
-from kfac_onnx.canonical.loops.rules_rows import LaneRule, axes_of, fixed_numbers
+from kfac_onnx.canonical.loops.rules_rows import axes_of, fixed_numbers
 from kfac_onnx.graph.emit import Miss
 from kfac_onnx.graph.operators import ELEMENTWISE
 from kfac_onnx.graph.values import dtype_of, int_attribute
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kfac_onnx.canonical.loops.lanes import Order
-    from kfac_onnx.canonical.loops.vectorizer import Vectorizer
+    from kfac_onnx.canonical.loops.vectorizer import LaneRule, Vectorizer
 
-__all__ = ["RULES", "LaneRule"]
+__all__ = ["RULES"]
 
 UNSAFE = frozenset({"Log", "Sqrt", "Pow", "Reciprocal"})
 """Their derivative may be infinite in iterations in which a branch does not run."""

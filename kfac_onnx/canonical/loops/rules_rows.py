@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.lanes import FORWARD, Fixed, Lane, Ragged, Stacked
 from kfac_onnx.canonical.loops.segments import ragged_slices, reduce_ragged
-from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.emit import Miss
 from kfac_onnx.graph.values import dtype_of, int_attribute
 
-__all__ = ["RULES", "LaneRule", "axes_of", "fixed_numbers"]
+if TYPE_CHECKING:
+    from kfac_onnx.canonical.loops.vectorizer import LaneRule, Vectorizer
 
-LaneRule: TypeAlias = Callable[[Vectorizer, ir.Node], Lane]
+__all__ = ["RULES", "axes_of", "fixed_numbers"]
 
 
 def fixed_numbers(vec: Vectorizer, value: ir.Value | None) -> list[int] | None:

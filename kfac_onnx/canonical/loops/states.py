@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.lanes import Fixed
 from kfac_onnx.canonical.loops.recurrence import prune, reads
+from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.shapes_inside import infer_inside
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.emit import Emit
@@ -78,7 +79,7 @@ def counts_iterations(loop: Recurrence, names: Names, constants: Constants) -> R
         return None
     if dtype is None or not dtype.is_integer():
         return None
-    vec = Vectorizer(loop, names, constants)
+    vec = Vectorizer(loop, names, constants, RULES)
     limit = vec.lane(test.inputs[1 if is_left else 0])
     if not isinstance(limit, Fixed):
         return None

@@ -7,7 +7,7 @@ the iterations change has no such form: the answer is then a `Miss` that says so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx_ir as ir
 
@@ -20,18 +20,24 @@ from kfac_onnx.graph.operators import ELEMENTWISE, LOOKUPS, RANDOM, VIEWS, uncha
 from kfac_onnx.graph.values import ONNX_DOMAINS, dtype_of, int_attribute, rank_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from kfac_onnx.canonical.loops.lanes import Segments
     from kfac_onnx.canonical.loops.recurrence import Recurrence
     from kfac_onnx.graph.constants import Constants
 
-__all__ = ["Vectorizer", "is_table"]
+__all__ = ["LaneRule", "Vectorizer", "is_table"]
 
 CARRIED = "a state that the iterations change is needed for it"
+
+LaneRule: TypeAlias = "Callable[[Vectorizer, ir.Node], Lane]"
+"""Returns the lane of an operator's result over all iterations, emitting what computes it."""
 
 
 class Vectorizer(Stacks):
     """Lanes of the values of one recurrence; what they need is collected in `emit.nodes`.
 
+    `rules` (`rules.RULES`) say what an operator does to all instances at once, by its name.
     With `leaf`, values that no rule covers become results of the loop, and only the operators that `leaf`
     names are done outside to such a result.
     """
@@ -41,9 +47,11 @@ class Vectorizer(Stacks):
         loop: Recurrence,
         names: Names,
         constants: Constants,
+        rules: Mapping[str, LaneRule],
         leaf: frozenset[str] | None = None,
     ) -> None:
         super().__init__(loop, names, constants)
+        self.rules = rules
         self.leaf = leaf
         self.segments: dict[tuple[ir.Value, ir.Value, ir.Value | None], Segments] = {}
         self.sums: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
@@ -53,7 +61,7 @@ class Vectorizer(Stacks):
         self._hints: dict[ir.Value, int] = {}
         self._pure: Vectorizer | None = None
         if leaf is not None:
-            self._pure = Vectorizer(loop, names, constants)
+            self._pure = Vectorizer(loop, names, constants, rules)
             self._pure.emit, self._pure.ranks = self.emit, self.ranks
 
     def lane(self, value: ir.Value | None) -> Lane:
@@ -150,8 +158,6 @@ class Vectorizer(Stacks):
         return self.stacked(self.emit.op(node.op_type, first, self.emit.op("Mul", numbers, step.value)), rank)
 
     def _by_rule(self, node: ir.Node, value: ir.Value) -> Lane:
-        from kfac_onnx.canonical.loops.rules import RULES
-
         if node.domain not in ONNX_DOMAINS:
             return Miss(f"{node.domain}::{node.op_type} has no rule over all iterations")
         if node.op_type == "If" and not node.inputs:
@@ -162,7 +168,7 @@ class Vectorizer(Stacks):
             lanes = [self.lane(item) for item in node.inputs if item is not None]
             if all(isinstance(item, Fixed) for item in lanes):
                 return self._alike(node, value)
-        rule = RULES.get(node.op_type)
+        rule = self.rules.get(node.op_type)
         if rule is None:
             return self._why_not(node)
         return rule(self, node)

@@ -285,6 +285,14 @@ _TABLE = (
         cost=lambda s: (2 * s.N * s.D, 12 * s.N * s.D),
     ),
     _operator(
+        "DecayWeights",
+        "shrink weights by lr times their decay",
+        "optimizers.decay_weights",
+        "W:f32[...] lr:f32[] -> W:f32[...]",
+        (_DECAY,),
+        cost=lambda s: (s.V * s.D, 8 * s.V * s.D),
+    ),
+    _operator(
         "Sgd",
         "one step of gradient descent",
         "optimizers.sgd",

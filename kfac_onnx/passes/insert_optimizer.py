@@ -13,6 +13,7 @@ from kfac_onnx.passes.insertion.table import RowUpdate
 from kfac_onnx.passes.insertion.writing import as_float32, drop_gradient, keep_parameter, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.patterns import chosen
 from kfac_onnx.pipeline.registry import register
 from kfac_onnx.step.draft import FLOAT, INT64, Draft
 
@@ -27,45 +28,67 @@ __all__ = ["InsertOptimizer"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class InsertOptimizer(Pass):
-    """Insert sgd, momentum, adam or adagrad for every parameter that has no optimizer yet.
+    """Insert sgd, momentum, adam, adamw or adagrad for every parameter that has no optimizer yet.
 
     Reads   `kfac.parameters`, and what earlier passes already update.
     Adds    per parameter its new value and the optimizer's state, float32 of the parameter's shape
     Tables  with `parameters=tables` or `all`, embedding tables too, for comparison: sgd and adagrad on
             the looked-up rows (repeated rows merged), momentum and adam on the whole table.
-    Source  Kingma & Ba 2015, algorithm 1; Duchi et al. 2011, section 1.1. No weight decay.
+    Decay   decoupled: W ← W·(1 − lr·decay) before the optimizer's own step, of tensors of two or more
+            dimensions alone (biases and gains are left) and never of tables.
+    Source  Kingma & Ba 2015, algorithm 1, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter 2019,
+            algorithm 2, https://arxiv.org/abs/1711.05101; Duchi et al. 2011, section 1.1,
+            https://jmlr.org/papers/v12/duchi11a.html
     """
 
     name: ClassVar[str] = "insert-optimizer"
-    method: Literal["sgd", "momentum", "adam", "adagrad"] = opt("adam", "the optimizer")
+    method: Literal["sgd", "momentum", "adam", "adamw", "adagrad"] = opt(
+        "adam", "the optimizer; adamw is adam with decay"
+    )
     parameters: Literal["rest", "tables", "all"] = opt("rest", "which parameters get it")
+    only: tuple[str, ...] = opt((), "patterns of the parameters that get it; all of that kind if none")
     lr: float = opt(1e-3, "learning rate", lo=0.0)
+    rate: str | None = opt(None, "name of the learning-rate input: kfac/lr of tables, kfac/rest_lr if none")
+    weight_decay: float | None = opt(
+        None, "decoupled decay of matrices: 0.01 for adamw, otherwise 0 if none", lo=0.0, hi=1.0
+    )
+    decay_vectors: bool = opt(False, "decay biases and gains (tensors of one dimension) too")
     momentum: float = opt(0.9, "weight kept from the old velocity (momentum)", lo=0.0, hi=1.0)
-    beta1: float = opt(0.9, "weight kept from the old first moment (adam)", lo=0.0, hi=1.0)
-    beta2: float = opt(0.999, "weight kept from the old second moment (adam)", lo=0.0, hi=1.0)
+    beta1: float = opt(0.9, "weight kept from the old first moment (adam, adamw)", lo=0.0, hi=1.0)
+    beta2: float = opt(0.999, "weight kept from the old second moment (adam, adamw)", lo=0.0, hi=1.0)
     epsilon: float | None = opt(None, "added to the root: 1e-8 for adam, 1e-10 for adagrad if none", lo=0.0)
 
     def run(self, model: ir.Model, log: Log) -> Changes:
-        """Edit `model` in place."""
+        """Edit `model` in place.
+
+        Raises UserError for a pattern that no trained parameter matches.
+        """
         emitter = Emitter(model, self.name)
         draft = Draft(model, emitter, values_by_name(model))
         done = {state.parameter for state in draft.states if state.role == "parameter"}
         sites = {site.parameter: site for site in metadata.read_list(model, "sites", Site)}
-        for parameter in metadata.read_list(model, "parameters", Parameter):
+        parameters = metadata.read_list(model, "parameters", Parameter)
+        only = chosen([item.name for item in parameters], self.only, context=self.name)
+        for parameter in parameters:
             if parameter.name in done or parameter.gradient is None or parameter.name not in draft.values:
                 continue
             site = sites.get(parameter.name)
+            if self.only and parameter.name not in only:
+                continue
             if (self.parameters == "rest" and site is not None) or (
                 self.parameters == "tables" and site is None
             ):
                 continue
-            rate = draft.learning_rate("kfac/lr" if self.parameters == "tables" else "kfac/rest_lr", self.lr)
+            usual = "kfac/lr" if self.parameters == "tables" else "kfac/rest_lr"
+            rate = draft.learning_rate(self.rate or usual, self.lr)
             with draft.at(emitter.derive(site=parameter.name)):
                 drop_gradient(draft, parameter.gradient)
                 if site is not None and site.dense is None and self.method in ("sgd", "adagrad"):
                     self._rows(site, rate, draft)
                 else:
-                    self._dense(parameter.name, draft.value(parameter.gradient), rate, draft)
+                    self._dense(
+                        parameter.name, draft.value(parameter.gradient), rate, draft, table=site is not None
+                    )
             log.count("parameters")
         draft.settings.setdefault("optimizer", {})[self.parameters] = self.method
         draft.save()
@@ -74,7 +97,7 @@ class InsertOptimizer(Pass):
     def _epsilon(self) -> float:
         if self.epsilon is not None:
             return self.epsilon
-        return 1e-8 if self.method == "adam" else 1e-10
+        return 1e-10 if self.method == "adagrad" else 1e-8
 
     def _rows(self, site: Site, rate: ir.Value, draft: Draft) -> None:
         """Plain sgd or adagrad on a table's looked-up rows."""
@@ -107,12 +130,23 @@ class InsertOptimizer(Pass):
         draft.write(old, written, Phase.COMMIT)
         write_table(site, RowUpdate(ids, update, unique=True), rate, draft)
 
-    def _dense(self, name: str, gradient: ir.Value, rate: ir.Value, draft: Draft) -> None:
+    def _decay(self, shape: list[int]) -> float:
+        """Return the decay of a tensor that is no table."""
+        if len(shape) < 2 and not self.decay_vectors:
+            return 0.0
+        return (0.01 if self.method == "adamw" else 0.0) if self.weight_decay is None else self.weight_decay
+
+    def _dense(self, name: str, gradient: ir.Value, rate: ir.Value, draft: Draft, *, table: bool) -> None:
         emit = draft.emitter.derive(phase=Phase.PRECONDITION)
         weight = draft.parameter(name)
-        W, g = as_float32(emit, weight, "W"), as_float32(emit, gradient, "g")
+        weights, g = as_float32(emit, weight, "W"), as_float32(emit, gradient, "g")
         shape = [int(dim) for dim in (weight.shape or ()) if isinstance(dim, int)]
         draft.flag(g)
+        decay = 0.0 if table else self._decay(shape)
+        if decay:
+            outs = [Out("decayed", FLOAT, shape)]
+            (decayed,) = draft.op("DecayWeights", [weights, rate], outs, Phase.PRECONDITION, decay=decay)
+            weights = decayed
 
         def moment(what: str) -> ir.Value:
             return draft.state(f"kfac/{name}/{what}", FLOAT, shape, "zeros", "optimizer", parameter=name)
@@ -123,16 +157,16 @@ class InsertOptimizer(Pass):
         phase = Phase.PRECONDITION
         match self.method:
             case "sgd":
-                (new,) = draft.op("Sgd", [W, g, rate], made("new"), phase)
+                (new,) = draft.op("Sgd", [weights, g, rate], made("new"), phase)
             case "momentum":
                 v = moment("velocity")
                 new, new_v = draft.op(
-                    "Momentum", [W, g, v, rate], made("new", "velocity"), phase, mu=self.momentum
+                    "Momentum", [weights, g, v, rate], made("new", "velocity"), phase, mu=self.momentum
                 )
                 draft.keep(v, new_v, phase)
-            case "adam":
+            case "adam" | "adamw":
                 m, v = moment("m"), moment("v")
-                inputs = [W, g, m, v, draft.step_number(), rate]
+                inputs = [weights, g, m, v, draft.step_number(), rate]
                 betas = {"beta1": self.beta1, "beta2": self.beta2, "epsilon": self._epsilon()}
                 new, new_m, new_v = draft.op("Adam", inputs, made("new", "m", "v"), phase, **betas)
                 draft.keep(m, new_m, phase)
@@ -140,7 +174,7 @@ class InsertOptimizer(Pass):
                 draft.flag(new_v)
             case "adagrad":
                 acc = moment("acc")
-                inputs = [W, g, acc, rate]
+                inputs = [weights, g, acc, rate]
                 new, new_acc = draft.op("Adagrad", inputs, made("new", "acc"), phase, epsilon=self._epsilon())
                 draft.keep(acc, new_acc, phase)
                 draft.flag(new_acc)

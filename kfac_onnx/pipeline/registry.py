@@ -15,6 +15,7 @@ P = TypeVar("P", bound=type[Pass])
 BUILT_IN: Final[dict[str, str]] = {
     "differentiate": "kfac_onnx.passes.differentiate",
     "find-embeddings": "kfac_onnx.passes.find_embeddings",
+    "clip-gradients": "kfac_onnx.passes.clip_gradients",
     "insert-embedding-kfac": "kfac_onnx.passes.insert_embedding_kfac",
     "insert-optimizer": "kfac_onnx.passes.insert_optimizer",
     "close-step": "kfac_onnx.passes.close_step",

@@ -222,6 +222,11 @@ def all_finite(x: Array) -> tuple[Array, ...]:
     return (np.asarray(0.0 if np.abs(x).sum(dtype=np.float64) <= np.finfo(np.float32).max else np.nan),)
 
 
+def decay_weights(W: Array, lr: Array, *, decay: float) -> tuple[Array, ...]:
+    """W' = W·(1 − lr·decay)."""
+    return (W * (1.0 - lr * decay),)
+
+
 def sgd(W: Array, g: Array, lr: Array) -> tuple[Array, ...]:
     """W − lr·g."""
     return (W - lr * g,)
@@ -276,6 +281,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "WriteRows": write_rows,
     "ScatterRows": scatter_rows,
     "AllFinite": all_finite,
+    "DecayWeights": decay_weights,
     "Sgd": sgd,
     "Momentum": momentum,
     "Adam": adam,

@@ -6,8 +6,12 @@ With warm-up over w batches and a horizon of n batches, batch p = 0, 1, ... gets
     1                                        constant
     1 - (1 - final) · x                      linear    x = (p - w) / (n - w), at most 1
     final + (1 - final) · (1 + cos πx) / 2   cosine
+    1 - (1 - final) · y                      wsd       y = (p - (n - d)) / d, 0 before the last d batches
 
-Text form: `constant`, `cosine:warmup=100`, `linear:steps=2000,final=0.1,warmup=50`.
+`wsd` is warm-up, stable, decay: d is `decay`, a fifth of n if not given. Text form: `constant`,
+`cosine:warmup=100`, `linear:steps=2000,final=0.1,warmup=50`, `wsd:warmup=50,decay=400`.
+
+Source of wsd: Hu et al. 2024 (MiniCPM), section 4, https://arxiv.org/abs/2404.06395
 """
 
 from __future__ import annotations
@@ -15,19 +19,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Final, Literal, assert_never
+from typing import Final, Literal, assert_never, get_args
 
 from kfac_onnx.errors import UserError, did_you_mean
 
 __all__ = ["Schedule", "parse"]
 
-Kind = Literal["constant", "linear", "cosine"]
-KINDS: Final[tuple[Kind, ...]] = ("constant", "linear", "cosine")
+Kind = Literal["constant", "linear", "cosine", "wsd"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+_OPTIONS: Final = ("warmup", "steps", "final", "decay")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A schedule; `steps` is the horizon in batches, warm-up included, `final` the factor at its end.
+
+    `decay` is how many of the last batches of `wsd` decay: a fifth of the horizon if None.
 
     Raises UserError for values out of range.
     """
@@ -36,6 +43,7 @@ class Schedule:
     warmup: int = 0
     steps: int | None = None
     final: float = 0.0
+    decay: int | None = None
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
@@ -44,12 +52,16 @@ class Schedule:
             raise UserError(f"a schedule's steps must be at least 1, got {self.steps}")
         if not 0.0 <= self.final <= 1.0:
             raise UserError(f"a schedule's final must lie between 0 and 1, got {self.final}")
+        if self.decay is not None and self.kind != "wsd":
+            raise UserError(f"a schedule's decay belongs to 'wsd', not to '{self.kind}'")
+        if self.decay is not None and self.decay < 1:
+            raise UserError(f"a schedule's decay must be at least 1, got {self.decay}")
 
     def __str__(self) -> str:
         defaults = Schedule()
         options = [
             f"{name}={getattr(self, name)}"
-            for name in ("warmup", "steps", "final")
+            for name in _OPTIONS
             if getattr(self, name) != getattr(defaults, name)
         ]
         return self.kind + (f":{','.join(options)}" if options else "")
@@ -80,6 +92,10 @@ class Schedule:
                 return 1.0 - (1.0 - self.final) * x
             case "cosine":
                 return self.final + (1.0 - self.final) * (1.0 + math.cos(math.pi * x)) / 2.0
+            case "wsd":
+                decay = max(1, self.steps // 5) if self.decay is None else self.decay
+                y = min(1.0, max(0.0, (position - (self.steps - decay)) / decay))
+                return 1.0 - (1.0 - self.final) * y
             case _:
                 assert_never(self.kind)
 
@@ -97,15 +113,13 @@ def parse(text: str) -> Schedule:
     values: dict[str, float] = {}
     for part in filter(None, rest.split(",")):
         option, _, value = part.partition("=")
-        known = ("warmup", "steps", "final")
-        if option not in known:
-            message = f"unknown option '{option}' of schedule '{name}'{did_you_mean(option, known)}"
+        if option not in _OPTIONS:
+            message = f"unknown option '{option}' of schedule '{name}'{did_you_mean(option, _OPTIONS)}"
             raise UserError(message)
         try:
             values[option] = float(value) if option == "final" else int(value)
         except ValueError as e:
             message = f"option '{option}' of schedule '{name}' must be a number, got '{value}'"
             raise UserError(message) from e
-    steps = values.get("steps")
-    horizon = None if steps is None else int(steps)
-    return Schedule(kind, int(values.get("warmup", 0)), horizon, values.get("final", 0.0))
+    steps, decay = (None if values.get(key) is None else int(values[key]) for key in ("steps", "decay"))
+    return Schedule(kind, int(values.get("warmup", 0)), steps, values.get("final", 0.0), decay)

@@ -292,7 +292,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "train step.onnx --data data.npz --parameters parameters.npz --schedule cosin",
-            "unknown schedule 'cosin'; did you mean 'cosine'?\n  help: schedules are constant, linear, cosine",
+            "unknown schedule 'cosin'; did you mean 'cosine'?\n  help: schedules are constant, linear, cosine, wsd",
         ),
         (
             "train step.onnx --data data.npz --parameters parameters.npz --batch-size 0",

@@ -128,6 +128,7 @@ CASES = [
     Case("too-large", "AllFinite", (np.array([[2e38, -2e38]]),)),
     Case("unknown", "AllFinite", (ROWS * [[1], [1], [np.nan], [1], [1]],)),
     Case("none", "AllFinite", (NONE,)),
+    Case("matrix", "DecayWeights", (TABLE, 0.1), {"decay": 0.25}),
     Case("matrix", "Sgd", (TABLE, TABLE[::-1], 0.1)),
     Case("matrix", "Momentum", (TABLE, TABLE[::-1], TABLE**2, 0.1), {"mu": 0.9}),
     Case(

@@ -33,6 +33,7 @@ PIPELINES = {
     "r1.7": pipeline_text(preset="r1.7", rest="sgd", grad_scale=8.0),
     "plain-adagrad": pipeline_text(preset="plain-adagrad", rest="adagrad"),
     "dense": pipeline_text(preset="half", shape="dense"),
+    "clipped": "find-embeddings,clip-gradients{norm=1,value=0.1},insert-embedding-kfac,close-step,dce,lower",
 }
 
 

@@ -1,7 +1,8 @@
 """First-order optimizers for all other parameters, and for tables that are compared with them.
 
-No weight decay, no Nesterov, no dampening. Sources: Polyak 1964 (momentum), Kingma & Ba 2015 (Adam, its
-epsilon outside the root), Duchi, Hazan & Singer 2011 (Adagrad).
+No Nesterov, no dampening; weight decay is decoupled, an operator of its own that any of them can follow.
+Sources: Polyak 1964 (momentum), Kingma & Ba 2015 (Adam, its epsilon outside the root), Duchi, Hazan & Singer
+2011 (Adagrad), Loshchilov & Hutter 2019, algorithm 2 (decoupled decay, https://arxiv.org/abs/1711.05101).
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from onnxscript import FLOAT, INT64  # noqa: TC002  onnxscript reads annotations
 
 from kfac_onnx.dialect.bodies.opsets import F32, F64, body, op
 
-__all__ = ["adagrad", "adam", "momentum", "sgd"]
+__all__ = ["adagrad", "adam", "decay_weights", "momentum", "sgd"]
+
+
+@body
+def decay_weights(W: FLOAT, lr: FLOAT, decay: float):
+    """W' = W·(1 − lr·decay)."""
+    return op.Mul(W, op.Sub(op.Constant(value_float=1.0), op.Mul(lr, op.Constant(value_float=decay))))
 
 
 @body

@@ -293,7 +293,8 @@ class Step:
     `ok` is a bool scalar: false where a gradient, factor or update is not finite. `constants` are
     inputs that the user supplies once; `batch` those given at every step. Where the loss lies outside the
     graph, `loss` is null and `predictions` are those of `Loss`: a step then has two halves, between which the
-    host computes dL/d(predictions).
+    host computes dL/d(predictions). `target` is the device that the operators' bodies are for, null where
+    `lower` has not run (or did in a version that did not say so).
     """
 
     loss: str | None
@@ -306,6 +307,7 @@ class Step:
     shape: Literal["rows", "dense"] = "rows"
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     predictions: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
+    target: Literal["cpu", "cuda"] | None = None
 
     def __post_init__(self) -> None:
         """Raise RecordError where `settings` holds what no writer of this package writes."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
+from kfac_onnx import metadata
 from kfac_onnx.passes.device_scalars import Brought, bring_sizes_to_device
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -51,6 +52,10 @@ class Lower(Pass):
         added = len(set(after) - set(before))
         edited = sum(before[key] != after[key] for key in before if key in after)
         edited += sum(imports.get(domain) != version for domain, version in model.opset_imports.items())
+        step = metadata.read(model, "step", metadata.Step)
+        if step is not None and step.target != self.target:
+            metadata.write(model, "step", replace(step, target=self.target))
+            edited += 1
         log.count("functions", added)
         log.count("sizes brought to the device", brought.edited)
         return Changes(added=added + brought.added, edited=edited + brought.edited)

@@ -5,8 +5,10 @@ For each table, in float64 on the host, from the states alone (of a session or o
     M = Ĝ + damping_g·I        condition = λ_max(M)/λ_min(M)        drift = max|P(M, R) − I|
 
 where P(M, R) is R M R for the inverse root and M R for the inverse. M is that of now and R that of the last
-refresh, so the drift holds both R's own error and what has changed since. Ĝ and damping_g come from the
-model's own operators (their float64 twins), fed with an empty batch, which leaves every average as it is.
+refresh, so the drift holds both R's own error and what has changed since. Ĝ and damping_g are what the
+model's operators FactorDebias and DampingRelative or DampingPi make of the states:
+
+    Ĝ = G/(1 − decay^count)        relative: ρ·max(tr Ĝ/D, 1e-30)        π: √λ/π, π² = (ΣA/V)/(tr Ĝ/D)
 """
 
 from __future__ import annotations
@@ -14,12 +16,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnx
-
-from kfac_onnx.reference.operators import TWINS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from kfac_onnx.step.protos import Item
 
 __all__ = ["RootHealth", "root_health"]
+
+
+_FLOOR: Final = 1e-30
+"""Of the mean eigenvalue, in DampingRelative."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,22 @@ def _damped(
     G = np.asarray(value(update.input[0]), np.float64)
     count = np.asarray(value(update.input[1]))
     debias = nodes.get("FactorDebias")
-    factor = G if debias is None else TWINS["FactorDebias"](G, count, **_attributes(debias))[0]
+    factor = G if debias is None else G * _correction(_attributes(debias)["decay"], count)
+    options = _attributes(damper)
     with np.errstate(all="ignore"):  # factors that are not finite are reported as such
+        mean = np.trace(factor) / len(factor)
         if damper.op_type == "DampingRelative":
-            (damping,) = TWINS["DampingRelative"](np.trace(factor), **_attributes(damper))
-        else:
-            total = _total_counts(nodes.get("InputFactorDecay"), states, value)
-            _, damping = TWINS["DampingPi"](total, factor, **_attributes(damper))
-    return factor, float(damping)
+            return factor, float(options["rho"] * np.maximum(mean, _FLOOR))
+        total = _total_counts(nodes.get("InputFactorDecay"), states, value)
+        square = (total / options["vocab_size"]) / mean
+        if options["pi"] == 0 or (options["pi"] == 2 and total * mean == 0):
+            square = np.float64(1.0)
+        return factor, float(np.sqrt(options["damping"] / square))
+
+
+def _correction(decay: float, count: np.ndarray | int) -> float:
+    """Return what undoes the pull towards the zeros that an average starts from."""
+    return 1.0 / (1.0 - decay ** int(count)) if count > 0 else 1.0
 
 
 def _total_counts(
@@ -131,9 +143,9 @@ def _total_counts(
 ) -> np.ndarray:
     """Return ΣA: from its running sum, from the whole vector, or 1 where the preset has no A."""
     if decay is not None:
-        scale, total, count = (np.asarray(value(name)) for name in decay.input[:3])
-        made = TWINS["InputFactorDecay"](scale, total, count, np.float64(0.0), **_attributes(decay))
-        return np.asarray(made[5])
+        _, total, count = (np.asarray(value(name)) for name in decay.input[:3])
+        options = _attributes(decay)
+        return total * (_correction(options["decay"], max(int(count), 1)) if options["debias"] else 1.0)
     counts = next((state.input for state in states if state.input.endswith("/A")), None)
     return np.asarray(1.0 if counts is None else np.sum(value(counts), dtype=np.float64))
 

@@ -40,7 +40,7 @@ from kfac_onnx.runtime.random.seeds import seed_random_nodes
 from kfac_onnx.runtime.random.stateless import RandomKeys, make_stateless
 from kfac_onnx.runtime.saved.checkpoint import kfac_metadata
 from kfac_onnx.runtime.saved.weights import stored_weights
-from kfac_onnx.runtime.step.bodies import lowered_for, use_bodies_for
+from kfac_onnx.runtime.step.bodies import use_bodies_for
 from kfac_onnx.runtime.step.device_engine import DeviceEngine
 from kfac_onnx.runtime.step.engine import Engine
 from kfac_onnx.runtime.step.forward_half import Halves
@@ -64,7 +64,7 @@ __all__ = ["OpenModel"]
 _log = logging.getLogger(__name__)
 
 
-def _divided(model: ir.Model, watch: list[str], name: str, *, cpu: bool) -> Plan:
+def _divided(model: ir.Model, target: str | None, watch: list[str], name: str, *, cpu: bool) -> Plan:
     """Return the stages of a step, with the bodies of operators that are meant for the device.
 
     Raises UserError where what the file says of its phases contradicts its nodes.
@@ -77,12 +77,11 @@ def _divided(model: ir.Model, watch: list[str], name: str, *, cpu: bool) -> Plan
             help="make it again from the training graph that its exporter wrote",
         ) from e
     stages = [*plan.stages, *([] if plan.short is None else [plan.short.whole])]
-    target = lowered_for(model)
     if use_bodies_for(stages, target, cpu=cpu) and not cpu:
         _log.warning(
-            "%s was lowered for '%s': a step may copy what it counts; transform it with target cuda",
+            "%s was lowered for %s: a step may copy what it counts; transform it with target cuda",
             name,
-            target,
+            "a target that it does not say" if target is None else f"'{target}'",
         )
     return plan
 
@@ -121,7 +120,7 @@ class OpenModel:
         checks = [check for check in step.id_checks if check.negatives == "reject" or not self._device.is_cpu]
         watch = [check.ids for check in checks]
         self._extra = own_outputs(loaded, step)
-        plan = _divided(loaded, [*watch, *self._extra], name, cpu=self._device.is_cpu)
+        plan = _divided(loaded, step.target, [*watch, *self._extra], name, cpu=self._device.is_cpu)
         short = plan.short
         parts = [*(stage.model for stage in plan.stages), *([] if short is None else [short.whole.model])]
         self._random = RandomKeys(

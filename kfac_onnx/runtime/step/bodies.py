@@ -7,7 +7,7 @@ number. So the stages get the bodies of their device. A file's own stay where th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
@@ -21,31 +21,19 @@ if TYPE_CHECKING:
     from kfac_onnx.dialect.signature import Variant
     from kfac_onnx.step.plan import Stage
 
-__all__ = ["lowered_for", "use_bodies_for"]
+__all__ = ["use_bodies_for"]
 
 _DOMAIN: Final = "ai.kfac"
 
 
-def lowered_for(model: ir.Model) -> str:
-    """Return the target of the last `lower` in the model's pipeline, such as `cuda`; `cpu` if none."""
-    from kfac_onnx.errors import UserError
-    from kfac_onnx.pipeline.pipeline import parse_pipeline
-
-    text = model.metadata_props.get("kfac.pipeline")
-    try:
-        passes: tuple[Any, ...] = () if not text else tuple(parse_pipeline(text).passes)
-    except UserError:  # of another version of this package; nothing runs it here
-        passes = ()
-    targets = [str(item.target) for item in passes if item.name == "lower"]
-    return targets[-1] if targets else "cpu"
-
-
-def use_bodies_for(stages: Iterable[Stage], target: str, *, cpu: bool) -> bool:
+def use_bodies_for(stages: Iterable[Stage], target: str | None, *, cpu: bool) -> bool:
     """Exchange the stages' bodies where `target` is not where they run; return whether that was so.
+
+    A file that does not say its target gets the bodies of the session's device: they are right there.
 
     Stages of one thread keep theirs on the CPU: the partition gave them the sequential ones.
     """
-    if cpu == (target == "cpu"):
+    if target is not None and cpu == (target == "cpu"):
         return False
     variant: Variant = "safe" if cpu else "atomic"
     for stage in stages:

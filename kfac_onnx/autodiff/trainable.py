@@ -33,6 +33,17 @@ __all__ = ["Candidates", "find_candidates"]
 
 STATISTICS: Final = {"BatchNormalization": (3, 4)}
 """Operator -> inputs that are running statistics."""
+SCALES: Final = {
+    "QuantizeLinear": (1,),
+    "DequantizeLinear": (1,),
+    "GatherBlockQuantized": (2, 3),
+    "MatMulNBits": (2, 3),
+    "MatMulBnb4": (2,),
+    "MatMulFpQ4": (2,),
+    "MatMulIntegerToFloat": (2, 3, 6),
+    "DynamicQuantizeMatMul": (2, 4),
+}
+"""Operator -> inputs that are scales, floating-point zero points or biases of quantized tensors."""
 INITIAL_STATES: Final = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
 """Operator -> inputs that are states before the first step."""
 CLASS_WEIGHTS: Final = {"SoftmaxCrossEntropyLoss": (2,), "NegativeLogLikelihoodLoss": (2,)}
@@ -118,6 +129,7 @@ def _why_constant(value: ir.Value) -> str | None:
         (STATISTICS, "running statistics of a normalization"),
         (CLASS_WEIGHTS, "class weights of a loss"),
         (ANGLES, ANGLES_REASON),
+        (SCALES, "scales of a quantized tensor"),
     ):
         if uses and all(index in places.get(node.op_type, ()) for node, index in uses):
             return reason

@@ -47,6 +47,7 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
+    from kfac_onnx.disk.sparse import write_out_sparse
     from kfac_onnx.disk.wellformed import require_wellformed
 
     data = _read(path)
@@ -58,6 +59,7 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
         raise UserError(f"'{path}' is not an ONNX model{detail}") from e
     if not proto.HasField("graph") or not proto.opset_import:
         raise UserError(f"'{path}' is not an ONNX model", help="it holds no graph with operator sets")
+    write_out_sparse(proto, str(path))
     require_wellformed(proto, str(path))
     check_external(proto, path)
     if external:

@@ -109,9 +109,11 @@ def _outline(source: Source) -> onnx.ModelProto:
 
 
 def _unsound(proto: onnx.ModelProto) -> str | None:
+    from kfac_onnx.disk.sparse import write_out_sparse
     from kfac_onnx.disk.wellformed import require_wellformed
 
     try:
+        write_out_sparse(proto, None)
         require_wellformed(proto, None)
     except UserError as error:
         return error.message.partition(": ")[2]

@@ -55,8 +55,9 @@ def require_tensors(model: ir.Model, place: str | None) -> None:
     for value in model.graph.inputs:
         if value.type is not None and not isinstance(value.type, ir.TensorType):
             kind = type(value.type).__name__.removesuffix("Type").lower()
+            article = "an" if kind[0] in "aeiou" else "a"
             raise UserError(
-                f"the input '{value.name}' is a {kind}; training graphs take tensors only",
+                f"the input '{value.name}' is {article} {kind}; training graphs take tensors only",
                 place=place,
                 help="export the graph with one input for each tensor",
             )

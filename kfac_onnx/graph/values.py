@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +38,8 @@ LIKE_INPUT = {
     "Where": 1,
     "CastLike": 1,
     "OneHot": 2,
+    "DequantizeLinear": 1,
+    "QuantizeLinear": 2,
     "GatherGrad": 2,
     "GatherNDGrad": 2,
     "SoftmaxCrossEntropyLossGrad": 1,
@@ -159,8 +161,33 @@ def _from_producer(value: ir.Value) -> ir.DataType | ir.Value | None:
         return None if to is None else ir.DataType(to.as_int())
     if node.op_type in ("Constant", "ConstantOfShape"):
         return _constant_type(node)
-    index = LIKE_INPUT.get(node.op_type, 0)
+    index = LIKE_INPUT.get(node.op_type)
+    if index is None and node.domain not in ONNX_DOMAINS:
+        found = _by_schema(node, value)
+        if found is not None:
+            return found.value
+    index = index or 0
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+class _Answer(NamedTuple):
+    """What the installed onnxruntime says of a result's element type: a value of the same one, or nothing."""
+
+    value: ir.DataType | ir.Value | None
+
+
+def _by_schema(node: ir.Node, value: ir.Value) -> _Answer | None:
+    """Return the element type that onnxruntime's own schema tells; None where it has none."""
+    from kfac_onnx.device.kernels import typed_like
+
+    like = typed_like(node.domain, node.op_type)
+    if like is None:
+        return None
+    if node.op_type == "MurmurHash3":
+        return _Answer(ir.DataType.UINT32 if int_attribute(node, "positive", 1) else ir.DataType.INT32)
+    place = node.outputs.index(value)
+    source = like[place] if place < len(like) else None
+    return _Answer(None if source is None or source >= len(node.inputs) else node.inputs[source])
 
 
 def _constant_type(node: ir.Node) -> ir.DataType | None:

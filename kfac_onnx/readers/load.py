@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from kfac_onnx.disk.models import load_proto
+from kfac_onnx.disk.sparse import holds_sparse, write_out_sparse
 from kfac_onnx.disk.wellformed import require_wellformed
 from kfac_onnx.errors import UserError, first_line
 
@@ -48,6 +49,11 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:
     if isinstance(source, ir.Model):
         return Exported(ir.external_data.load_to_model(_copy(source)), None, None)
     if isinstance(source, onnx.ModelProto):
+        if holds_sparse(source):
+            dense = onnx.ModelProto()
+            dense.CopyFrom(source)
+            write_out_sparse(dense, None)
+            source = dense
         require_wellformed(source, None)
         return Exported(_deserialize(source, None), source, None)
     proto = load_proto(source)

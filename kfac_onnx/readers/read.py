@@ -16,6 +16,7 @@ from kfac_onnx.canonical.folded_copies import undo_stale_copies
 from kfac_onnx.canonical.loops import open_loops
 from kfac_onnx.canonical.lowering import lower_training_operators
 from kfac_onnx.canonical.mending import mend
+from kfac_onnx.canonical.optional_inputs import require_optional_inputs
 from kfac_onnx.canonical.race_free_scatters import make_scatters_race_free
 from kfac_onnx.canonical.segment_sums import raise_segment_sums
 from kfac_onnx.canonical.sequences import split_without_sequences
@@ -25,6 +26,7 @@ from kfac_onnx.canonical.widen import widen
 from kfac_onnx.canonical.window_scatters import raise_window_scatters
 from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.graph.invalid import blames_the_graph
+from kfac_onnx.graph.lifting import lift_constants
 from kfac_onnx.graph.shapes import infer_missing_shapes, infer_shapes
 from kfac_onnx.graph.validity import require_consistent, require_tensors
 from kfac_onnx.graph.values import dtype_of, is_float, rank_of, static_shape
@@ -75,9 +77,10 @@ def read_training_graph(
     """
     exported, training = with_algorithm(load(source))
     model, place = exported.model, exported.place
-    require_tensors(model, place)
     flatten(model, place)
-    notes = [note for note in (upgrade(model, place),) if note is not None]
+    notes = _with_plain_parts(model)
+    require_tensors(model, place)
+    notes += [note for note in (upgrade(model, place),) if note is not None]
     notes += mend(model)
     _infer_shapes_and_bounds(model)
     require_consistent(model, place)
@@ -165,10 +168,19 @@ def make_canonical(model: ir.Model, place: str | None) -> list[str]:
 
     """
     flatten(model, place)
-    notes = [note for note in (upgrade(model, place),) if note is not None]
+    notes = _with_plain_parts(model)
+    require_tensors(model, place)
+    notes += [note for note in (upgrade(model, place),) if note is not None]
     notes += mend(model)
     _infer_shapes_and_bounds(model)
     return notes + _to_standard_operators(model, place)
+
+
+def _with_plain_parts(model: ir.Model) -> list[str]:
+    """Make weights in nodes initializers, and optional inputs inputs; return notes."""
+    lifted = lift_constants(model)
+    notes = [f"constants in nodes made initializers: {lifted}"] if lifted else []
+    return notes + require_optional_inputs(model)
 
 
 def _infer_shapes_and_bounds(model: ir.Model) -> None:

@@ -17,6 +17,7 @@ from kfac_onnx.canonical.lowering import (
     recurrent,
     rows,
 )
+from kfac_onnx.device.kernels import has_cpu_kernel
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.emit import Emit, Miss, Names, Rule, replace_node
 from kfac_onnx.graph.shapes import infer_shapes
@@ -25,7 +26,7 @@ from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["RUNNABLE", "TABLE", "lower_training_operators"]
+__all__ = ["TABLE", "lower_training_operators", "runs"]
 
 TABLE: Final[dict[tuple[str, str], Rule]] = {
     **rows.RULES,
@@ -39,22 +40,6 @@ TABLE: Final[dict[tuple[str, str], Rule]] = {
     **recurrent.RULES,
 }
 """(domain, operator) -> rule."""
-
-RUNNABLE: Final = {
-    "com.microsoft": frozenset(
-        {
-            "BiasGelu",
-            "FastGelu",
-            "FusedMatMul",
-            "Gelu",
-            "Inverse",
-            "QuickGelu",
-            "SkipLayerNormalization",
-        }
-    ),
-    "": frozenset({"SimplifiedLayerNormalization"}),
-}
-"""Operators outside the ONNX standard that the plain onnxruntime wheel runs on both CPU and CUDA."""
 
 
 def lower_training_operators(model: ir.Model, place: str | None = None) -> list[str]:
@@ -92,7 +77,7 @@ def _sweep(model: ir.Model, counts: dict[str, int]) -> list[str]:
             domain = "" if node.domain in ONNX_DOMAINS else node.domain
             rule = TABLE.get((domain, node.op_type))
             if rule is None:
-                if not _runs(domain, node.op_type):
+                if not runs(domain, node.op_type):
                     missing.append(f"{_label(node)}: no rule for {domain or 'ai.onnx'}::{node.op_type}")
                 continue
             emit = Emit(names, node)
@@ -115,7 +100,8 @@ def _label(node: ir.Node) -> str:
     return f"node '{node.name}'" if node.name else f"the node of '{output}'"
 
 
-def _runs(domain: str, op_type: str) -> bool:
-    if op_type in RUNNABLE.get(domain, frozenset()):
+def runs(domain: str, op_type: str) -> bool:
+    """Say whether onnxruntime runs an operator: of the standard, or one that the installed wheel has."""
+    if domain in ("", "ai.onnx.ml") and onnx.defs.has(op_type, domain):
         return True
-    return domain in ("", "ai.onnx.ml") and onnx.defs.has(op_type, domain)
+    return has_cpu_kernel(domain, op_type)

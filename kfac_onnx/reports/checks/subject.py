@@ -12,6 +12,7 @@ import numpy as np
 from kfac_onnx import metadata
 from kfac_onnx.canonical.upgrade import flatten
 from kfac_onnx.errors import NoGradientsError, UserError
+from kfac_onnx.graph.lifting import lift_constants
 from kfac_onnx.graph.shapes import infer_shapes
 from kfac_onnx.graph.values import all_graphs, static_shape
 from kfac_onnx.metadata import Loss, Parameter, Refusal
@@ -158,6 +159,7 @@ def read_subject(
     raw = exported.model
     opset = max(raw.opset_imports.get("", 1), raw.opset_imports.get("ai.onnx", 1))
     flatten(raw, exported.place)
+    lift_constants(raw)
     infer_shapes(raw)
     given = dict(parameters or {})
     try:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from kfac_onnx.disk.models import load_model, refuse_overwrite, save_model
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.graph.lifting import lift_constants
 from kfac_onnx.step.plan import extract
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def filled(weights: Mapping[str, np.ndarray], forward: str | Path) -> tuple[ir.M
     in it under another name, so that the model would be trained in part.
     """
     model = load_model(forward)
+    lift_constants(model)
     tensors = {
         name: value.const_value
         for name, value in model.graph.initializers.items()

@@ -14,6 +14,7 @@ import numpy as np
 from kfac_onnx.disk.models import load_model
 from kfac_onnx.disk.stored import npz_arrays, safetensors_arrays
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.graph.lifting import lift_constants
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,7 @@ def _read_npz(path: str | Path) -> dict[str, Array]:
 
 def _read_onnx(path: str | Path) -> dict[str, Array]:
     model = load_model(path)
+    lift_constants(model)
     return {
         name: value.const_value.numpy()
         for name, value in model.graph.initializers.items()

@@ -51,6 +51,7 @@ __all__ = [
     "Phase",
     "Projection",
     "Refusal",
+    "Role",
     "RootCheck",
     "RowGradient",
     "Site",
@@ -212,6 +213,22 @@ class Site:
     dense: str | None = None
     projections: tuple[Projection, ...] = ()
     """The dense part of the gradient as products; empty where there is none, or where it is no product."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a trained parameter is for, and why.
+
+    For a matrix `rows` are the axes of its outputs, `columns` those of its inputs and `stack` those that
+    number matrices of their own, as it is stored: a kernel [out, in, h, w] has rows (0,), columns (1, 2, 3).
+    """
+
+    parameter: str
+    kind: Literal["table", "output", "head", "hidden", "vector", "other"]
+    reason: str
+    rows: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

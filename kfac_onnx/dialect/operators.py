@@ -285,6 +285,21 @@ _TABLE = (
         cost=lambda s: (2 * s.N * s.D, 12 * s.N * s.D),
     ),
     _operator(
+        "MuonDirection",
+        "Nesterov momentum of stacked matrices, each of norm 1",
+        "muon.muon_direction",
+        "g:f32[L,R,C] M:f32[L,R,C] -> X:f32[L,R,C] M:f32[L,R,C]",
+        (Attribute("mu", "float", 0.0, 1.0),),
+        cost=lambda s: (8 * s.V * s.D, 24 * s.V * s.D),
+    ),
+    _operator(
+        "OrthogonalizeStep",
+        "one quintic Newton–Schulz step towards the nearest orthogonal matrices",
+        "muon.orthogonalize_step",
+        "X:f32[L,R,C] -> X:f32[L,R,C]",
+        cost=lambda s: (4 * s.V * s.D * min(s.V, s.D), 24 * s.V * s.D),
+    ),
+    _operator(
         "DecayWeights",
         "shrink weights by lr times their decay",
         "optimizers.decay_weights",

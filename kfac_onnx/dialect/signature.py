@@ -1,7 +1,8 @@
 """What an operator is: its ports, attributes, meaning and cost, as plain data.
 
 Shapes are written with letters, `rows:f32[N,D]`: `V` vocabulary, `D` width, `N` lookups, `U` distinct
-ids, `S` sampled rows; `[]` is a scalar, `[V,...]` leaves the further dimensions open, `[...]` all of them.
+ids, `S` sampled rows, `L` matrices of `R` rows and `C` columns; `[]` is a scalar, `[V,...]` leaves the
+further dimensions open, `[...]` all of them.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ P = TypeVar("P", bound=type[Pass])
 BUILT_IN: Final[dict[str, str]] = {
     "differentiate": "kfac_onnx.passes.differentiate",
     "find-embeddings": "kfac_onnx.passes.find_embeddings",
+    "classify": "kfac_onnx.passes.classify",
     "clip-gradients": "kfac_onnx.passes.clip_gradients",
     "insert-embedding-kfac": "kfac_onnx.passes.insert_embedding_kfac",
     "insert-optimizer": "kfac_onnx.passes.insert_optimizer",
+    "insert-muon": "kfac_onnx.passes.insert_muon",
     "close-step": "kfac_onnx.passes.close_step",
     "lower": "kfac_onnx.passes.lower",
     "dce": "kfac_onnx.passes.dce",

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from kfac_onnx.reference.block import BlockReference, BlockSettings
 from kfac_onnx.reference.operators import TWINS
-from kfac_onnx.reference.optimizers import AdagradReference, AdamReference, MomentumReference, SgdReference
+from kfac_onnx.reference.optimizers import (
+    AdagradReference,
+    AdamReference,
+    MomentumReference,
+    MuonReference,
+    SgdReference,
+)
 from kfac_onnx.reference.table import SETTINGS, TableReference, TableSettings
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "BlockReference",
     "BlockSettings",
     "MomentumReference",
+    "MuonReference",
     "SgdReference",
     "TableReference",
     "TableSettings",

@@ -222,6 +222,20 @@ def all_finite(x: Array) -> tuple[Array, ...]:
     return (np.asarray(0.0 if np.abs(x).sum(dtype=np.float64) <= np.finfo(np.float32).max else np.nan),)
 
 
+def muon_direction(g: Array, M: Array, *, mu: float) -> tuple[Array, ...]:
+    """Nesterov momentum of matrices [L, R, C], each divided by its Frobenius norm."""
+    new = mu * M + (1 - mu) * g
+    direction = mu * new + (1 - mu) * g
+    norm = np.sqrt((direction**2).sum(axis=(-2, -1), keepdims=True))
+    return (direction / (norm + 1e-7), new)
+
+
+def orthogonalize_step(X: Array) -> tuple[Array, ...]:
+    """a·X + (b·A + c·A·A)·X with A = X·Xᵀ."""
+    A = X @ np.swapaxes(X, -1, -2)
+    return (3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X,)
+
+
 def decay_weights(W: Array, lr: Array, *, decay: float) -> tuple[Array, ...]:
     """W' = W·(1 − lr·decay)."""
     return (W * (1.0 - lr * decay),)
@@ -281,6 +295,8 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "WriteRows": write_rows,
     "ScatterRows": scatter_rows,
     "AllFinite": all_finite,
+    "MuonDirection": muon_direction,
+    "OrthogonalizeStep": orthogonalize_step,
     "DecayWeights": decay_weights,
     "Sgd": sgd,
     "Momentum": momentum,

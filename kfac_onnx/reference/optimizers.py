@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from kfac_onnx.reference.operators import Array
 
-__all__ = ["AdagradReference", "AdamReference", "MomentumReference", "SgdReference"]
+__all__ = ["AdagradReference", "AdamReference", "MomentumReference", "MuonReference", "SgdReference"]
 
 
 class SgdReference:
@@ -66,6 +66,30 @@ class AdamReference(SgdReference):
         m_hat = self.m / (1 - self.beta1**self.t)
         v_hat = self.v / (1 - self.beta2**self.t)
         return np.asarray(m_hat / (np.sqrt(v_hat) + self.epsilon))
+
+
+class MuonReference(SgdReference):
+    """Momentum of one matrix [m outputs, n inputs], orthogonalized by quintic Newton–Schulz iterations.
+
+    w ← w − lr·√max(1, m/n)·X; written from the source's formulas, with singular values instead of products: a
+    step maps each singular value s to a·s + b·s³ + c·s⁵ and keeps the singular vectors.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+    """
+
+    def __init__(self, lr: float, mu: float = 0.95, iterations: int = 5) -> None:
+        super().__init__(lr)
+        self.mu, self.iterations = mu, iterations
+        self.momentum: Array | float = 0.0
+
+    def direction(self, g: Array) -> Array:
+        """Return √max(1, m/n)·X."""
+        self.momentum = self.mu * self.momentum + (1 - self.mu) * g
+        nesterov = self.mu * self.momentum + (1 - self.mu) * g
+        left, s, right = np.linalg.svd(nesterov, full_matrices=False)
+        s = s / (np.sqrt((s**2).sum()) + 1e-7)
+        for _ in range(self.iterations):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        return np.sqrt(max(1.0, g.shape[0] / g.shape[1])) * (left * s) @ right
 
 
 class AdagradReference(SgdReference):

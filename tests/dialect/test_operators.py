@@ -24,6 +24,7 @@ NONE = np.zeros((0, D))
 NO_IDS = np.zeros(0, np.int64)
 G = ROWS.T @ ROWS / 5
 TABLE = RNG.normal(size=(V, D))
+STACK = RNG.normal(size=(2, 3, D))
 COUNTS = RNG.uniform(0, 3, size=V)
 
 # float32 arithmetic on a few numbers of order one: 20 roundings of 6e-8.
@@ -128,6 +129,9 @@ CASES = [
     Case("too-large", "AllFinite", (np.array([[2e38, -2e38]]),)),
     Case("unknown", "AllFinite", (ROWS * [[1], [1], [np.nan], [1], [1]],)),
     Case("none", "AllFinite", (NONE,)),
+    Case("stack", "MuonDirection", (STACK, STACK[::-1]), {"mu": 0.95}),
+    Case("zero", "MuonDirection", (0 * STACK, 0 * STACK), {"mu": 0.95}),
+    Case("stack", "OrthogonalizeStep", (STACK / 9,)),
     Case("matrix", "DecayWeights", (TABLE, 0.1), {"decay": 0.25}),
     Case("matrix", "Sgd", (TABLE, TABLE[::-1], 0.1)),
     Case("matrix", "Momentum", (TABLE, TABLE[::-1], TABLE**2, 0.1), {"mu": 0.9}),

@@ -34,6 +34,7 @@ PIPELINES = {
     "plain-adagrad": pipeline_text(preset="plain-adagrad", rest="adagrad"),
     "dense": pipeline_text(preset="half", shape="dense"),
     "clipped": "find-embeddings,clip-gradients{norm=1,value=0.1},insert-embedding-kfac,close-step,dce,lower",
+    "muon": "find-embeddings,classify,insert-muon,insert-optimizer{method=adamw,parameters=all},close-step,dce,lower",
 }
 
 

@@ -1,0 +1,260 @@
+"""What each trained parameter is for, told by how the graph uses it.
+
+| role     | is                                                                                          |
+|----------|---------------------------------------------------------------------------------------------|
+| `table`  | an embedding table: rows of it are looked up                                                |
+| `output` | a matrix whose products are the logits of a softmax over many classes                       |
+| `head`   | another matrix after which no trained matrix comes: few classes, scores, regression         |
+| `hidden` | a matrix (or kernel, or a stack of matrices) that multiplies activations                    |
+| `vector` | a tensor with one dimension larger than 1: biases, gains                                    |
+| `other`  | anything else                                                                               |
+
+A parameter is followed through views, and through elementwise operations with what does not depend on the
+batch, until a product with activations reads it; axes are followed along, so that outputs and inputs of the
+matrix are known however it is stored. Names are never looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from kfac_onnx.graph.values import int_attribute, static_shape
+from kfac_onnx.metadata import Role
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import onnx_ir as ir
+
+    from kfac_onnx.metadata import Site
+    from kfac_onnx.tables.facts import Facts
+
+__all__ = ["MANY_CLASSES", "roles_of"]
+
+MANY_CLASSES: Final = 256
+"""From this many outputs on, the matrix before a softmax is an output table."""
+
+Axes: TypeAlias = tuple[frozenset[int], ...]
+"""For each axis of a view, the axes of the parameter that it is made of."""
+
+_PRODUCTS: Final = frozenset({"MatMul", "FusedMatMul", "Gemm", "Einsum", "Conv", "ConvTranspose"})
+_SOFTMAX: Final = frozenset(
+    {
+        "Softmax",
+        "LogSoftmax",
+        "SoftmaxCrossEntropyLoss",
+        "NegativeLogLikelihoodLoss",
+        "ReduceLogSumExp",
+        "Exp",  # of a softmax that an exporter took apart
+    }
+)
+# Elementwise: with what does not depend on the batch they make another matrix of the same use (weight norm,
+# a scale, a mask); with activations they end what is followed.
+_ELEMENTWISE: Final = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Clip", "Tanh", "Sigmoid", "Neg"})
+_KEPT_AXES: Final = frozenset({"Identity", "Cast", "Slice", "Pad"})
+_NO_VALUES: Final = frozenset({"Shape", "Size"})
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One product of a parameter with activations, by the axes of the parameter as it is stored."""
+
+    node: ir.Node
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+    stack: frozenset[int]
+    grouped: bool = False
+
+
+def roles_of(weights: Mapping[str, ir.Value], sites: Iterable[Site], facts: Facts) -> list[Role]:
+    """Return the role of each trained parameter, in the order of `weights`."""
+    tables = {site.parameter: site for site in sites}
+    batch = _depending_on_the_batch(facts)
+    products = {name: _products(weight, facts, batch) for name, weight in weights.items()}
+    multiplying = {item.node for found in products.values() for item in found}
+    roles: list[Role] = []
+    for name, weight in weights.items():
+        shape = static_shape(weight) or ()
+        if name in tables:
+            uses = len(tables[name].uses)
+            tied = ", and multiplies activations too" if tables[name].dense is not None else ""
+            roles.append(Role(name, "table", f"{uses} lookup{'s' * (uses != 1)} of its rows{tied}"))
+        elif sum(size > 1 for size in shape) < 2:
+            roles.append(Role(name, "vector", f"its shape {list(shape)} has one dimension above 1"))
+        else:
+            roles.append(_matrix(name, shape, products[name], multiplying, facts))
+    return roles
+
+
+def _matrix(
+    name: str, shape: tuple[int, ...], products: Sequence[_Product], multiplying: set[ir.Node], facts: Facts
+) -> Role:
+    if not products:
+        return Role(name, "other", "it multiplies no activations")
+    first = products[0]
+    where = f"{first.node.op_type} '{first.node.outputs[0].name}'"
+    if first.grouped:
+        return Role(name, "other", f"{where} is a convolution of each channel with a kernel of its own")
+    rows, columns, stack = (tuple(sorted(axes)) for axes in (first.outputs, first.inputs, first.stack))
+    if set(rows) | set(columns) | set(stack) != set(range(len(shape))) or not rows or not columns:
+        return Role(name, "other", f"{where} sums over axes of it that cannot be told")
+    size = math.prod(shape[axis] for axis in rows)
+    kind, reason = "hidden", f"{where} multiplies activations with it"
+    last, softmax = _what_follows(first.node, multiplying, facts)
+    if last and softmax and size >= MANY_CLASSES:
+        kind, reason = "output", f"{where} makes the logits of a softmax over {size} classes"
+    elif last:
+        kind, reason = "head", f"{where} is the last product before the loss, with {size} outputs"
+    return Role(name, kind, reason, rows, columns, stack)
+
+
+def _what_follows(start: ir.Node, multiplying: set[ir.Node], facts: Facts) -> tuple[bool, bool]:
+    """Return whether no product with a trained matrix follows a node, and whether a softmax does."""
+    softmax = False
+    seen: set[ir.Node] = {start}
+    waiting = deque([start])
+    while waiting:
+        for value in waiting.popleft().outputs:
+            for node, _ in value.uses():
+                if node in seen or not facts.is_forward(node) or node.op_type in _NO_VALUES:
+                    continue
+                if node in multiplying:
+                    return False, False
+                softmax = softmax or node.op_type in _SOFTMAX
+                seen.add(node)
+                waiting.append(node)
+    return True, softmax
+
+
+def _depending_on_the_batch(facts: Facts) -> set[ir.Value]:
+    """Return the values of the forward part that depend on what the batch holds, its sizes aside."""
+    depending = {value for value in facts.inputs if value not in facts.trained and value.const_value is None}
+    for node in facts.model.graph:
+        if (node.op_type not in _NO_VALUES and any(value in depending for value in node.inputs)) or any(
+            value in depending
+            for attribute in node.attributes.values()
+            if attribute.type.name == "GRAPH"
+            for inner in attribute.as_graph().all_nodes()
+            for value in inner.inputs
+        ):
+            depending.update(node.outputs)
+    return depending
+
+
+def _products(weight: ir.Value, facts: Facts, batch: set[ir.Value]) -> list[_Product]:
+    """Return the products with activations that read a parameter, or a view or function of it alone."""
+    rank = len(static_shape(weight) or ())
+    start: Axes = tuple(frozenset({axis}) for axis in range(rank))
+    products: list[_Product] = []
+    seen: set[ir.Value] = {weight}
+    waiting: deque[tuple[ir.Value, Axes]] = deque([(weight, start)])
+    while waiting:
+        value, axes = waiting.popleft()
+        for node, index in value.uses():
+            if not facts.is_forward(node):
+                continue
+            if node.op_type in _PRODUCTS:
+                product = _product(node, index, axes, batch)
+                if product is not None and all(item.node is not node for item in products):
+                    products.append(product)
+                continue
+            for output in node.outputs:
+                after = _through(node, index, value, output, axes, batch)
+                if after is not None and output not in seen:
+                    seen.add(output)
+                    waiting.append((output, after))
+    return products
+
+
+def _through(
+    node: ir.Node, index: int, value: ir.Value, output: ir.Value, axes: Axes, batch: set[ir.Value]
+) -> Axes | None:
+    """Return the axes of an operator's output, or None where what comes out is not the matrix any more."""
+    kind = node.op_type
+    if kind in _KEPT_AXES or kind == "Split":
+        return axes if index == 0 else None
+    if kind == "Transpose":
+        order = node.attributes.get_ints("perm") or tuple(reversed(range(len(axes))))
+        return tuple(axes[axis] for axis in order)
+    if kind in ("Reshape", "Squeeze", "Unsqueeze", "Flatten"):
+        return _reshaped(axes, static_shape(value), static_shape(output)) if index == 0 else None
+    if kind == "Concat":  # of weights that are used as one, such as query, key and value
+        alone = all(item is value or item not in batch for item in node.inputs)
+        return axes if alone else None
+    if kind in _ELEMENTWISE:
+        alone = all(item is value or item not in batch for item in node.inputs)
+        same = static_shape(output) == static_shape(value)
+        return axes if alone and same else None
+    return None
+
+
+def _reshaped(axes: Axes, old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> Axes | None:
+    """Follow axes through a reshape that joins or splits neighbours."""
+    if old is None or new is None or 0 in old:
+        return None
+    result: list[frozenset[int]] = []
+    place, left, current = 0, 1, frozenset[int]()
+    for size in new:
+        group = frozenset[int]() if left == 1 else current
+        have = left
+        while have < size and place < len(old):
+            group |= axes[place]
+            current = axes[place]
+            have *= old[place]
+            place += 1
+        if have % size:
+            return None
+        left = have // size
+        result.append(group if size > 1 else frozenset())
+    return tuple(result)
+
+
+def _product(node: ir.Node, index: int, axes: Axes, batch: set[ir.Value]) -> _Product | None:
+    """Return how a product uses an operand with these axes, if the other operand is activations."""
+    if index > 1 or len(node.inputs) < 2 or node.inputs[1 - index] not in batch:
+        return None
+    rank = len(axes)
+    kind = node.op_type
+    grouped = False
+    if kind == "Einsum":
+        contracted, kept, stack = _einsum_axes(node, index, rank)
+    elif kind in ("Conv", "ConvTranspose"):
+        if index != 1:
+            return None
+        contracted, kept, stack = (
+            ([0], list(range(1, rank)), []) if kind == "ConvTranspose" else (list(range(1, rank)), [0], [])
+        )
+        shape = static_shape(node.inputs[1])
+        grouped = int_attribute(node, "group", 1) > 1 and shape is not None and shape[1] == 1
+    elif rank < 2:
+        return None
+    else:
+        turned = bool(int_attribute(node, "transA" if index == 0 else "transB", 0))
+        last = (
+            (rank - 1 if index == 0 else rank - 2) if not turned else (rank - 2 if index == 0 else rank - 1)
+        )
+        contracted = [last]
+        kept = [2 * rank - 3 - last]
+        stack = list(range(rank - 2))
+    joined = [frozenset[int]().union(*(axes[axis] for axis in part)) for part in (contracted, kept, stack)]
+    inputs, outputs, stacked = joined
+    if inputs & outputs or inputs & stacked or outputs & stacked:
+        return None
+    return _Product(node, inputs, outputs, stacked, grouped)
+
+
+def _einsum_axes(node: ir.Node, index: int, rank: int) -> tuple[list[int], list[int], list[int]]:
+    """Return the axes of one operand that an Einsum sums over, keeps alone, and shares with the other one."""
+    equation = node.attributes.get_string("equation", "").replace(" ", "")
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != 2 or "." in equation or len(terms[index]) != rank:
+        return [], [], []
+    own, other = terms[index], terms[1 - index]
+    contracted = [axis for axis, letter in enumerate(own) if letter not in right]
+    kept = [axis for axis, letter in enumerate(own) if letter in right and letter not in other]
+    shared = [axis for axis, letter in enumerate(own) if letter in right and letter in other]
+    return contracted, kept, shared

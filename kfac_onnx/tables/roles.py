@@ -98,8 +98,10 @@ def _matrix(
     where = f"{first.node.op_type} '{first.node.outputs[0].name}'"
     if first.grouped:
         return Role(name, "other", f"{where} is a convolution of each channel with a kernel of its own")
-    rows, columns, stack = (tuple(sorted(axes)) for axes in (first.outputs, first.inputs, first.stack))
-    if set(rows) | set(columns) | set(stack) != set(range(len(shape))) or not rows or not columns:
+    # Axes of size 1, which a reshape may have dropped, can stand anywhere.
+    left = set(range(len(shape))) - first.outputs - first.inputs - first.stack
+    rows, columns, stack = (tuple(sorted(axes)) for axes in (first.outputs, first.inputs | left, first.stack))
+    if any(shape[axis] > 1 for axis in left) or not first.outputs or not first.inputs:
         return Role(name, "other", f"{where} sums over axes of it that cannot be told")
     size = math.prod(shape[axis] for axis in rows)
     kind, reason = "hidden", f"{where} multiplies activations with it"

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from kfac_onnx.disk.records import parse
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def read_results(path: Path) -> Results:
     Raises UserError when there is none, or it holds something else.
     """
     try:
-        return Results.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Results.from_json(parse(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"'{path}' is not a file of results: {first_line(e)}",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import UserError, first_line
 
-__all__ = ["machine_memory", "require_memory"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["array_problem", "machine_memory", "require_memory"]
 
 _UNKNOWN: Final = 1 << 62
 
@@ -31,3 +34,21 @@ def require_memory(needed: int, what: str) -> None:
     held = machine_memory()
     if needed > held:
         raise UserError(f"{what} needs {needed:,} bytes of memory, and this machine has {held:,}")
+
+
+def array_problem(shape: tuple[Any, ...], dtype: np.dtype[Any]) -> str | None:
+    """Return why NumPy can hold no array of a shape, in words; None where it can.
+
+    Also an array without entries has limits: of its rank, and of the product of its other dimensions.
+    """
+    import numpy as np
+
+    if any(type(dim) is not int for dim in shape):  # bool is an int, and no dimension
+        return "a dimension is no whole number"
+    if any(dim < 0 for dim in shape):
+        return "it has a negative dimension"
+    try:
+        np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory, and has the limits of `np.empty`
+    except (ValueError, TypeError, OverflowError) as e:
+        return first_line(e)
+    return None

@@ -16,7 +16,8 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from kfac_onnx.disk.memory import require_memory
+from kfac_onnx.disk.conversions import refuse_other_format
+from kfac_onnx.disk.memory import array_problem, require_memory
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def npz_headers(path: str | Path) -> list[Header]:
     except FileNotFoundError as e:
         raise UserError(f"there is no file '{path}'") from e
     except ARCHIVE_ERRORS as e:
+        refuse_other_format(path, "arrays")
         raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
 
 
@@ -78,8 +80,8 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header:
         offset = entry.tell()
     if dtype.hasobject:
         raise ValueError(f"array '{member}' holds Python objects")
-    if any(dim < 0 for dim in shape):
-        raise ValueError(f"array '{member}' has a negative dimension")
+    if (problem := array_problem(shape, dtype)) is not None:
+        raise ValueError(f"array '{member}' is of no shape that an array can have: {problem}")
     found = Header(member, member.removesuffix(".npy"), shape, fortran, dtype, offset)
     if offset + found.nbytes > info.file_size:
         held = max(info.file_size - offset, 0)

@@ -23,8 +23,8 @@ class RecordError(ValueError):
     """The data is not what the dataclass declares; the text says where, such as `uses[0].ids`."""
 
 
-def parse(text: str) -> Any:
-    """Return JSON data; raises RecordError where the text is none."""
+def parse(text: str | bytes) -> Any:
+    """Return JSON data; raises RecordError (a ValueError) where the text is none, or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as e:

@@ -7,7 +7,6 @@ twice; mapping the file would count it twice too. So readers of weights and chec
 
 from __future__ import annotations
 
-import json
 import math
 import stat
 import struct
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from kfac_onnx.disk.memory import array_problem
 from kfac_onnx.disk.npz import ARCHIVE_ERRORS, npz_headers
+from kfac_onnx.disk.records import parse
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -148,10 +149,7 @@ def safetensors_arrays(path: str | Path) -> tuple[dict[str, StoredArray], dict[s
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, _LARGEST_HEADER):
             raise ValueError("its header is longer than the file")
-        try:
-            header: Any = json.loads(file.read(length))
-        except RecursionError as e:
-            raise ValueError("its header is nested too deeply") from e
+        header = parse(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     entries: dict[str, Any] = header  # pyright: ignore[reportUnknownVariableType]  JSON
@@ -167,12 +165,14 @@ def safetensors_arrays(path: str | Path) -> tuple[dict[str, StoredArray], dict[s
 def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredArray:
     try:
         dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
-        shape = tuple(int(dim) for dim in entry["shape"])
+        shape = tuple(entry["shape"])
         first, last = (int(place) for place in entry["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise ValueError(f"the entry of tensor '{name}' is not readable") from e
+    if (problem := array_problem(shape, dtype)) is not None:
+        raise ValueError(f"tensor '{name}' is of no shape that an array can have: {problem}")
     array = StoredArray(path, start + first, shape, dtype)
-    if min((*shape, first), default=0) < 0 or last - first != array.nbytes or start + last > size:
+    if first < 0 or last - first != array.nbytes or start + last > size:
         raise ValueError(f"tensor '{name}' does not lie within the file")
     return array
 

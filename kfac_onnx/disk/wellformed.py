@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import onnx
 
+from kfac_onnx.disk.memory import array_problem
 from kfac_onnx.disk.signatures import signature_problems
 from kfac_onnx.errors import UserError
 
@@ -217,6 +218,9 @@ def tensor_problem(tensor: onnx.TensorProto) -> str | None:
         return f"{name} has no known element type ({tensor.data_type})"
     if any(dim < 0 for dim in tensor.dims):
         return f"{name} has a negative dimension: {list(tensor.dims)}"
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if (problem := array_problem(tuple(tensor.dims), dtype)) is not None:
+        return f"{name} is of no shape that an array can have: {problem}"
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return None
     size = math.prod(tensor.dims)

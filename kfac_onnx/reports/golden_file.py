@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.disk.npz import read_npz
+from kfac_onnx.disk.records import parse
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.fisher.settings import FactorSettings, settings_of
 
@@ -77,7 +77,7 @@ def read_golden(path: str | Path) -> GoldenFile:
     if "settings" not in arrays:
         raise UserError(f"'{path}' is not a golden file: it has no settings")
     try:
-        settings: dict[str, Any] = json.loads(str(arrays["settings"]))
+        settings: dict[str, Any] = parse(str(arrays["settings"]))
         return _build(path, settings, arrays)
     except UserError:
         raise

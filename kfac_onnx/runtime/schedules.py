@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, assert_never, get_args
 
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.errors.arguments import finite_number, whole_number
 
 __all__ = ["Schedule", "parse"]
 
@@ -46,16 +47,21 @@ class Schedule:
     decay: int | None = None
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise UserError(f"a schedule's warmup must be at least 0, got {self.warmup}")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"a schedule's steps must be at least 1, got {self.steps}")
+        if self.kind not in KINDS:
+            raise _unknown(str(self.kind))
+        plain: dict[str, object] = {
+            "warmup": whole_number(self.warmup, "a schedule's warmup", least=0),
+            "final": finite_number(self.final, "a schedule's final"),
+        }
+        for name in ("steps", "decay"):
+            if getattr(self, name) is not None:
+                plain[name] = whole_number(getattr(self, name), f"a schedule's {name}", least=1)
+        for name, value in plain.items():  # a checkpoint holds the text of Python's numbers, not of NumPy's
+            object.__setattr__(self, name, value)
         if not 0.0 <= self.final <= 1.0:
             raise UserError(f"a schedule's final must lie between 0 and 1, got {self.final}")
         if self.decay is not None and self.kind != "wsd":
             raise UserError(f"a schedule's decay belongs to 'wsd', not to '{self.kind}'")
-        if self.decay is not None and self.decay < 1:
-            raise UserError(f"a schedule's decay must be at least 1, got {self.decay}")
 
     def __str__(self) -> str:
         defaults = Schedule()
@@ -100,6 +106,12 @@ class Schedule:
                 assert_never(self.kind)
 
 
+def _unknown(name: str) -> UserError:
+    return UserError(
+        f"unknown schedule '{name}'{did_you_mean(name, KINDS)}", help=f"schedules are {', '.join(KINDS)}"
+    )
+
+
 def parse(text: str) -> Schedule:
     """Return the schedule that `str(schedule)` wrote.
 
@@ -108,8 +120,7 @@ def parse(text: str) -> Schedule:
     name, _, rest = text.strip().partition(":")
     kind: Kind | None = next((kind for kind in KINDS if kind == name), None)
     if kind is None:
-        message = f"unknown schedule '{name}'{did_you_mean(name, KINDS)}"
-        raise UserError(message, help=f"schedules are {', '.join(KINDS)}")
+        raise _unknown(name)
     values: dict[str, float] = {}
     for part in filter(None, rest.split(",")):
         option, _, value = part.partition("=")

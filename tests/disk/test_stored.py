@@ -79,7 +79,25 @@ def test_a_file_cut_short_after_it_was_opened(tmp_path: Path) -> None:
     [
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "tensor 'x' does not lie within the file"),
         ({"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}, "tensor 'x' does not lie within the file"),
-        ({"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}, "tensor 'x' does not lie within the file"),
+        (
+            {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]},
+            "tensor 'x' is of no shape that an array can have: it has a negative dimension",
+        ),
+        (
+            {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]},
+            "tensor 'x' is of no shape that an array can have: array is too big",
+        ),
+        (
+            {"dtype": "F32", "shape": [1] * 70, "data_offsets": [0, 4]},
+            "tensor 'x' is of no shape that an array can have: maximum supported dimension",
+        ),
+        *(
+            (
+                {"dtype": "F32", "shape": [odd], "data_offsets": [0, 4]},
+                "tensor 'x' is of no shape that an array can have: a dimension is no whole number",
+            )
+            for odd in (True, 1.0, "1", None)
+        ),
         ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "tensor 'x' does not lie within the file"),
         ({"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}, "the entry of tensor 'x' is not readable"),
         ({"shape": [2], "data_offsets": [0, 8]}, "the entry of tensor 'x' is not readable"),

@@ -8,11 +8,11 @@ are events of the operators `MemcpyFromHost` and `MemcpyToHost`. The optimized m
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from kfac_onnx.device.placement.records import CPU, Copy, Node, Placement, is_inserted
+from kfac_onnx.disk.records import parse
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def read_profile(path: str | Path, stage: str, provider: str, version: str = "")
     Raises UserError for a file that is no profile of onnxruntime.
     """
     try:
-        events = json.loads(Path(path).read_text())
+        events = parse(Path(path).read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"'{path}' cannot be read as a profile of onnxruntime: {e}") from e
     if not isinstance(events, list):

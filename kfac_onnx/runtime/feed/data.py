@@ -8,26 +8,33 @@ and the epoch alone, so a run that is resumed at batch p sees what the uninterru
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from kfac_onnx.disk.conversions import refuse_other_format
 from kfac_onnx.disk.npz import npz_headers, read_npz
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.errors.arguments import LARGEST_SEED, truth, whole_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
+    from kfac_onnx.disk.npz import Header
 
     Arrays = Mapping[str, np.ndarray]
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "no_shards"]
 
 
-def _lengths(arrays: Arrays, place: str) -> int:
-    """Return the number of examples in a file's arrays."""
-    sizes = {name: array.shape[0] for name, array in arrays.items() if array.ndim}
+def _lengths(arrays: Mapping[str, np.ndarray | Header], place: str) -> int:
+    """Return the number of examples in a file's arrays, or in arrays whose headers are at hand."""
+    shapes = {name: array.shape for name, array in arrays.items() if array.shape}
+    sizes = {name: shape[0] for name, shape in shapes.items()}
     if not sizes:
         raise UserError(f"{place} holds no examples: no array has a dimension")
     first, size = next(iter(sizes.items()))
@@ -35,15 +42,24 @@ def _lengths(arrays: Arrays, place: str) -> int:
         if other != size:
             message = f"{place} holds {size} examples of '{first}' and {other} of '{name}'"
             raise UserError(message, help="the first dimension of every array is the example")
+    if size and not any(math.prod(shape) for shape in shapes.values()):  # a few bytes may claim any number
+        message = f"{place} holds {size} examples without an entry: '{first}' has shape {list(shapes[first])}"
+        raise UserError(message)
     return size
+
+
+def no_shards(folder: Path) -> UserError:
+    """Return the error about a folder without data, which may hold some of another format."""
+    try:
+        refuse_other_format(folder, "training data")
+    except UserError as e:
+        return e
+    return UserError(f"the folder '{folder}' holds no .npz file")
 
 
 def _stored_length(path: Path) -> int:
     """Return the number of examples in an `.npz` file, from the arrays' headers alone."""
-    for header in npz_headers(path):
-        if header.shape:
-            return header.shape[0]
-    raise UserError(f"'{path}' holds no examples: no array has a dimension")
+    return _lengths({header.name: header for header in npz_headers(path)}, f"'{path}'")
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,8 @@ class Batches:
         drop_last: leave out a last batch that is not full.
 
     Raises:
-        UserError: no such data, arrays of different lengths, or a batch size below 1.
+        UserError: no such data, arrays of different lengths, examples without an entry, or a wrong batch
+            size, seed or drop_last; NumPy's numbers are taken.
 
     """
 
@@ -86,14 +103,13 @@ class Batches:
         seed: int | None = None,
         drop_last: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"the batch size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
-        self.seed = seed
-        self.drop_last = drop_last
+        self.batch_size = whole_number(batch_size, "the batch size", least=1)
+        self.seed = None if seed is None else whole_number(seed, "the seed", least=0, most=LARGEST_SEED)
+        self.drop_last = truth(drop_last, "drop_last")
         if isinstance(source, (str, Path)):
             self._shards = self._find(Path(source))
         else:
+            source = _arrays(source)
             self._shards = [_Shard(_lengths(source, "the data"), arrays=source)]
         self.examples = sum(shard.rows for shard in self._shards)
         if not len(self):
@@ -105,7 +121,7 @@ class Batches:
         if path.is_dir():
             files = sorted(path.glob("*.npz"))
             if not files:
-                raise UserError(f"the folder '{path}' holds no .npz file")
+                raise no_shards(path)
             return [_Shard(_stored_length(file), file) for file in files]
         arrays = read_npz(path)
         return [_Shard(_lengths(arrays, f"'{path}'"), arrays=arrays)]
@@ -138,16 +154,17 @@ class Batches:
         count = 0
         passed = skip * self.batch_size
         for shard in (self._shards[index] for index in order):
-            rows = np.arange(shard.rows) if random is None else random.permutation(shard.rows)
+            permutation = None if random is None else random.permutation(shard.rows)
             if passed >= shard.rows:
                 passed -= shard.rows
                 continue
-            rows, passed = rows[passed:], 0
+            row, passed = passed, 0
             arrays = shard.load()
-            while rows.size:
-                take, rows = np.split(rows, [min(self.batch_size - count, rows.size)])
+            while row < shard.rows:
+                end = min(row + self.batch_size - count, shard.rows)
+                take = np.arange(row, end) if permutation is None else permutation[row:end]
                 held.append({name: a[take] if a.ndim else a for name, a in arrays.items()})
-                count += take.size
+                count, row = count + end - row, end
                 if count == self.batch_size:
                     yield _joined(held)
                     held, count = [], 0
@@ -160,6 +177,24 @@ class Batches:
         while epochs is None or number < epochs:
             yield from self.epoch(number, skip=skip)
             number, skip = number + 1, 0
+
+
+def _arrays(source: object) -> Arrays:
+    """Return data in memory as arrays by name; raises UserError for anything else."""
+    if not isinstance(source, Mapping):
+        raise UserError(
+            f"training data are a file, a folder or arrays by input name, not of type {type(source).__name__}"
+        )
+    arrays: dict[str, np.ndarray] = {}
+    for name, values in cast("Mapping[object, Any]", source).items():
+        try:
+            array: np.ndarray = np.asarray(values)
+        except ValueError as e:
+            raise UserError(f"the data of '{name}' are no array: {first_line(e)}") from e
+        if array.dtype.hasobject:
+            raise UserError(f"the data of '{name}' are no numbers: their dtype is {array.dtype}")
+        arrays[str(name)] = array
+    return arrays
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from kfac_onnx.disk.npz import read_npz
 from kfac_onnx.errors import UserError
-from kfac_onnx.runtime.feed.data import Batches
+from kfac_onnx.errors.arguments import LARGEST_SEED, whole_number
+from kfac_onnx.runtime.feed.data import Batches, no_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +29,9 @@ class FileBatches(Batches):
     def __init__(self, source: str | Path, *, seed: int | None = None) -> None:
         path = Path(source)
         self.files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
-        self.seed = seed
+        self.seed = None if seed is None else whole_number(seed, "the seed", least=0, most=LARGEST_SEED)
         if not self.files:
-            raise UserError(f"the folder '{path}' holds no .npz file")
+            raise no_shards(path)
         if not self.files[0].is_file():
             raise UserError(f"there is no file '{path}'")
 

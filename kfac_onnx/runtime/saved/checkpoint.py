@@ -5,16 +5,17 @@ A safetensors file. Tensors: `state/<input>` for every state, `constant/<input>`
 data position, learning rates, schedule, seed, what the batches were made of, the versions that wrote it, the
 model's hash, and for each tensor its dtype, shape and checksum; the entry `sha256` is the checksum of that
 JSON. So no byte that is used can change unnoticed. bfloat16 is stored as uint16 bits. The file is written
-beside its place, synced and renamed, so it is whole or absent. Tensors go from their buffers to the file and
-back in pieces: a table is never in memory twice.
+beside its place, synced and renamed, so it is whole or absent. What is written is held against the rules of
+reading first (`require_readable`), by a session already before its first step. Tensors go from their buffers
+to the file and back in pieces: a table is never in memory twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -25,12 +26,17 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from kfac_onnx import metadata
 from kfac_onnx.disk.models import atomic_path
+from kfac_onnx.disk.records import parse
 from kfac_onnx.disk.stored import StoredArray, bytes_of, safetensors_arrays
+from kfac_onnx.disk.wellformed import all_tensors, require_wellformed
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.metadata import State
+from kfac_onnx.errors.arguments import LARGEST, LARGEST_SEED, shown
+from kfac_onnx.metadata import State, Step
+from kfac_onnx.runtime.schedules import parse as parse_schedule
 from kfac_onnx.runtime.step.tensors import element_type, numpy_dtype
 from kfac_onnx.step.plan import partition
 from kfac_onnx.step.protos import build_model
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "DamagedError",
+    "UnreadableError",
     "different_model",
     "given_values",
     "kfac_metadata",
@@ -53,6 +60,7 @@ __all__ = [
     "proto_of",
     "read_checkpoint",
     "require_complete",
+    "require_readable",
     "require_same",
     "versions",
     "write_checkpoint",
@@ -64,9 +72,16 @@ CHECKSUM: Final = "sha256"
 """The entry with the checksum of the other; later versions keep it, so that they can be told from damage."""
 BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 
+_NO_FILE: Final = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+"""Errors that say that something else than a file is there."""
+
 
 class DamagedError(UserError):
-    """A file is not the checkpoint that was written, or cannot be read: an older one will do."""
+    """A file is not the checkpoint that was written: an older one will do."""
+
+
+class UnreadableError(UserError):
+    """The system does not let a file be read: nothing is known of its contents, and it must stay as it is."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ def _checksum(array: np.ndarray | StoredArray) -> str:
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write the file, whole or not at all.
 
-    Raises UserError when the place cannot be written, or the disk is full.
+    Raises UserError when the place cannot be written, the disk is full, or the file could not be read again.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]  bare PathLike
@@ -157,6 +172,7 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     tensors = {name: _plain(array) for name, array in named.items()}
     # Not asdict: it would copy every array.
     header = {key: getattr(checkpoint, key) for key in _HEADER}
+    require_readable(header)
     header["version"] = VERSION
     header["model_hash"] = model_hash(checkpoint.model)
     header["tensors"] = {
@@ -180,18 +196,20 @@ def _system_error(error: Exception) -> OSError:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Return the contents of a checkpoint file.
 
-    Raises DamagedError when there is no such file, it is no checkpoint, damaged, or cannot be read; another
-    UserError when it is one of another version.
+    Raises DamagedError when there is no such file, it is no checkpoint, or damaged; UnreadableError when the
+    system does not let it be read; another UserError when it is one of another version.
     """
     try:
         tensors, entries = safetensors_arrays(path)
         if KEY not in entries:
             raise DamagedError(f"'{path}' is not a checkpoint of a training session")
         text = entries[KEY]
-        header: dict[str, Any] = json.loads(text)
+        header: dict[str, Any] = parse(text)
     except FileNotFoundError as e:
         raise DamagedError(f"there is no checkpoint '{path}'") from e
-    except (OSError, ValueError, KeyError) as e:
+    except OSError as e:
+        raise _unreadable(path, e) from e
+    except ValueError as e:
         raise _damaged(path, first_line(e)) from e
     written = header.get("version") if isinstance(header, dict) else None  # pyright: ignore[reportUnnecessaryIsInstance]  JSON
     if entries.get(CHECKSUM) != hashlib.sha256(text.encode()).hexdigest():
@@ -202,9 +220,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise _other_version(path, written)
     try:
         return _checked(path, header, tensors)
-    except DamagedError:
+    except (DamagedError, UnreadableError):
         raise
-    except (UserError, OSError) as e:  # it changed while it was read
+    except OSError as e:
+        raise _unreadable(path, e) from e
+    except UserError as e:  # it changed while it was read
+        if isinstance(e.__cause__, OSError):
+            raise _unreadable(path, e.__cause__) from e
         raise _damaged(path, first_line(e)) from e
 
 
@@ -213,6 +235,16 @@ def _other_version(path: str | Path, found: object) -> UserError:
     return UserError(
         f"checkpoint '{path}' has version {found}, this program reads {VERSION}",
         help="install the kfac-onnx that wrote it" + (", or a newer one" if newer else ""),
+    )
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    """Return the error about a file that cannot be read; what is no file at all is damaged."""
+    if error.errno in _NO_FILE:
+        return _damaged(path, first_line(error))
+    return UnreadableError(
+        f"checkpoint '{path}' cannot be read: {error.strerror or error}",
+        help="mend its rights or its disk, or go on from an older one by its own name",
     )
 
 
@@ -225,11 +257,16 @@ def _is_text(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _is_seed(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_SEED
 
 
 def _is_rate(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -1e308 <= value <= 1e308  # an int may have any number of digits
 
 
 def _is_entry(value: Any) -> bool:
@@ -251,14 +288,26 @@ _FIELDS: Final[dict[str, Callable[[Any], bool]]] = {
     "host_roots": _is_count,
     "learning_rates": _each(_is_rate),
     "schedule": _or_none(_is_text),
-    "seed": _or_none(_is_count),
+    "seed": _or_none(_is_seed),
     "entropy": _is_count,
-    "data": _or_none(_each(_or_none(lambda value: isinstance(value, bool) or _is_count(value)))),
+    "data": _or_none(_each(_or_none(lambda value: isinstance(value, bool) or _is_seed(value)))),
     "source": _or_none(_is_text),
     "versions": _each(_is_text),
     "tensors": _each(_is_entry),
 }
 """What each field of the header must be."""
+
+
+def require_readable(header: Mapping[str, Any]) -> None:
+    """Raise UserError for a value of a header's fields that reading the checkpoint would refuse."""
+    for key, value in header.items():
+        if key in _FIELDS and not _FIELDS[key](value):
+            raise UserError(
+                f"a checkpoint cannot hold the {key.replace('_', ' ')} {shown(value)}",
+                help="give numbers of Python's own types that are finite and not negative",
+            )
+    if header.get("schedule") is not None:
+        parse_schedule(header["schedule"])
 
 
 def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, StoredArray]) -> Checkpoint:
@@ -292,7 +341,9 @@ def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, Stored
         return {n.removeprefix(prefix): array for n, array in tensors.items() if n.startswith(prefix)}
 
     fields = {key: header[key] for key in _HEADER}
-    return Checkpoint(model=model, states=part("state/"), constants=part("constant/"), **fields)
+    checkpoint = Checkpoint(model=model, states=part("state/"), constants=part("constant/"), **fields)
+    _require_own(checkpoint, path)
+    return checkpoint
 
 
 def proto_of(checkpoint: Checkpoint) -> onnx.ModelProto:
@@ -326,6 +377,27 @@ def different_model(checkpoint: str, model: str | None = None) -> UserError:
         f"{checkpoint} was made with another model" + ("" if model is None else f" than {model}"),
         help="resume with the model that it was made with, or start without --resume",
     )
+
+
+def _require_own(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Raise DamagedError unless the model can be read, and states and learning rates are the model's own."""
+    try:
+        proto = onnx.ModelProto.FromString(checkpoint.model)
+        require_wellformed(proto, None)
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in all_tensors(proto)):
+            raise ValueError("a tensor of it lies in another file")
+        model = ir.from_proto(proto)
+        step = metadata.read(model, "step", Step)
+        states = metadata.read_list(model, "state", State)
+    except (DecodeError, UserError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise _damaged(path, f"its model cannot be read: {first_line(e)}") from e
+    if step is None:
+        raise _damaged(path, "its model is no training step")
+    own = {rate.input for rate in step.learning_rates}
+    for name in sorted(checkpoint.learning_rates.keys() ^ own):
+        what = "is missing" if name in own else "is none of its model's"
+        raise _damaged(path, f"the learning rate '{name}' {what}")
+    require_complete(checkpoint, path, states)
 
 
 def require_complete(checkpoint: Checkpoint, path: str | Path, states: Sequence[State]) -> None:

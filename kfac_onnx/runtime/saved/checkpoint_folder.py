@@ -61,7 +61,8 @@ def numbered(folder: str | Path) -> list[tuple[int, Path]]:
 def read_newest(folder: str | Path) -> tuple[Path, Checkpoint, tuple[Path, ...]]:
     """Return the newest whole checkpoint of a folder, its file, and the damaged files that are newer.
 
-    Raises UserError when there is none, or when the newest that is whole is of another version.
+    Raises UserError when there is none, when the newest that is whole is of another version, or when the
+    system does not let a newer one be read: what it holds is not lost, and nothing may take its place.
     """
     damaged: list[tuple[Path, DamagedError]] = []
     for _, path in numbered(folder):

@@ -14,6 +14,7 @@ forward, to a string or vector that starts with its length.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kfac_onnx.disk.memory import array_problem
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.step.tensors import numpy_dtype
 
@@ -81,12 +83,14 @@ def _array(table: _Table, data_file: Path) -> tuple[str, np.ndarray]:
     first, count = table.vector(2)
     dims = struct.unpack_from(f"<{count}q", table.data, first)
     dtype = numpy_dtype(table.number("i", table.field(3)))
-    size = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
+    if (problem := array_problem(dims, dtype)) is not None:
+        raise ValueError(f"tensor '{name}' is of no shape that an array can have: {problem}")
+    size = math.prod(dims) * dtype.itemsize
     external = table.field(6)
     if external:
         with data_file.open("rb") as file:
             file.seek(table.number("q", external))
-            raw = file.read(size)
+            raw = file.read(min(size, data_file.stat().st_size))
     else:
         raw = table.raw(4)
     if len(raw) != size:

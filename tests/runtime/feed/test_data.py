@@ -105,3 +105,58 @@ def test_shards_with_different_arrays(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         list(Batches(tmp_path, 4))
     assert str(error.value) == "the shards do not all hold the same arrays: 'y' is in some only"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "memory"])
+def test_examples_without_an_entry(tmp_path: Path, kind: str) -> None:
+    """A file of 340 bytes can claim 600 million of them."""
+    arrays = {"ids": np.zeros((600_000_000, 0), np.int64), "labels": np.zeros((600_000_000, 0), np.float32)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    source = {"file": tmp_path / "a.npz", "folder": tmp_path, "memory": arrays}[kind]
+    with pytest.raises(UserError) as caught:
+        Batches(source, 8)
+    place = "the data" if kind == "memory" else f"'{tmp_path / 'a.npz'}'"
+    assert (
+        str(caught.value)
+        == f"{place} holds 600000000 examples without an entry: 'ids' has shape [600000000, 0]"
+    )
+
+
+def test_an_input_without_entries_beside_one_with(tmp_path: Path) -> None:
+    arrays = {"ids": np.arange(3), "nothing": np.zeros((3, 0), np.float32)}
+    assert [batch["ids"].tolist() for batch in Batches(arrays, 2)] == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "the batch size must be at least 1, got 0"),
+        ({"batch_size": 2.0}, "the batch size must be a whole number, got 2.0"),
+        ({"batch_size": True}, "the batch size must be a whole number, got True"),
+        ({"batch_size": "2"}, "the batch size must be a whole number, got '2'"),
+        ({"seed": -1}, "the seed must be at least 0, got -1"),
+        ({"seed": 1.5}, "the seed must be a whole number, got 1.5"),
+        ({"seed": True}, "the seed must be a whole number, got True"),
+        (
+            {"seed": 10**5000},
+            "the seed must be at most 340282366920938463463374607431768211455, got a value of type int",
+        ),
+        ({"drop_last": 1}, "drop_last must be True or False, got 1"),
+        ({"source": 5}, "training data are a file, a folder or arrays by input name, not of type int"),
+        (
+            {"source": {"ids": [[1], [2, 3]]}},
+            "the data of 'ids' are no array: setting an array element with a sequence.",
+        ),
+        ({"source": {"ids": np.array([{}])}}, "the data of 'ids' are no numbers: their dtype is object"),
+    ],
+)
+def test_arguments_that_are_none(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Batches(**{"source": {"ids": np.arange(6)}, "batch_size": 2, **arguments})  # type: ignore[arg-type]
+    assert str(caught.value).startswith(message)
+
+
+def test_numbers_of_numpy_are_made_pythons() -> None:
+    batches = Batches({"ids": np.arange(6)}, np.int64(4), seed=np.int32(3), drop_last=np.True_)
+    assert [type(value) for value in batches.describe().values()] == [int, int, int, int, bool]
+    assert batches.describe() == {"batches": 1, "examples": 6, "batch_size": 4, "seed": 3, "drop_last": True}

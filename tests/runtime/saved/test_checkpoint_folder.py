@@ -16,6 +16,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.runtime import TrainingSession
 from kfac_onnx.runtime.feed.data import Batches
 from kfac_onnx.runtime.saved import checkpoint, checkpoint_folder
+from kfac_onnx.runtime.saved.saved_run import read_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,6 +188,11 @@ def test_a_changed_header_is_damage(folder: Path, fields: dict[str, Any]) -> Non
         ({"committed": True}, "its header has no right 'committed'"),
         ({"learning_rates": {"lr": float("nan")}}, "its header has no right 'learning_rates'"),
         ({"learning_rates": [0.1]}, "its header has no right 'learning_rates'"),
+        ({"learning_rates": {"kfac/lr": 10**400}}, "its header has no right 'learning_rates'"),
+        ({"learning_rates": {"kfac/lr": True}}, "its header has no right 'learning_rates'"),
+        ({"learning_rates": {}}, "the learning rate 'kfac/lr' is missing"),
+        ({"position": 2**63}, "its header has no right 'position'"),
+        ({"seed": 2**128}, "its header has no right 'seed'"),
         ({"seed": 1.5}, "its header has no right 'seed'"),
         ({"data": {"batches": "many"}}, "its header has no right 'data'"),
         ({"tensors": {"model": ["uint8", [1]]}}, "its header has no right 'tensors'"),
@@ -387,3 +393,89 @@ def test_files_and_folders(open_toy: Open, tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             session.save(tmp_path / place, keep=keep)
         assert str(error.value) == message
+
+
+def test_a_header_that_is_nested_without_end(folder: Path) -> None:
+    import hashlib
+
+    path = folder / "step-0000000006.ckpt"
+    outer, _, rest = header_of(path)
+    text = "[" * 100_000 + "]" * 100_000
+    outer["__metadata__"] = {"kfac_onnx": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    inner = json.dumps(outer).encode()
+    path.write_bytes(struct.pack("<Q", len(inner)) + inner + rest)
+    with pytest.raises(checkpoint.DamagedError) as error:
+        checkpoint.read_checkpoint(path)
+    assert error.value.message == f"checkpoint '{path}' is damaged: it is nested too deeply"
+
+
+def test_a_rate_that_is_none_of_the_models(folder: Path) -> None:
+    path = folder / "step-0000000006.ckpt"
+    rewrite(path, learning_rates={**header_of(path)[1]["learning_rates"], "bogus": 0.1})
+    for read in (checkpoint.read_checkpoint, read_run, TrainingSession.resume):
+        with pytest.raises(checkpoint.DamagedError) as error:
+            read(path)
+        assert error.value.message == (
+            f"checkpoint '{path}' is damaged: the learning rate 'bogus' is none of its model's"
+        )
+    with TrainingSession.resume(folder) as session:
+        assert session.position == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "detail"),
+    [
+        (b"\xff\xff", "Error parsing message"),
+        (b"", "its model is no training step"),
+        (None, "its model cannot be read: the ONNX model is malformed: tensor 'w' is of no shape"),
+    ],
+)
+def test_a_model_inside_that_is_none(folder: Path, model: bytes | None, detail: str) -> None:
+    import dataclasses
+
+    import onnx
+
+    path = folder / "step-0000000006.ckpt"
+    written = checkpoint.read_checkpoint(path)
+    if model is None:
+        proto = checkpoint.proto_of(written)
+        proto.graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2**62, 0])
+        model = proto.SerializeToString()
+    states = {name: np.asarray(array) for name, array in written.states.items()}
+    checkpoint.write_checkpoint(path, dataclasses.replace(written, model=model, states=states))
+    with pytest.raises(checkpoint.DamagedError) as error:
+        checkpoint.read_checkpoint(path)
+    assert error.value.message.startswith(f"checkpoint '{path}' is damaged: ")
+    assert detail in error.value.message
+
+
+def test_what_may_not_be_read_is_not_called_damaged(
+    folder: Path, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "step-0000000006.ckpt"
+    real = checkpoint.safetensors_arrays
+
+    def locked(place: Path) -> object:
+        if place == path:
+            raise PermissionError(13, "Permission denied")
+        return real(place)
+
+    monkeypatch.setattr(checkpoint, "safetensors_arrays", locked)
+    before = {item.name: item.read_bytes() for item in folder.iterdir()}
+    for place in (path, folder):
+        with pytest.raises(checkpoint.UnreadableError) as error:
+            TrainingSession.resume(place)
+        assert str(error.value) == (
+            f"checkpoint '{path}' cannot be read: Permission denied\n"
+            "  help: mend its rights or its disk, or go on from an older one by its own name"
+        )
+    with (
+        TrainingSession.resume(folder / "step-0000000004.ckpt") as session,
+        pytest.raises(UserError) as error,
+    ):
+        session.fit(toy.batches(1), checkpoint=folder)
+    assert error.value.message == (
+        f"the folder '{folder}' holds checkpoints of later steps: '{path.name}' is newer than batch 4,"
+        " where this run is"
+    )
+    assert {item.name: item.read_bytes() for item in folder.iterdir() if item.name in before} == before

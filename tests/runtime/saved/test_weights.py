@@ -118,3 +118,17 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(UserError) as caught:
         TrainingSession(transform(case.path), parameters={**values, "m.emb.weight": table})
     assert str(caught.value) == "the value of parameter 'm.emb.weight' holds entries that are not finite"
+
+
+@pytest.mark.parametrize("dims", [[2**62, 0], [0, 2**62, 2**62], [1] * 70])
+def test_shapes_that_no_array_has(tmp_path: Path, dims: list[int]) -> None:
+    graph = onnx.helper.make_graph([], "w", [], [])
+    tensor = graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=dims)
+    tensor.raw_data = bytes(4 if 0 not in dims else 0)
+    path = tmp_path / "w.onnx"
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    assert caught.value.message.startswith(
+        "the ONNX model is malformed: tensor 'w' is of no shape that an array can have: "
+    )

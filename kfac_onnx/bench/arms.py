@@ -1,10 +1,12 @@
-"""Ways to train the same case: our presets, our ordinary optimizers, and PyTorch's.
+"""Ways to train the same case: our presets, our ordinary optimizers, PyTorch's and FBGEMM's.
 
 Everything that is no table is trained by Adam in every arm, at the same rate.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from kfac_onnx.runtime import TrainingSession
 
 __all__ = ["ARMS", "DEFAULT_ARMS", "Arm", "Trainee", "choose", "open_arm"]
+
+
+_log = logging.getLogger(__name__)
 
 
 class Trainee(Protocol):
@@ -72,6 +77,16 @@ class Arm:
         """Whether it is PyTorch's."""
         return self.name.startswith("torch-")
 
+    @property
+    def fbgemm(self) -> bool:
+        """Whether the tables are FBGEMM's."""
+        return self.name.startswith("fbgemm-")
+
+    @property
+    def ours(self) -> bool:
+        """Whether a `TrainingSession` trains it."""
+        return not (self.torch or self.fbgemm)
+
 
 _SGD = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _ADAM = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -88,6 +103,8 @@ ARMS: Final = {
         Arm("r1.7", 1.1, _BLOCK),
         Arm("plain-adam", 14.0, _ADAM, dense=True),
         Arm("plain-adagrad", 3.0, _ADAGRAD),
+        Arm("fbgemm-sgd", 2.0, _SGD),
+        Arm("fbgemm-rowwise-adagrad", 2.0, _ADAGRAD),
         Arm("torch-sgd", 1.0, _SGD),
         Arm("torch-sparse-adam", 3.0, _ADAM),
         Arm("torch-sparse-adagrad", 2.0, _ADAGRAD),
@@ -99,6 +116,7 @@ ARMS: Final = {
 """All arms; the first is what ratios are to."""
 
 DEFAULT_ARMS: Final = ("plain-sgd", "half", "adagrad", "adaptive", "plain-adam", "plain-adagrad")
+FBGEMM_ARMS: Final = tuple(name for name, arm in ARMS.items() if arm.fbgemm)
 TORCH_ARMS: Final = tuple(name for name, arm in ARMS.items() if arm.torch and name != "torch-fused-adam")
 GPU_TORCH_ARMS: Final = (*(name for name in TORCH_ARMS if name != "torch-adam"), "torch-fused-adam")
 """On a GPU, dense Adam is the one that takes a kernel for all of its work."""
@@ -107,24 +125,35 @@ GPU_TORCH_ARMS: Final = (*(name for name in TORCH_ARMS if name != "torch-adam"),
 def choose(names: Iterable[str], *, torch: bool, gpu: bool = False) -> tuple[Arm, ...]:
     """Return arms by name in the order of the table; none named: the default ones, PyTorch's with `torch`.
 
+    With `torch`, FBGEMM's are among them where it is installed, and said to be left out where it is not.
     Plain SGD is always among them, since ratios are to it.
 
-    Raises UserError for an unknown name, and where PyTorch is asked for and missing.
+    Raises UserError for an unknown name, and where PyTorch or FBGEMM is asked for and missing.
     """
     wanted = set(names) or {*DEFAULT_ARMS}
     if torch and not any(name.startswith("torch-") for name in wanted):
         wanted.update(GPU_TORCH_ARMS if gpu else TORCH_ARMS)
+        if not gpu and _installed("fbgemm_gpu"):
+            wanted.update(FBGEMM_ARMS)
+        elif not gpu:
+            _log.warning("FBGEMM's arms are left out: pip install 'kfac-onnx[fbgemm]'")
     for name in sorted(wanted - set(ARMS)):
         raise UserError(
             f"unknown arm '{name}'{did_you_mean(name, ARMS)}", help=f"the arms are: {', '.join(ARMS)}"
         )
     chosen = tuple(arm for name, arm in ARMS.items() if name in wanted or name == "plain-sgd")
-    if any(arm.torch for arm in chosen):
-        import importlib.util
-
-        if importlib.util.find_spec("torch") is None:
-            raise UserError("PyTorch's optimizers need PyTorch", help="pip install 'kfac-onnx[torch]'")
+    if not all(arm.ours for arm in chosen) and not _installed("torch"):
+        raise UserError("PyTorch's optimizers need PyTorch", help="pip install 'kfac-onnx[torch]'")
+    if any(arm.fbgemm for arm in chosen):
+        if gpu:
+            raise UserError("FBGEMM's arms are measured on the CPU alone", help="leave them out of --arms")
+        if not _installed("fbgemm_gpu"):
+            raise UserError("FBGEMM's optimizers need FBGEMM", help="pip install 'kfac-onnx[fbgemm]'")
     return chosen
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def open_arm(
@@ -137,6 +166,10 @@ def open_arm(
     place: Place = HOST,
 ) -> Trainee:
     """Return a case, at the values of a file, ready to be trained by an arm."""
+    if arm.fbgemm:
+        from kfac_onnx.bench.fbgemm_arms import FbgemmTrainee
+
+        return FbgemmTrainee(arm.name, case, parameters, threads=threads, lr=lr)
     if arm.torch:
         from kfac_onnx.bench.torch_arms import TorchTrainee
 

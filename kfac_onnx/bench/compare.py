@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kfac_onnx.bench.arms import ARMS
+
 if TYPE_CHECKING:
     from kfac_onnx.bench.results import Results
 
@@ -42,7 +44,7 @@ class Drift:
 def compare(old: Results, new: Results, *, tolerance: float) -> tuple[list[Drift], list[str]]:
     """Return the ratios of our arms that moved by more than `tolerance` (0.1: ten percent), worst first.
 
-    Second: what was measured before and is missing now, in words. PyTorch's own arms are not ours to judge.
+    Second: what was measured before and is missing now, in words. Other arms are not ours to judge.
     """
     known = {(case.name, case.vocab_size): case for case in new.cases}
     drifts: list[Drift] = []
@@ -53,7 +55,7 @@ def compare(old: Results, new: Results, *, tolerance: float) -> tuple[list[Drift
             missing.append(f"{case.name}, V={case.vocab_size:,}")
             continue
         for before in case.timings:
-            if before.ms is None or before.arm.startswith("torch-"):
+            if before.ms is None or not ARMS[before.arm].ours:
                 continue
             now = there.timing(before.arm)
             if now is None:
@@ -62,6 +64,7 @@ def compare(old: Results, new: Results, *, tolerance: float) -> tuple[list[Drift
             pairs = {
                 "plain-sgd": (before.ratio_sgd, now.ratio_sgd),
                 "torch-sgd": (before.ratio_torch, now.ratio_torch),
+                "fbgemm-rowwise-adagrad": (before.ratio_fbgemm, now.ratio_fbgemm),
             }
             for ratio, (one, other) in pairs.items():
                 if one is None or other is None or ratio == before.arm:

@@ -30,6 +30,7 @@ __all__ = ["available_bytes", "groups_that_fit", "measure", "timing"]
 
 REFERENCE: Final = "plain-sgd"
 TORCH_REFERENCE: Final = "torch-sgd"
+FBGEMM_REFERENCE: Final = "fbgemm-rowwise-adagrad"
 _WARM_UP: Final = 10
 """Steps before any is timed: the first ones allocate, and refresh roots more often."""
 RUN: Final = 6
@@ -103,7 +104,15 @@ def measure(
 
     `tell` hears what is being done.
     """
-    groups, left_out = groups_that_fit(arms, case.table_bytes, available_bytes(place))
+    impossible: dict[str, str] = {}
+    if any(arm.fbgemm for arm in arms):
+        from kfac_onnx.bench.fbgemm_arms import why_not
+
+        problem = why_not(width for _, width in case.tables.values())
+        impossible = {} if problem is None else {arm.name: problem for arm in arms if arm.fbgemm}
+    possible = [arm for arm in arms if arm.name not in impossible]
+    groups, left_out = groups_that_fit(possible, case.table_bytes, available_bytes(place))
+    left_out |= impossible
     found: dict[str, Timing] = {}
     for number, group in enumerate(groups):
         tell(f"{case.name} V={case.vocab_size:,}: {', '.join(arm.name for arm in group)}")
@@ -205,5 +214,6 @@ def _summary(
         group=group,
         ratio_sgd=ratio(REFERENCE),
         ratio_torch=ratio(TORCH_REFERENCE),
+        ratio_fbgemm=ratio(FBGEMM_REFERENCE),
         state_bytes=state_bytes,
     )

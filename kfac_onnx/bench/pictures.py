@@ -23,6 +23,8 @@ _COLORS: Final = {
     "r1.7": "#8c564b",
     "plain-adam": "#9467bd",
     "plain-adagrad": "#bcbd22",
+    "fbgemm-sgd": "#c49c94",
+    "fbgemm-rowwise-adagrad": "#8c6d31",
     "torch-sgd": "#7f7f7f",
     "torch-sparse-adam": "#1f77b4",
     "torch-sparse-adagrad": "#2ca02c",
@@ -64,7 +66,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _style(arm: str) -> dict[str, Any]:
-    torch = arm.startswith("torch-")
+    torch = not ARMS[arm].ours if arm in ARMS else False
     return {
         "color": _COLORS.get(arm, "black"),
         "linestyle": "--" if torch else "-",
@@ -149,7 +151,13 @@ def _bars(axes: Any, case: CaseResult) -> None:
     )
     axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axes.set(xlabel=f"ms / step, V = {case.vocab_size:,}")
-    axes.margins(x=0.15)
+    lengths = [timing.ms for timing in timings if timing.ms is not None]
+    if max(lengths) > 10 * min(lengths):  # on a linear axis all but the slowest would be one pixel
+        axes.set_xscale("log")
+        axes.set_xlim(min(lengths) / 1.5, max(lengths) * 2.5)
+        _plain_ticks(axes.xaxis)
+    else:
+        axes.margins(x=0.15)
     axes.grid(alpha=0.3, axis="x")
 
 

@@ -77,13 +77,14 @@ def _steps(results: Results) -> Sheet:
         for timing in case.timings:
             row = [case.name, f"{case.vocab_size:,}", timing.arm]
             if timing.ms is None or timing.p10 is None or timing.p90 is None:
-                row += ["—", timing.skipped or "", "", "", "", ""]
+                row += ["—", timing.skipped or "", "", "", "", "", ""]
             else:
                 row += [
                     _number(timing.ms),
                     f"{_number(timing.p10)} – {_number(timing.p90)}",
                     _number(timing.ratio_sgd),
                     _number(timing.ratio_torch),
+                    _number(timing.ratio_fbgemm),
                     "" if timing.state_bytes is None else _bytes(timing.state_bytes),
                     "",
                 ]
@@ -101,11 +102,13 @@ def _steps(results: Results) -> Sheet:
             "p10 – p90 ",
             "/ SGD ",
             "/ torch SGD ",
+            "/ FBGEMM ",
             "state ",
             "peak memory ",
         ),
         rows,
-        "ms: median; / SGD: to plain-sgd of the same minutes; state: kept for the tables beside them; "
+        "ms: median; / SGD: to plain-sgd of the same minutes; / FBGEMM: to its row-wise Adagrad; "
+        "state: kept for the tables beside them; "
         "peak memory: resident, of a process that opens, steps, saves and resumes.",
     )
 

@@ -51,6 +51,7 @@ class Settings:
     provider_options: dict[str, str] = field(default_factory=dict[str, str])
     cuda_graph: bool = False
     lm_examples: int = 256
+    zipf: float | None = None
 
     def command(self) -> str:
         """Return the command that makes this run; files are left for the reader to fill in."""
@@ -66,6 +67,7 @@ class Settings:
         words += ["--profile"] if self.profile else []
         words += ["--movielens FILE"] if "movielens" in self.workloads else []
         words += [f"--lm-examples {self.lm_examples}"] if self.lm_examples != 256 else []
+        words += [] if self.zipf is None else [f"--zipf {self.zipf:g}"]
         words += [f"--provider {self.provider}"] if self.provider != "cpu" else []
         words += [f"--provider-option {name}={value}" for name, value in self.provider_options.items()]
         words += ["--cuda-graph"] if self.cuda_graph else []
@@ -76,8 +78,9 @@ class Settings:
 class Timing:
     """Milliseconds of one arm's steps: median, percentiles, mean; or why it was not run.
 
-    `ratio_sgd` is to `plain-sgd` and `ratio_torch` to `torch-sgd` of the same group, that is of the same
-    minutes. `state_bytes` is what the optimizer keeps for the tables.
+    `ratio_sgd` is to `plain-sgd`, `ratio_torch` to `torch-sgd` and `ratio_fbgemm` to
+    `fbgemm-rowwise-adagrad` of the same group, that is of the same minutes. `state_bytes` is what the
+    optimizer keeps for the tables.
     """
 
     arm: str
@@ -89,6 +92,7 @@ class Timing:
     group: int = 0
     ratio_sgd: float | None = None
     ratio_torch: float | None = None
+    ratio_fbgemm: float | None = None
     state_bytes: int | None = None
     skipped: str | None = None
 

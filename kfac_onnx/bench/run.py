@@ -108,11 +108,12 @@ def run(
             lookups=settings.lookups,
             data=data,
             lm_examples=settings.lm_examples,
+            zipf=settings.zipf,
         )
     ]
     machine = GpuRates(place) if place.on_gpu else Machine(settings.threads)
     done: list[CaseResult] = []
-    results = Results(settings, describe(torch=any(arm.torch for arm in arms), place=place), ())
+    results = Results(settings, describe(torch=not all(arm.ours for arm in arms), place=place), ())
     for case in todo:
         with tempfile.TemporaryDirectory(prefix="kfac-bench-", dir=scratch) as folder:
             parameters = Path(folder) / "parameters.safetensors"
@@ -193,7 +194,7 @@ def _case(
                 memory.append(found)
     profiles: list[Profile] = []
     if settings.profile:
-        for arm in (arm for arm in arms if not arm.torch and timings[arm.name].ms is not None):
+        for arm in (arm for arm in arms if arm.ours and timings[arm.name].ms is not None):
             tell(f"{case.name} V={case.vocab_size:,}: profile of {arm.name}")
             profiles.append(profile(case, arm, parameters, steps=settings.steps, threads=threads))
     return CaseResult(

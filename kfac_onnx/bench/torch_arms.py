@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,12 +17,12 @@ from kfac_onnx.bench.rates import REST_LR
 from kfac_onnx.runtime.saved.weights import stored_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from kfac_onnx.bench.workloads import Case
 
-__all__ = ["TorchTrainee"]
+__all__ = ["LOSSES", "Tensors", "TorchTrainee", "torch"]
 
 # PyTorch is an extra, and its signatures are partly untyped: it and its values are `Any` here.
 torch: Any = importlib.import_module("torch")
@@ -29,52 +30,56 @@ functional: Any = importlib.import_module("torch.nn.functional")
 Tensors = dict[str, Any]
 
 
-def _mf(p: Tensors, batch: Tensors, sparse: bool) -> Any:
-    users = functional.embedding(batch["users"], p["user"], sparse=sparse)
-    items = functional.embedding(batch["items"], p["item"], sparse=sparse)
-    return functional.mse_loss((users * items).sum(-1) + p["bias"], batch["ratings"])
+Rows = Callable[[str], Any]
+"""Table name to what the batch's lookups read: [..., D], bags summed where the workload has bags."""
 
 
-def _movielens(p: Tensors, batch: Tensors, sparse: bool) -> Any:
-    rows = {
-        name: functional.embedding(
-            batch["users" if name.startswith("user") else "items"], p[name], sparse=sparse
-        )
-        for name in ("user", "item", "user_bias", "item_bias")
-    }
-    offset = (rows["user_bias"] + rows["item_bias"]).squeeze(-1) + p["bias"]
-    error = (rows["user"] * rows["item"]).sum(-1) + offset - batch["ratings"]
-    size = torch.cat(list(rows.values()), 1).square().sum(-1)
+def _mf(rows: Rows, p: Tensors, batch: Tensors) -> Any:
+    return functional.mse_loss((rows("user") * rows("item")).sum(-1) + p["bias"], batch["ratings"])
+
+
+def _movielens(rows: Rows, p: Tensors, batch: Tensors) -> Any:
+    read = {name: rows(name) for name in ("user", "item", "user_bias", "item_bias")}
+    offset = (read["user_bias"] + read["item_bias"]).squeeze(-1) + p["bias"]
+    error = (read["user"] * read["item"]).sum(-1) + offset - batch["ratings"]
+    size = torch.cat(list(read.values()), 1).square().sum(-1)
     return (error.square() + batch["penalty"] * size).mean()
 
 
-def _lm(p: Tensors, batch: Tensors, sparse: bool) -> Any:
-    words = functional.embedding(batch["ids"], p["embedding.weight"], sparse=sparse).flatten(1)
+def _lm(rows: Rows, p: Tensors, batch: Tensors) -> Any:
+    words = rows("embedding.weight").flatten(1)
     hidden = torch.tanh(functional.linear(words, p["hidden.weight"], p["hidden.bias"]))
     logits = functional.linear(hidden, p["output.weight"], p["output.bias"])
     return functional.cross_entropy(logits, batch["labels"])
 
 
-def _dlrm(p: Tensors, batch: Tensors, sparse: bool) -> Any:
-    tables = sorted(name for name in p if name.startswith("table_"))
-    bags = [
-        functional.embedding_bag(
-            batch[f"ids_{name.removeprefix('table_')}"], p[name], mode="sum", sparse=sparse
-        )
-        for name in tables
-    ]
-    features = torch.cat([*bags, batch["numbers"]], 1)
+def _dlrm(rows: Rows, p: Tensors, batch: Tensors) -> Any:
+    tables = sorted({f"table_{name.removeprefix('ids_')}" for name in batch if name.startswith("ids_")})
+    features = torch.cat([*(rows(name) for name in tables), batch["numbers"]], 1)
     hidden = torch.relu(functional.linear(features, p["hidden_weight"], p["hidden_bias"]))
     logits = functional.linear(hidden, p["output_weight"], p["output_bias"]).squeeze(-1)
     return functional.binary_cross_entropy_with_logits(logits, batch["labels"])
 
 
-LOSSES: Final[dict[str, Callable[[Tensors, Tensors, bool], Any]]] = {
+LOSSES: Final[dict[str, Callable[[Rows, Tensors, Tensors], Any]]] = {
     "mf": _mf,
     "movielens": _movielens,
     "lm": _lm,
     "dlrm": _dlrm,
 }
+"""Loss of a batch, from the rows that its lookups read and the other parameters."""
+
+
+def _keys(case: Case) -> dict[str, str]:
+    """Return the batch input that holds the ids of each table."""
+    match case.workload:
+        case "lm":
+            return dict.fromkeys(case.tables, "ids")
+        case "dlrm":
+            return {name: name.replace("table_", "ids_") for name in case.tables}
+        case _:
+            return {name: "users" if name.startswith("user") else "items" for name in case.tables}
+
 
 _OPTIMIZERS: Final[dict[str, tuple[Callable[..., Any], float, bool]]] = {
     "torch-sgd": (torch.optim.SGD, 0.1, True),
@@ -104,11 +109,10 @@ class TorchTrainee:
             torch.set_num_threads(threads)
         # As by default, but said, which spares the user a warning about it.
         torch.sparse.check_sparse_tensor_invariants.disable()
-        self._make, default, self._sparse = _OPTIMIZERS[name]
-        self._lr = default if lr is None else lr
+        self._settings(name, lr)
         self._case = case
         self._device = device
-        self._loss = LOSSES[case.workload]
+        self._keys = _keys(case)
         self._values: Tensors = {}
         for key, stored in stored_weights(parameters).items():
             array = np.empty(stored.shape, np.float32)
@@ -118,6 +122,21 @@ class TorchTrainee:
                 stored.read_into(array)
             self._values[key] = torch.from_numpy(array).to(device).requires_grad_()
         self._open()
+
+    def _settings(self, name: str, lr: float | None) -> None:
+        self._make, default, self._sparse = _OPTIMIZERS[name]
+        self._lr = default if lr is None else lr
+
+    def _objective(self, batch: Tensors, *, sparse: bool) -> Any:
+        """Return the loss of a batch."""
+
+        def rows(name: str) -> Any:
+            ids, weights = batch[self._keys[name]], self._values[name]
+            if self._case.workload == "dlrm":
+                return functional.embedding_bag(ids, weights, mode="sum", sparse=sparse)
+            return functional.embedding(ids, weights, sparse=sparse)
+
+        return LOSSES[self._case.workload](rows, self._values, batch)
 
     def _open(self) -> None:
         tables = [self._values[name] for name in self._case.tables]
@@ -144,7 +163,7 @@ class TorchTrainee:
         """Make one step; return the batch's loss before it."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(self._values, self._tensors(batch), self._sparse)
+        loss = self._objective(self._tensors(batch), sparse=self._sparse)
         loss.backward()
         for optimizer in self._optimizers:
             optimizer.step()
@@ -159,7 +178,7 @@ class TorchTrainee:
         with torch.no_grad():
             for batch in batches:
                 examples = len(next(iter(batch.values())))
-                total += float(self._loss(self._values, self._tensors(batch), False)) * examples
+                total += float(self._objective(self._tensors(batch), sparse=False)) * examples
                 count += examples
         return total / count
 

@@ -2,7 +2,7 @@
 
 | workload    | model                                                          | ids                    |
 |-------------|----------------------------------------------------------------|------------------------|
-| `mf`        | matrix factorisation, two tables V x D                         | uniform                |
+| `mf`        | matrix factorisation, two tables V x D                         | uniform, or Zipf       |
 | `lm`        | the demo's language model, 12,762 x 64, 256 examples a step    | text                   |
 | `dlrm`      | 8 tables of mixed D, bags of 4 summed, 13 numbers, a small MLP | Zipf, exponent 1       |
 | `movielens` | rating prediction with biases on MovieLens-100k                | the data's             |
@@ -87,6 +87,7 @@ def cases(
     lookups: tuple[int, ...] = (4_096,),
     data: Ratings | None = None,
     lm_examples: int = LM_EXAMPLES,
+    zipf: float | None = None,
 ) -> list[Case]:
     """Return the cases of a workload; those with a vocabulary of their own are one.
 
@@ -94,7 +95,7 @@ def cases(
     """
     match workload:
         case "mf":
-            return [_mf(V, D, N) for D in widths for N in lookups for V in vocab_sizes]
+            return [_mf(V, D, N, zipf) for D in widths for N in lookups for V in vocab_sizes]
         case "dlrm":
             return [_dlrm(V) for V in vocab_sizes]
         case "lm":
@@ -118,11 +119,13 @@ def stream_of(seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, 1])
 
 
-def _mf(V: int, D: int, N: int) -> Case:
+def _mf(V: int, D: int, N: int, zipf: float | None) -> Case:
     def batches(seed: int) -> Iterator[Batch]:
         random = stream_of(seed)
         while True:
-            users, items = random.integers(0, V, (2, N))
+            users, items = (
+                random.integers(0, V, (2, N)) if zipf is None else zipf_ids(random, V, (2, N), zipf)
+            )
             # Part of the rating depends on the user, so that there is something to learn.
             noise = np.float32(0.1) * random.standard_normal(N, dtype=np.float32)
             yield {"users": users, "items": items, "ratings": (users % 2).astype(np.float32) + 1 + noise}
@@ -131,7 +134,7 @@ def _mf(V: int, D: int, N: int) -> Case:
     others: dict[str, tuple[int, ...]] = {"bias": ()}
     return Case(
         workload="mf",
-        name=f"mf D={D} N={N}",
+        name=f"mf D={D} N={N}" + ("" if zipf is None else f" Zipf {zipf:g}"),
         vocab_size=V,
         graph=lambda: graphs.factorisation({**tables, **others}),
         tables=tables,
@@ -181,12 +184,18 @@ def _dlrm(V: int) -> Case:
     )
 
 
-def zipf_ids(random: np.random.Generator, V: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return int64 ids whose frequency falls as 1/rank; ranks are spread over the table.
+def zipf_ids(
+    random: np.random.Generator, V: int, shape: tuple[int, ...], exponent: float = 1.0
+) -> np.ndarray:
+    """Return int64 ids whose frequency falls as rank^−exponent; ranks are spread over the table.
 
-    The rank is floor((V+1)^u) − 1 for u uniform in [0, 1): a rank up to k has probability log(k+2)/log(V+1).
+    The rank is floor(x) − 1 for x of the continuous law with that density on [1, V+1): for exponent 1 it is
+    (V+1)^u, u uniform in [0, 1), so that a rank up to k has probability log(k+2)/log(V+1).
     """
-    rank = np.minimum(np.floor((V + 1.0) ** random.random(shape)).astype(np.int64) - 1, V - 1)
+    u, last = random.random(shape), V + 1.0
+    power = 1.0 - exponent
+    drawn = last**u if power == 0.0 else (1.0 + u * (last**power - 1.0)) ** (1.0 / power)
+    rank = np.minimum(np.floor(drawn).astype(np.int64) - 1, V - 1)
     return rank * 2_654_435_761 % V  # a large prime: ranks that are near lie far apart
 
 

@@ -21,7 +21,7 @@ __all__ = ["command"]
 _log = logging.getLogger(__name__)
 _MEASURED = (
     "workloads", "vocab_sizes", "widths", "lookups", "steps", "threads", "arms", "torch", "memory", "profile",
-    "seconds", "provider", "cuda_graph", "lm_examples",
+    "seconds", "provider", "cuda_graph", "lm_examples", "zipf",
 )  # fmt: skip
 """What a run to compare with has settled."""
 
@@ -72,7 +72,13 @@ class Numbers(click.ParamType[Any]):
     "--arms", metavar="NAME,...", default="",
     help="What trains the tables (default: plain-sgd, half, adagrad, adaptive, plain-adam, plain-adagrad).",
 )  # fmt: skip
-@click.option("--torch", is_flag=True, help="PyTorch's optimizers too (extra 'torch').")
+@click.option(
+    "--zipf", type=click.FloatRange(min=0.1, max=5.0), metavar="X",
+    help="Ids of mf whose frequency falls as rank^-X (default: uniform).",
+)  # fmt: skip
+@click.option(
+    "--torch", is_flag=True, help="PyTorch's optimizers too, and FBGEMM's (extras 'torch', 'fbgemm')."
+)
 @click.option(
     "--lm-examples", type=int, metavar="N", default=256, show_default=True, help="Examples of a step of lm."
 )
@@ -112,6 +118,7 @@ def command(
     seconds: float,
     threads: int | None,
     arms: str,
+    zipf: float | None,
     torch: bool,
     lm_examples: int,
     cuda_graph: bool,
@@ -162,6 +169,7 @@ def command(
             profile=profile,
             seconds=seconds,
             lm_examples=lm_examples,
+            zipf=zipf,
             cuda_graph=cuda_graph,
             **_place(ctx, provider),
         )

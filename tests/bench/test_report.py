@@ -26,6 +26,7 @@ def test_the_tables_of_a_run(recorded: Results) -> None:
         "p10 – p90 ": "1.62 – 1.98",
         "/ SGD ": "1.8",
         "/ torch SGD ": "0.9",
+        "/ FBGEMM ": "0.4",
         "state ": "40 MB",
         "peak memory ": "300 MB",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from kfac_onnx.bench.arms import ARMS, choose, open_arm
+from kfac_onnx.bench.measure import measure
 from kfac_onnx.bench.workloads import WORKLOADS, cases, zipf_ids
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.saved.weights import read_weights
@@ -50,27 +52,55 @@ def test_the_loss_of_factorisation_is_its_formula(small: Small) -> None:
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_pytorch_trains_the_same_model(small: Small, workload: str) -> None:
     pytest.importorskip("torch")
+    compare_with(small, workload, "torch-sgd")
+
+
+@pytest.mark.parametrize("workload", [name for name in WORKLOADS if name != "movielens"])
+def test_fbgemm_trains_the_same_model(small: Small, workload: str) -> None:
+    pytest.importorskip("fbgemm_gpu")
+    compare_with(small, workload, "fbgemm-sgd")
+
+
+def compare_with(small: Small, workload: str, name: str) -> None:
     case, parameters = small(workload)
     batches = case.batches(0)
-    arms = {
-        name: open_arm(ARMS[name], case, parameters, threads=1, lr=0.1) for name in ("plain-sgd", "torch-sgd")
-    }
+    arms = [open_arm(ARMS[arm], case, parameters, threads=1, lr=0.1) for arm in ("plain-sgd", name)]
     for _ in range(3):
         batch = next(batches)
-        ours, theirs = (arm.step(batch) for arm in arms.values())
+        ours, theirs = (arm.step(batch) for arm in arms)
         # The same numbers in another order of summation, in float32.
         assert ours == pytest.approx(theirs, rel=2e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.torch])
-def test_pytorch_goes_on_from_its_checkpoint(small: Small, tmp_path: Path, name: str) -> None:
-    pytest.importorskip("torch")
+def test_what_fbgemm_cannot_hold_is_left_out_by_name(small: Small) -> None:
+    case, parameters = small("movielens")
+    arms = [ARMS[name] for name in ("plain-sgd", "fbgemm-sgd")]
+    timings = measure(case, arms, parameters, steps=1, threads=1, seconds=0.1, tell=lambda text: None)
+    assert timings["fbgemm-sgd"].ms is None
+    assert timings["fbgemm-sgd"].skipped == "FBGEMM wants widths that are multiples of 4, not 1"
+
+
+@pytest.mark.parametrize(("package", "arm"), [("torch", "torch-sgd"), ("fbgemm_gpu", "fbgemm-sgd")])
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, package: str, arm: str) -> None:
+    right = importlib.util.find_spec
+    missing = lambda name: None if name == package else (right(name) or object())  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", missing)
+    who, extra = ("PyTorch", "torch") if package == "torch" else ("FBGEMM", "fbgemm")
+    with pytest.raises(UserError) as caught:
+        choose([arm], torch=False)
+    want = f"{who}'s optimizers need {who}\n  help: pip install 'kfac-onnx[{extra}]'"
+    assert str(caught.value) == want
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if not arm.ours])
+def test_others_go_on_from_their_checkpoints(small: Small, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("fbgemm_gpu" if ARMS[name].fbgemm else "torch")
     case, parameters = small("mf")
     batches = case.batches(0)
     first, second, third = (next(batches) for _ in range(3))
     trainee = open_arm(ARMS[name], case, parameters, threads=1)
     trainee.step(first)
-    assert (trainee.state_bytes > 0) == (name != "torch-sgd")
+    assert (trainee.state_bytes > 0) == (not name.endswith("-sgd"))
     trainee.save(tmp_path / "run.ckpt")
     expected = [trainee.step(second), trainee.step(third)]
     trainee.resume(tmp_path / "run.ckpt")
@@ -98,6 +128,16 @@ def test_zipf_ids_follow_their_ranks() -> None:
     assert list(most) == [0, 2_654_435_761 % V]  # ranks 0 and 1
     # P(rank 0) = log 2 / log(V + 1) = 0.0753; its standard error in 200,000 draws is 0.0006.
     assert counts[0] / len(ids) == pytest.approx(np.log(2) / np.log(V + 1), abs=0.003)
+
+
+def test_zipf_ids_of_another_exponent() -> None:
+    V, exponent = 10_000, 1.2
+    ids = zipf_ids(np.random.default_rng(0), V, (200_000,), exponent)
+    ends = np.arange(1, V + 2, dtype=np.float64) ** (1 - exponent)
+    shares = np.diff(ends) / (ends[-1] - ends[0])
+    counts = np.bincount(ids, minlength=V) / len(ids)
+    for rank in range(3):  # a standard error of at most 0.001
+        assert counts[rank * 2_654_435_761 % V] == pytest.approx(shares[rank], abs=0.004)
 
 
 def test_batches_repeat_with_their_seed(small: Small) -> None:

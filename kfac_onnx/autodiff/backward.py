@@ -9,7 +9,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from kfac_onnx.graph.emit import Emit, Miss, Names
-from kfac_onnx.graph.values import all_graphs, dtype_of, static_shape
+from kfac_onnx.graph.values import all_graphs, bodies_of, dtype_of, static_shape
 
 __all__ = [
     "Backward",
@@ -163,24 +163,17 @@ def no_gradient(back: Backward) -> Gradients:
 def captured_values(node: ir.Node) -> list[ir.Value]:
     """Return the values of enclosing graphs that a node's own graphs read, each once, in order."""
     found: dict[ir.Value, None] = {}
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = [attribute.as_graph()]
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = list(attribute.as_graphs())
-        else:
-            continue
-        for top in graphs:
-            inner: set[ir.Value] = set()
-            used: list[ir.Value] = []
-            for graph in all_graphs(top):
-                inner.update(graph.inputs)
-                inner.update(graph.initializers.values())
-                for item in graph:
-                    inner.update(item.outputs)
-                    used.extend(value for value in item.inputs if value is not None)
-                used.extend(graph.outputs)
-            found.update(dict.fromkeys(value for value in used if value not in inner))
+    for top in bodies_of(node):
+        inner: set[ir.Value] = set()
+        used: list[ir.Value] = []
+        for graph in all_graphs(top):
+            inner.update(graph.inputs)
+            inner.update(graph.initializers.values())
+            for item in graph:
+                inner.update(item.outputs)
+                used.extend(value for value in item.inputs if value is not None)
+            used.extend(graph.outputs)
+        found.update(dict.fromkeys(value for value in used if value not in inner))
     return list(found)
 
 

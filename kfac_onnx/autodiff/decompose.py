@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from kfac_onnx.graph.emit import Miss
+from kfac_onnx.graph.operators import RANDOM
 from kfac_onnx.graph.shapes import infer_shapes
 from kfac_onnx.graph.values import constant, dtype_of
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["has_body", "through_body"]
 
-RANDOM = frozenset({"Bernoulli", "Multinomial"})
-"""Operators whose body, written out once more, would draw other numbers."""
 SMALL = 64
 """Constants of up to so many entries are known to shape inference of the body."""
 
@@ -49,6 +48,7 @@ def has_body(op_type: str) -> bool:
     if not onnx.defs.has(op_type):
         return False
     newest = cast("_Definitions", onnx.defs.get_schema(op_type))
+    # the body of one that draws, written out once more, would draw other numbers
     return op_type not in RANDOM and (newest.has_function or newest.has_context_dependent_function)
 
 

@@ -11,7 +11,7 @@ from kfac_onnx.autodiff.backward import Backward, GradientEmit, captured_values,
 from kfac_onnx.autodiff.table import rule_of
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.emit import Miss, Names
-from kfac_onnx.graph.values import REMEMBERED, dtype_of, static_shape
+from kfac_onnx.graph.values import REMEMBERED, dtype_of, label, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -111,8 +111,7 @@ def propagate(
             Miss(f"no rule for {node.domain or 'ai.onnx'}::{node.op_type}") if rule is None else rule(back)
         )
         if isinstance(results, Miss):
-            text = results.reason if rule is None else f"{node.op_type}: {results.reason}"
-            missing.append(f"{_label(node)}: {text}")
+            missing.append(f"{label(node)}: {results.reason}")
             results = [_stand_in(value) if back.needs(i) else None for i, value in enumerate(node.inputs)]
         sums.nodes.extend(emit.nodes)
         for index, result in enumerate(results):
@@ -234,8 +233,3 @@ def _anchor(value: ir.Value) -> ir.Node:
     if producer is not None and producer.outputs[0] is value:
         return producer
     return ir.Node("", "Identity", [], outputs=[ir.Value(name=value.name)])
-
-
-def _label(node: ir.Node) -> str:
-    output = next((value.name for value in node.outputs if value.name), "")
-    return f"node '{node.name}'" if node.name else f"the node of '{output}'"

@@ -9,8 +9,7 @@ import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.recurrence import Recurrence, prune
 from kfac_onnx.graph.emit import Emit
-from kfac_onnx.graph.operators import unchanged
-from kfac_onnx.graph.values import all_graphs, dtype_of, int_attribute
+from kfac_onnx.graph.values import all_graphs, dtype_of, int_attribute, unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

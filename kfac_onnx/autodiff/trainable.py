@@ -22,6 +22,7 @@ from kfac_onnx.autodiff.contents import (
     is_usual_factor,
 )
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.graph.operators import SIZES, Trait, having
 from kfac_onnx.graph.values import is_float, rank_of
 
 if TYPE_CHECKING:
@@ -57,11 +58,10 @@ MOST: Final = 16
 """Initializers of one shape among which cosines and sines are looked for."""
 BOUNDS: Final = {"Pow": (1,), "Clip": (1, 2), "Max": (0, 1), "Min": (0, 1), "Mod": (1,), "Where": (1, 2)}
 """Operator -> inputs at which a single number is an exponent, a bound or a filling."""
-WEIGHT_OPERATORS: Final = frozenset(
-    {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "Gather"}
-)
+WEIGHT_OPERATORS: Final = having(Trait.WEIGHTED) | {"Gather"}  # a table of ids is a weight as well
 """Operators whose matrices are weights even if they look like masks."""
-AFTER_EPSILON: Final = frozenset({"Sqrt", "Pow", "Reciprocal", "Log"})
+ADDS: Final = having(Trait.ADDS)
+AFTER_EPSILON: Final = having(Trait.STEEP_AT_ZERO)
 """Functions that a small number is added for, to keep their argument away from zero."""
 
 
@@ -124,7 +124,7 @@ def _named(
 
 def _why_constant(value: ir.Value) -> str | None:
     """Return why an initializer is no weight, or None."""
-    uses = [(node, index) for node, index in value.uses() if node.op_type not in ("Shape", "Size")]
+    uses = [(node, index) for node, index in value.uses() if node.op_type not in SIZES]
     for places, reason in (
         (STATISTICS, "running statistics of a normalization"),
         (CLASS_WEIGHTS, "class weights of a loss"),
@@ -188,7 +188,7 @@ def _is_setting(number: float, node: ir.Node, index: int) -> bool:
     """
     if index in BOUNDS.get(node.op_type, ()) or (node.op_type == "Expand" and number in (0.0, 1.0)):
         return True
-    if node.op_type in ("Add", "Sub", "Sum"):
+    if node.op_type in ADDS:
         after = {reader.op_type for reader, _ in node.outputs[0].uses()}
         divides = any(reader.op_type == "Div" and place == 1 for reader, place in node.outputs[0].uses())
         return bool(after & AFTER_EPSILON) or divides or (node.op_type == "Sub" and index == 0)

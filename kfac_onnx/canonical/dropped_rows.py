@@ -15,13 +15,14 @@ the ids are the same at every step and all valid, nothing is dropped and no cond
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.emit import Emit, Names
 from kfac_onnx.graph.numbering import Numbering
+from kfac_onnx.graph.operators import SCATTERS, VIEWS
 from kfac_onnx.graph.values import (
     ONNX_DOMAINS,
     all_graphs,
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["mask_dropped_rows"]
-
-POSITION_VIEWS: Final = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose"})
-"""Operators between NonZero, int64[1, n], and the n positions of what is kept."""
 
 
 def mask_dropped_rows(model: ir.Model) -> int:
@@ -54,7 +52,7 @@ def mask_dropped_rows(model: ir.Model) -> int:
 
 
 def _adds_rows(node: ir.Node) -> bool:
-    if node.op_type not in ("ScatterND", "ScatterElements"):
+    if node.op_type not in SCATTERS:
         return False
     reduction = node.attributes.get("reduction")
     adds = reduction is not None and reduction.as_string() == "add"
@@ -119,7 +117,7 @@ def _condition_of_positions(value: ir.Value | None) -> ir.Value | None:
         if node.op_type == "Gather":
             if not _is_only_row(node):
                 return None
-        elif node.op_type not in POSITION_VIEWS:
+        elif node.op_type not in VIEWS:  # of NonZero's int64[1, n]
             return None
         value = node.inputs[0]
     return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.graph.operators import SCATTERS
 from kfac_onnx.graph.values import all_graphs, static_shape
 from kfac_onnx.metadata import Refusal
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["undo_repeated_vectors", "undo_stale_copies"]
-
-SCATTERS = frozenset({"ScatterND", "ScatterElements"})
 
 
 def undo_stale_copies(model: ir.Model, parameters: Mapping[str, ir.Value]) -> tuple[list[str], list[Refusal]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from kfac_onnx.canonical.lowering.scatter import scatter_slices
+from kfac_onnx.graph.operators import ORDERED_VIEWS
 from kfac_onnx.graph.values import constant, dtype_of, int_attribute, rank_of, static_shape
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def joined_column(indices: ir.Value) -> ir.Value | None:
 def _joined(value: ir.Value) -> list[ir.Value]:
     """Return the values that are joined along the first axis to make this one; itself if none are."""
     source, node = value, value.producer()
-    while node is not None and node.op_type in ("Identity", "Cast", "Reshape") and not node.domain:
+    while node is not None and node.op_type in ORDERED_VIEWS and not node.domain:
         inner = node.inputs[0]
         if inner is None or not _same_rows(node, inner):
             break
@@ -92,7 +93,7 @@ def _same_rows(node: ir.Node, source: ir.Value) -> bool:
     if node.op_type == "Identity":
         return True
     own, other = node.outputs[0].shape, source.shape
-    if node.op_type == "Cast":
+    if node.op_type in ("Cast", "CastLike"):
         before, after = dtype_of(source), dtype_of(node.outputs[0])
         return before is not None and after is not None and before.is_integer() and after.is_integer()
     if own is None or other is None or len(own) != len(other):
@@ -138,7 +139,7 @@ def _first_entry(target: ir.Value | None, source: ir.Value | None, rank: int | N
     node = None if target is None else target.producer()
     if node is None or node.domain:
         return set()
-    if node.op_type in ("Identity", "Cast", "Unsqueeze", "Concat"):
+    if node.op_type in ORDERED_VIEWS | {"Concat"}:
         return _first_entry(node.inputs[0], source, rank)
     if node.op_type == "Size" and node.inputs[0] is not None:
         return {("size", node.inputs[0])}

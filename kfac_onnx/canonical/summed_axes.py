@@ -18,6 +18,7 @@ import numpy as np
 
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.operators import ELEMENTWISE, ORDERED_VIEWS, Trait, having
 from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute, rank_of, static_shape
 
 if TYPE_CHECKING:
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["settle_summed_axes"]
 
-SAME_LENGTH: Final = frozenset({"Identity", "Cast", "Not", "Neg", "Abs"})
-BROADCAST: Final = frozenset(
-    {"And", "Or", "Xor", "Equal", "Less", "Greater", "Sub", "Add", "Mul", "Max", "Min"}
-)
+BROADCAST: Final = having(Trait.BINARY)
+SAME_LENGTH: Final = ELEMENTWISE - BROADCAST
 
 
 def settle_summed_axes(model: ir.Model) -> int:
@@ -52,7 +51,7 @@ def settle_summed_axes(model: ir.Model) -> int:
 def _leading_axes(axes: ir.Value, constants: Constants) -> int | None:
     """Return n if the axes are where a mask of n entries holds."""
     node = axes.producer()
-    while node is not None and node.op_type in ("Identity", "Cast", "Squeeze", "Reshape"):
+    while node is not None and node.op_type in ORDERED_VIEWS:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     if node is None or node.domain not in ONNX_DOMAINS or node.op_type != "NonZero":
         return None

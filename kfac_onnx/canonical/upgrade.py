@@ -10,6 +10,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.operators import REDUCTIONS
 from kfac_onnx.graph.values import all_graphs
 
 if TYPE_CHECKING:
@@ -79,19 +80,9 @@ def _batch_norm_training(_: Names, node: ir.Node) -> None:
         node.resize_outputs(min(len(node.outputs), 3))  # the saved statistics are gone
 
 
-REDUCTIONS = (
-    "ReduceMax",
-    "ReduceMin",
-    "ReduceMean",
-    "ReduceProd",
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceSumSquare",
-)
+MOVED = REDUCTIONS - {"ReduceSum"}  # whose axes are an input since opset 13
 CHANGES: Final[dict[str, tuple[int, Callable[[Names, ir.Node], None]]]] = {
-    **dict.fromkeys(REDUCTIONS, (18, _axes_to_input)),
+    **dict.fromkeys(MOVED, (18, _axes_to_input)),
     "Split": (18, _split_count),
     "RoiAlign": (16, _roi_align_mode),
     "BatchNormalization": (14, _batch_norm_training),

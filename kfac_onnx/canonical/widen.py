@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import onnx_ir as ir
 
 from kfac_onnx.graph.emit import Emit, Names, replace_node
+from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.values import all_graphs, dtype_of
 
 if TYPE_CHECKING:
@@ -19,37 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BFLOAT16_KERNELS", "widen"]
 
-BFLOAT16_KERNELS: Final = frozenset(
-    {
-        "Cast",
-        "CastLike",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Identity",
-        "If",
-        "Loop",
-        "Reshape",
-        "Scan",
-        "ScatterElements",
-        "ScatterND",
-        "Shape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
-"""Operators with a bfloat16 CPU kernel, found by opening a one-node session for each in onnxruntime 1.32."""
-DOUBLE_LACKING: Final = frozenset(
-    {"Erf", "Mean", "OneHot", "Gelu", "BiasGelu", "Acos", "Asin", "Atan", "Tan"}
-)
-"""Operators without a float64 CPU kernel there."""
+BFLOAT16_KERNELS: Final = having(Trait.BFLOAT16)
+DOUBLE_LACKING: Final = having(Trait.NO_FLOAT64)
 
 
 def _needs(node: ir.Node, types: Iterable[ir.DataType | None]) -> ir.DataType | None:

@@ -114,7 +114,7 @@ class LayerCollection:
         """
         if reuse not in (True, False, AUTO_REUSE):
             raise FisherValueError(f"reuse must be True, False or '{AUTO_REUSE}', not {reuse!r}")
-        name = _label(layer_key)
+        name = _quoted(layer_key)
         known = self._blocks.get(layer_key)
         if known is None:
             if reuse is True:
@@ -135,11 +135,11 @@ class LayerCollection:
         members = set(_members(layer_key))
         for key in self._blocks:
             if members & set(_members(key)):
-                raise FisherValueError(f"parameter {_label(layer_key)} is already part of {_label(key)}")
+                raise FisherValueError(f"parameter {_quoted(layer_key)} is already part of {_quoted(key)}")
         for group in self._linked:
             if members & group and group != frozenset(members):
                 raise FisherValueError(
-                    f"parameter {_label(layer_key)} is linked with others as {_label(tuple(group))}"
+                    f"parameter {_quoted(layer_key)} is linked with others as {_quoted(tuple(group))}"
                 )
 
     def make_or_get_factor(self, cls: type[F], args: tuple[Hashable, ...]) -> F:
@@ -180,10 +180,10 @@ class LayerCollection:
     def check_registration(self, variables: Sequence[ir.Value], loss: ir.Value | None = None) -> None:
         """Raise unless every variable is registered as often as the loss (or the whole graph) uses it."""
         registered = set(self.registered_variables)
-        missing = [_label(variable) for variable in variables if variable not in registered]
+        missing = [_quoted(variable) for variable in variables if variable not in registered]
         if missing:
             raise FisherValueError(f"not every parameter is registered: {', '.join(missing)}")
-        extra = sorted(_label(variable) for variable in registered - set(variables))
+        extra = sorted(_quoted(variable) for variable in registered - set(variables))
         if extra:
             names = ", ".join(extra)
             raise FisherValueError(f"parameters are registered that are not trained: {names}")
@@ -193,7 +193,7 @@ class LayerCollection:
                 uses = sum(nodes is None or use.node in nodes for use in param.uses())
                 if uses != count:
                     raise FisherValueError(
-                        f"parameter {_label(param)} is registered {count} times but used {uses} times"
+                        f"parameter {_quoted(param)} is registered {count} times but used {uses} times"
                     )
 
     def get_blocks(self) -> list[FisherBlock]:
@@ -230,7 +230,7 @@ def _vocab_size(params: object) -> int:
         raise FisherValueError("an embedding is one table; a tuple of parameters (a bias) has no such block")
     size = params.shape[0] if params.shape is not None and params.shape.rank() == 2 else None
     if not isinstance(size, int):
-        raise FisherValueError(f"the table {_label(params)} must have a known shape [vocab, dim]")
+        raise FisherValueError(f"the table {_quoted(params)} must have a known shape [vocab, dim]")
     return size
 
 
@@ -238,7 +238,7 @@ def _members(key: LayerKey) -> tuple[ir.Value, ...]:
     return (key,) if isinstance(key, ir.Value) else key
 
 
-def _label(key: LayerKey) -> str:
+def _quoted(key: LayerKey) -> str:
     return ", ".join(sorted(f"'{param.name}'" for param in _members(key)))
 
 

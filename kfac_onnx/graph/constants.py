@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from kfac_onnx.graph.operators import ELEMENTWISE, REDUCTIONS, SIZES, VIEWS, Keeps, keeping
 from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute, static_shape
 
 if TYPE_CHECKING:
@@ -21,64 +22,12 @@ __all__ = ["Constants"]
 SMALL = 1 << 16
 """Entries above which a constant expression is not evaluated."""
 
-NO_LARGER = frozenset(
-    {"Cast", "Flatten", "Identity", "Range", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-)
+SPREADS = VIEWS | keeping(Keeps.SOME, Keeps.REPEATS)
+"""Operators whose result is of nothing but entries of their first input."""
+NO_LARGER = VIEWS | {"Range", "Slice"}  # a Range has as many entries as it is looked at for
 """Operators evaluated also where the shape of their result is unknown: no larger than their inputs say."""
 
-ELEMENTWISE = frozenset(
-    {
-        "Abs",
-        "Add",
-        "And",
-        "Clip",
-        "Div",
-        "Equal",
-        "Greater",
-        "GreaterOrEqual",
-        "Less",
-        "LessOrEqual",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Sub",
-        "Where",
-    }
-)
-"""As large as their inputs broadcast to."""
-
-BOUNDED = frozenset(
-    {
-        "Add",
-        "And",
-        "Concat",
-        "Div",
-        "Equal",
-        "Gather",
-        "Greater",
-        "GreaterOrEqual",
-        "Less",
-        "LessOrEqual",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "Sub",
-        "Where",
-        "Xor",
-    }
-)
+BOUNDED = ELEMENTWISE | REDUCTIONS | {"Concat", "Gather"}
 """Operators evaluated also where the shape of their result is unknown: their result has at most as many
 entries as the product of those of their inputs (Concat: as their sum)."""
 
@@ -118,7 +67,7 @@ class Constants:
             return None
         if node.op_type == "Constant":
             return _constant_node(node)
-        if node.op_type in ("Shape", "Size"):
+        if node.op_type in SIZES:
             return _shape_node(node)
         if len(node.outputs) > 1:
             return None
@@ -166,7 +115,7 @@ class Constants:
             case "ConstantOfShape":
                 fill = node.attributes.get("value")
                 return fill is None or not np.any(fill.as_tensor().numpy())
-            case "Expand" | "Cast" | "CastLike" | "Transpose" | "Identity" | "Reshape":
+            case op if op in SPREADS:
                 return self.is_zeros(node.inputs[0])
             case "Constant":
                 array = _constant_node(node)

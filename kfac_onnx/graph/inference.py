@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Final
 
 import onnx
 
+from kfac_onnx.graph.operators import BODIES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -27,8 +29,6 @@ __all__ = ["LONGEST", "inferred"]
 
 LONGEST: Final = 4096
 """Entries that the vectors a node reads may have together for ONNX to propagate what is in them."""
-_WITH_BODIES: Final = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-"""The operators into whose graphs ONNX's inference goes."""
 _TURNS: Final = 50
 """No exporter computes shapes of shapes so often; what is left unknown then stays unknown."""
 
@@ -107,7 +107,7 @@ def _graphs(
     """Return a graph and those in it, each with the number of the one around it and the operator it is in."""
     found = [(graph, around, within)]
     for node in graph.node:
-        if node.op_type in _WITH_BODIES:
+        if node.op_type in BODIES:
             for attribute in node.attribute:
                 if attribute.HasField("g"):
                     found += _graphs(attribute.g, start, node.op_type, start + len(found))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeAlias, TypeVar, cast
 
 from kfac_onnx.disk.models import load_proto
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.graph.operators import TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,16 +34,10 @@ R = TypeVar("R")
 LOG: Final = logging.getLogger(__name__)
 LARGE: Final = 1000
 """Bytes above which only the shape of an initializer is given to ONNX's checks."""
-LISTS: Final[dict[str, tuple[int, ...]]] = {
-    "ConstantOfShape": (0,),
-    "Expand": (1,),
-    "Pad": (1,),
-    "Reshape": (1,),
-    "Slice": (1, 2, 3, 4),
-    "Split": (1,),
-    "Tile": (1,),
-}
-"""Operator -> the inputs that are lists of integers; those of reductions are their second ones."""
+NO_LISTS: Final = frozenset({"Squeeze", "Unsqueeze"})
+"""Operators whose axes may be one number too: ONNX Runtime takes it, and some exporters write it."""
+LISTS: Final = {row.name: row.lists for row in TABLE if row.name not in NO_LISTS}
+"""Operator -> the inputs that are lists of integers."""
 
 
 def blames_the_graph(function: Callable[P, R]) -> Callable[P, R]:
@@ -152,7 +147,7 @@ def _no_list(graph: onnx.GraphProto, around: Mapping[str, int]) -> str | None:
     for node in graph.node:
         if node.domain not in ("", "ai.onnx"):
             continue
-        for place in (1,) if node.op_type.startswith("Reduce") else LISTS.get(node.op_type, ()):
+        for place in LISTS.get(node.op_type, ()):
             name = node.input[place] if place < len(node.input) else ""
             if known.get(name, 1) != 1:
                 return f"{node.op_type} '{node.output[0]}' reads '{name}' of rank {known[name]} as a list"

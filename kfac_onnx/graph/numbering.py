@@ -11,25 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
+from kfac_onnx.graph.operators import RANDOM
 from kfac_onnx.graph.values import ONNX_DOMAINS, contents_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
 __all__ = ["Numbering"]
-
-RANDOM: Final = frozenset(
-    {
-        "Bernoulli",
-        "Dropout",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-    }
-)
-"""Operators that give other values each time."""
 
 SMALL: Final = 1 << 12
 """Entries above which two constants are not compared by their contents."""

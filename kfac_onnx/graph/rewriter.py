@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.metadata import Phase
 
-__all__ = ["Dims", "Emitter", "Out", "graphs_of"]
+__all__ = ["Dims", "Emitter", "Out"]
 
 Dims = Sequence[int | str | None] | ir.Shape
 """A shape: numbers, names of symbolic dimensions, None for an unknown one; or another value's."""
@@ -328,14 +328,3 @@ class Emitter:
         before = self.model.metadata_props.get(f"kfac.{key}")
         metadata.write(self.model, key, value)
         self._ledger.edited += self.model.metadata_props[f"kfac.{key}"] != before
-
-
-def graphs_of(attribute: ir.Attr) -> list[ir.Graph]:
-    """Return the sub-graphs that an attribute holds: the bodies of an `If`, a `Loop` or a `Scan`."""
-    if attribute.is_ref():
-        return []
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    if attribute.type == ir.AttributeType.GRAPHS:
-        return list(attribute.as_graphs())
-    return []

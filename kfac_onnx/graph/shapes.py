@@ -10,22 +10,14 @@ import onnx_ir as ir
 
 from kfac_onnx.errors import first_line
 from kfac_onnx.graph.inference import inferred
+from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.values import REMEMBERED, all_graphs, bodies_of, dtype_of
 
 __all__ = ["infer_missing_shapes", "infer_shapes"]
 
 LOG: Final = logging.getLogger(__name__)
 
-SEQUENCES = frozenset(
-    {
-        "SplitToSequence",
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceErase",
-        "SequenceInsert",
-        "SequenceMap",
-    }
-)
+SEQUENCES: Final = having(Trait.SEQUENCE)
 """Operators whose result is a sequence of tensors."""
 
 LARGE: Final = 1000

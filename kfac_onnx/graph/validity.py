@@ -12,33 +12,13 @@ from typing import Final
 import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of, int_attribute
 
 __all__ = ["require_consistent", "require_tensors"]
 
-ARITHMETIC: Final = frozenset(
-    {"Add", "Div", "Max", "Mean", "Min", "Mul", "PRelu", "Sub", "Sum", "Where", "Gemm", "MatMul"}
-)
-"""Operators whose operands (of a Where: the last two) have one type."""
-
-COMPARISONS: Final = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-BROADCASTING: Final = COMPARISONS | {
-    "Add",
-    "And",
-    "Div",
-    "Max",
-    "Mean",
-    "Min",
-    "Mod",
-    "Mul",
-    "Or",
-    "Pow",
-    "Sub",
-    "Sum",
-    "Where",
-    "Xor",
-}
-"""Operators whose operands have equal dimensions, or 1."""
+SAME_TYPE: Final = having(Trait.SAME_TYPE)
+BROADCASTING: Final = having(Trait.BROADCASTS)
 
 EXPORTERS: Final = {
     "jax2onnx": "jax2onnx writes x.T @ g without the transpose: give dense layers a custom_vjp with explicit "
@@ -93,7 +73,7 @@ def _shown(value: ir.Value) -> str:
 
 
 def _of_types(node: ir.Node) -> str | None:
-    if node.op_type not in ARITHMETIC:
+    if node.op_type not in SAME_TYPE:
         return None
     operands = node.inputs[1:] if node.op_type == "Where" else node.inputs
     found = dict.fromkeys(dtype for value in operands if (dtype := dtype_of(value)) is not None)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.graph.operators import BODIES, VIEWS, Keeps, Trait, having, keeping
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -18,22 +20,23 @@ __all__ = [
     "constant",
     "contents_of",
     "dtype_of",
+    "graphs_of",
     "int_attribute",
     "is_filled",
+    "is_float",
+    "label",
     "rank_of",
     "static_shape",
+    "unchanged",
 ]
 
 ONNX_DOMAINS = ("", "ai.onnx")
 """Two spellings of the standard operator domain."""
 
 REMEMBERED = "kfac.dtype"
-INTEGER_RESULTS = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
-BOOL_RESULTS = frozenset(
-    {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
-)
-WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-"""Standard operators that hold graphs; of other domains any may."""
+INT64_RESULTS = having(Trait.INT64)
+BOOL_RESULTS = having(Trait.BOOLEAN)
+SPREADS = VIEWS | keeping(Keeps.REPEATS)
 LIKE_INPUT = {
     "Where": 1,
     "CastLike": 1,
@@ -152,7 +155,7 @@ def _from_producer(value: ir.Value) -> ir.DataType | ir.Value | None:
         return None
     if value is not node.outputs[0] and node.op_type in SECOND_RESULTS:
         return SECOND_RESULTS[node.op_type]
-    if node.op_type in INTEGER_RESULTS:
+    if node.op_type in INT64_RESULTS:
         return ir.DataType.INT64
     if node.op_type in BOOL_RESULTS:
         return ir.DataType.BOOL
@@ -206,7 +209,7 @@ def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     found = [graph]
     for outer in found:  # which grows while it is walked
         for node in outer:
-            if node.op_type in WITH_BODIES or node.domain not in ONNX_DOMAINS:
+            if node.op_type in BODIES or node.domain not in ONNX_DOMAINS:
                 found.extend(bodies_of(node))
     yield from found
 
@@ -233,17 +236,18 @@ def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
 
 def bodies_of(node: ir.Node) -> list[ir.Graph]:
     """Return the graphs that a node holds: the bodies of an `If`, a `Loop` or a `Scan`."""
-    if node.op_type not in WITH_BODIES and node.domain in ONNX_DOMAINS:
+    if node.op_type not in BODIES and node.domain in ONNX_DOMAINS:
         return []
-    found: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            found.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            found.extend(attribute.as_graphs())
-    return found
+    return [graph for attribute in node.attributes.values() for graph in graphs_of(attribute)]
+
+
+def graphs_of(attribute: ir.Attr) -> list[ir.Graph]:
+    """Return the graphs that an attribute holds."""
+    if attribute.is_ref():
+        return []
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
 
 
 def is_filled(value: ir.Value | None, number: int) -> bool:
@@ -254,7 +258,7 @@ def is_filled(value: ir.Value | None, number: int) -> bool:
     node = None if value is None else value.producer()
     if node is None or node.domain not in ONNX_DOMAINS:
         return False
-    if node.op_type in ("Identity", "Expand", "Reshape", "Unsqueeze"):
+    if node.op_type in SPREADS - {"Cast", "CastLike"}:  # a cast may make another number of it
         return is_filled(node.inputs[0], number)
     if node.op_type != "ConstantOfShape":
         return False
@@ -266,3 +270,29 @@ def is_float(value: ir.Value) -> bool:
     """Say whether a value is a tensor of floating-point numbers."""
     dtype = dtype_of(value)
     return dtype is not None and dtype.is_floating_point()
+
+
+def unchanged(value: ir.Value) -> ir.Value:
+    """Return the value that Identity, a Cast to its own type, or an Expand to its own shape passes on."""
+    while (node := value.producer()) is not None:
+        source = node.inputs[0] if node.inputs else None
+        if source is None or node.domain not in ONNX_DOMAINS:
+            return value
+        if node.op_type == "Cast":
+            dtype = dtype_of(source)
+            if dtype is None or int(dtype) != node.attributes["to"].as_int():
+                return value
+        elif node.op_type == "Expand":
+            if static_shape(source) is None or static_shape(source) != static_shape(value):
+                return value
+        elif node.op_type != "Identity":
+            return value
+        value = source
+    return value
+
+
+def label(node: ir.Node) -> str:
+    """Return how sentences name a node: its operator and its first output."""
+    output = next((value.name for value in node.outputs if value.name), node.name)
+    domain = "" if node.domain in ONNX_DOMAINS else f"{node.domain}::"
+    return f"{domain}{node.op_type} '{output}'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kfac_onnx.graph.rewriter import graphs_of
+from kfac_onnx.graph.values import bodies_of
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.registry import register
 
@@ -52,12 +52,7 @@ class Dce(Pass):
 
 def _release(node: ir.Node) -> int:
     """Take a dead node, and the nodes in its sub-graphs, off what they use; return how many are in those."""
-    within = [
-        inner
-        for attribute in node.attributes.values()
-        for graph in graphs_of(attribute)
-        for inner in graph.all_nodes()
-    ]
+    within = [inner for graph in bodies_of(node) for inner in graph.all_nodes()]
     for inner in (node, *within):
         for index in range(len(inner.inputs)):
             inner.replace_input_with(index, None)

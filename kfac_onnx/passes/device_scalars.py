@@ -20,30 +20,23 @@ from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
+from kfac_onnx.graph.operators import SIZES, Trait, having
+from kfac_onnx.graph.values import all_graphs
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Brought", "bring_sizes_to_device"]
 
 _INT64: Final = ir.DataType.INT64
-_SIZES: Final = frozenset({"Shape", "Size"})
-_PASSING: Final = frozenset(
-    {"Add", "Cast", "Concat", "Div", "Gather", "Identity", "Max", "Min", "Mul", "ReduceProd", "Reshape",
-     "Slice", "Squeeze", "Sub", "Unsqueeze"}
-)  # fmt: skip
-"""Operators that ONNX Runtime runs on the host where all they read is there."""
+_PASSING: Final = having(Trait.HOST)
 _REST: Final = frozenset(range(1, 16))
 _ON_HOST: Final = {
     **dict.fromkeys(("ConstantOfShape", "If"), frozenset({0})),
     "Loop": frozenset({0, 1}),
     "Range": frozenset({0, 1, 2}),
-    **dict.fromkeys(
-        ("CumSum", "Expand", "OneHot", "Pad", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin",
-         "ReduceProd", "ReduceSum", "ReduceSumSquare", "Reshape", "Resize", "Slice", "Split", "Squeeze",
-         "Tile", "TopK", "Trilu", "Unsqueeze"),
-        _REST,
-    ),
-}  # fmt: skip
+    **dict.fromkeys(having(Trait.SETTINGS), _REST),
+}
 """Inputs that kernels take from the host anyway."""
 _LONGEST: Final = 16
 """Sizes in a vector that is brought over one by one; a shape has fewer."""
@@ -60,7 +53,7 @@ class Brought:
 def bring_sizes_to_device(model: ir.Model) -> Brought:
     """Rewrite, in place, what nodes of this package read; a size of unknown shape stays as it is."""
     added = edited = 0
-    for graph in _graphs(model):
+    for graph in all_graphs(model.graph):
         bridge = _Bridge(graph)
         for node in list(graph):
             if not _is_ours(node) or _is_host_work(node):
@@ -77,14 +70,6 @@ def bring_sizes_to_device(model: ir.Model) -> Brought:
     return Brought(added, edited)
 
 
-def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    yield model.graph
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-                yield attribute.as_graph()
-
-
 def _is_ours(node: ir.Node) -> bool:
     """Say whether a node is this package's; operators of the dialect see to their sizes themselves."""
     if node.domain not in ("", "ai.onnx"):
@@ -94,7 +79,7 @@ def _is_ours(node: ir.Node) -> bool:
 
 def _is_host_work(node: ir.Node) -> bool:
     """Say whether a node reads sizes and constants alone and makes sizes of them."""
-    if node.op_type in _SIZES:
+    if node.op_type in SIZES:
         return True
     return _passes(node) and all(
         value is None or _is_constant(value) or _host_kind(value) == _INT64 for value in node.inputs
@@ -132,7 +117,7 @@ def _host_kind(value: ir.Value) -> ir.DataType | None:
         if node is None or node.op_type == "Constant":
             if not _is_constant(item):
                 return None
-        elif node.op_type in _SIZES and node.domain in ("", "ai.onnx"):
+        elif node.op_type in SIZES and node.domain in ("", "ai.onnx"):
             sizes += 1
         elif _passes(node) or (node.op_type == "Cast" and not _is_ours(node)):
             floats = floats or not _passes(node)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
 from kfac_onnx import metadata
+from kfac_onnx.graph.operators import SCATTERS
 from kfac_onnx.passes.device_scalars import Brought, bring_sizes_to_device
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -76,8 +77,7 @@ def _warn_of_others(model: ir.Model, log: Log) -> None:
     adding = [
         str(node.name or node.outputs[0].name)
         for node in model.graph.all_nodes()
-        if node.op_type in ("ScatterND", "ScatterElements")
-        and node.attributes.get_string("reduction", "none") != "none"
+        if node.op_type in SCATTERS and node.attributes.get_string("reduction", "none") != "none"
     ]
     if adding:
         listed = f"{', '.join(adding[:5])}{', ...' if len(adding) > 5 else ''}"

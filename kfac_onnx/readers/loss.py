@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.emit import Emit, Names
+from kfac_onnx.graph.operators import ORDERED_VIEWS, Trait, having
 from kfac_onnx.graph.values import constant, dtype_of, int_attribute, is_float, static_shape
 from kfac_onnx.metadata import Loss, read
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Reduction", "choose_loss", "emit_divisor", "find_reduction", "loss_candidates"]
 
-VIEWS = frozenset({"Squeeze", "Unsqueeze", "Reshape", "Identity", "Cast", "Neg", "Flatten", "Expand"})
+PASSES = ORDERED_VIEWS | {"Expand", "Neg"}
 """Operators that a one-entry loss may pass through after its reduction."""
 CROSS_ENTROPIES = frozenset({"SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"})
-SUMS = frozenset({"ReduceSum", "ReduceSumSquare", "ReduceL1"})
+SUMS = having(Trait.TOTAL)
 """Sums over examples, also of squares or absolute values of errors."""
 SINGLE = (1,)
 
@@ -76,7 +77,7 @@ def find_reduction(loss: ir.Value | None) -> Reduction:
     value = loss
     divider: ir.Node | None = None
     while value is not None and (node := value.producer()) is not None:
-        if node.op_type in VIEWS:
+        if node.op_type in PASSES:
             value = node.inputs[0]
         elif node.op_type == "Div" and divider is None and _single(node.inputs[1]):
             value, divider = node.inputs[0], node

@@ -20,23 +20,34 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.graph.numbering import Numbering
-from kfac_onnx.graph.values import ancestors, dtype_of, static_shape
+from kfac_onnx.graph.operators import (
+    ELEMENTWISE,
+    LOOKUPS,
+    PRODUCTS,
+    SCATTERS,
+    VIEWS,
+    Keeps,
+    Trait,
+    having,
+    keeping,
+)
+from kfac_onnx.graph.values import ancestors, dtype_of, is_float, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["FlowPairs", "owners_by_flow", "pair_by_flow"]
 
-VIEWS: Final = frozenset(
-    {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Clip"}
-)
-SUMS: Final = VIEWS | {"Add", "Sum", "ReduceSum"}
+PASSES: Final = VIEWS | {"Expand", "Clip"}
+SUMS: Final = PASSES | (having(Trait.ADDS) - {"Sub"}) | {"ReduceSum"}
 """Operators that a gradient may pass through between the product or scatter that makes it and the output."""
-LINEAR: Final = SUMS | {"Neg", "Sub", "Mul", "Div", "Where", "Slice", "Pad", "Concat"}
+CUTS: Final = (
+    SUMS
+    | ELEMENTWISE & (having(Trait.LINEAR) | having(Trait.SCALES))
+    | keeping(Keeps.SOME, Keeps.JOINS)
+    | {"Pad"}
+)
 """Operators that a scaled or cut gradient passes through; it is one, but not of a parameter of its shape."""
-PRODUCTS: Final = frozenset({"MatMul", "Gemm", "FusedMatMul", "Einsum"})
-LOOKUPS: Final = frozenset({"Gather", "GatherND", "GatherElements"})
-SCATTERS: Final = frozenset({"ScatterElements", "ScatterND"})
 
 
 @dataclass
@@ -108,7 +119,7 @@ def _is_like(parameter: ir.Value, gradient: ir.Value) -> bool:
 
 
 def _is_tensor(value: ir.Value) -> bool:
-    return static_shape(value) is not None and _is_float(value)
+    return static_shape(value) is not None and is_float(value)
 
 
 def _settle(result: FlowPairs, proven: dict[ir.Value, list[ir.Value]]) -> None:
@@ -140,11 +151,6 @@ def _all(proven: dict[ir.Value, list[ir.Value]]) -> list[ir.Value]:
     return list(dict.fromkeys(item for owners in proven.values() for item in owners))
 
 
-def _is_float(value: ir.Value) -> bool:
-    dtype = dtype_of(value)
-    return dtype is not None and dtype.is_floating_point()
-
-
 class _Evidence:
     """What the flow of data says about outputs and parameters; `forward` are the loss' ancestors."""
 
@@ -154,7 +160,7 @@ class _Evidence:
 
     def is_gradient(self, output: ir.Value) -> bool:
         """Say whether an output comes from a product or scatter of something that the loss does not use."""
-        for node, value in self._ends(output, LINEAR):
+        for node, value in self._ends(output, CUTS):
             if node.op_type in SCATTERS or self._multiplied(value):
                 return True
             if node.op_type in PRODUCTS:
@@ -200,7 +206,7 @@ class _Evidence:
             elif node.op_type in PRODUCTS:
                 if any(self._key(item) in factors for item in others):
                     return True
-            elif node.op_type in ("Add", "Sub", "Sum") and self._is_bias(others, summed):
+            elif node.op_type in having(Trait.ADDS) and self._is_bias(others, summed):
                 return True
         return False
 
@@ -241,7 +247,7 @@ class _Evidence:
             for node, _ in view.uses():
                 if forward and not any(item in self.forward for item in node.outputs):
                     continue
-                if node.op_type in VIEWS and node.inputs[0] is view:
+                if node.op_type in PASSES and node.inputs[0] is view:
                     stack.append(node.outputs[0])
                 else:
                     yield node, view
@@ -257,12 +263,12 @@ class _Evidence:
             seen.add(value)
             yield node, value
             if node.op_type in through:
-                stack.extend(item for item in node.inputs if item is not None and _is_float(item))
+                stack.extend(item for item in node.inputs if item is not None and is_float(item))
 
     def _base(self, value: ir.Value | None) -> ir.Value:
         if value is None:
             raise AssertionError("a product has two operands")
-        while (node := value.producer()) is not None and node.op_type in VIEWS:
+        while (node := value.producer()) is not None and node.op_type in PASSES:
             source = node.inputs[0]
             if source is None:
                 break

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.printer import node_text, type_text
-from kfac_onnx.graph.rewriter import graphs_of
-from kfac_onnx.graph.values import contents_of
+from kfac_onnx.graph.values import contents_of, graphs_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

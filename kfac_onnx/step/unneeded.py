@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import onnx
 
+from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.step.protos import Item, free_names, rename
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["spare"]
 
-BROADCASTING: Final = frozenset({"Add", "Div", "Mul", "Sub"})
+BROADCASTING: Final = having(Trait.BROADCASTS)
 LONGEST_SHAPE: Final = 64
 """Entries of a constant that can be a shape."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kfac_onnx.graph.operators import PRODUCTS
 from kfac_onnx.graph.values import int_attribute, rank_of, static_shape
 from kfac_onnx.tables.lookups import (
     READERS,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["OTHERWISE", "why_no_lookup", "why_no_scatter"]
 
 OTHERWISE: Final = "it is another form of that operator"
-PRODUCTS: Final = frozenset({"MatMul", "Gemm", "FusedMatMul", "Einsum", "ReduceSum"})
 
 
 def why_no_lookup(node: ir.Node, index: int, facts: Facts) -> str:
@@ -163,7 +163,8 @@ def _scattered_product(node: ir.Node, facts: Facts) -> str:
 NO_SCATTER: Final[dict[str, Callable[[ir.Node, Facts], str]]] = {
     "ScatterND": _scatter_nd,
     "ScatterElements": _scatter_elements,
-    **dict.fromkeys(PRODUCTS, _scattered_product),
+    # a sum of products with a broadcast factor is a matrix product written out
+    **dict.fromkeys(PRODUCTS | {"ReduceSum"}, _scattered_product),
 }
 
 NO_VIEW: Final = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.canonical.loops.orders import permutation
+from kfac_onnx.graph.operators import ORDERED_VIEWS, SIZES, VIEWS, Keeps, Trait, having, keeping
 from kfac_onnx.graph.values import int_attribute, static_shape
 from kfac_onnx.tables.one_hot import reading
 
@@ -25,7 +26,7 @@ __all__ = [
     "READERS",
     "RESHAPES",
     "SCALINGS",
-    "VIEWS",
+    "TABLE_VIEWS",
     "DenseUse",
     "Lookup",
     "adds_to_activations",
@@ -36,20 +37,13 @@ __all__ = [
     "keeps_every_id",
 ]
 
-VIEWS: Final = frozenset(
-    {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat"}
-)
-"""Operators after which a table is still that table, seen differently."""
+TABLE_VIEWS: Final = VIEWS | {"Concat"}
+"""Operators after which a table is still that table, seen differently, perhaps beside another."""
 
-SCALINGS: Final = frozenset({"Mul", "Div"})
+SCALINGS: Final = having(Trait.SCALES)
 """Views too, where the other operand scales the whole table, its columns or its rows."""
 
-RESHAPES: Final = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
-
-WEIGHT_OPS: Final = frozenset(
-    {"MatMul", "Gemm", "Conv", "LSTM", "GRU", "RNN", "FusedMatMul", "LSTMTraining", "Einsum"}
-)
-"""Operators whose operand is a weight matrix, not a set of looked-up rows."""
+RESHAPES: Final = ORDERED_VIEWS | {"Expand"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def forward_uses(weight: ir.Value, facts: Facts) -> tuple[list[Lookup], list[Den
             continue
         seen.add(value)
         for node, index in value.uses():
-            if not facts.is_forward(node) or node.op_type in ("Shape", "Size"):
+            if not facts.is_forward(node) or node.op_type in SIZES:
                 continue
             rule = READERS.get(node.op_type)
             lookup = rule(node, index, facts) if rule is not None else None
@@ -103,7 +97,7 @@ def forward_uses(weight: ir.Value, facts: Facts) -> tuple[list[Lookup], list[Den
 
 def is_view(node: ir.Node, index: int, value: ir.Value) -> bool:
     """Say whether what an operator makes of a table (its input `index`) is the table, seen differently."""
-    if node.op_type in VIEWS:
+    if node.op_type in TABLE_VIEWS:
         return node.op_type == "Concat" or index == 0
     if node.op_type == "Slice":
         return index == 0
@@ -208,7 +202,7 @@ def _fixed_ids(facts: Facts, ids: ir.Value | None) -> tuple[int, ...] | None:
 
 def is_weight_of_product(rows: ir.Value) -> bool:
     """Say whether looked-up rows are then a weight matrix."""
-    return any(op in WEIGHT_OPS for op in _real_consumers(rows))
+    return any(op in having(Trait.WEIGHTED) for op in _real_consumers(rows))
 
 
 def adds_to_activations(rows: ir.Value) -> bool:
@@ -224,7 +218,7 @@ def _real_consumers(rows: ir.Value) -> set[str]:
         for node, _ in stack.pop().uses():
             if node.op_type in RESHAPES or node.op_type == "Transpose":
                 stack.append(node.outputs[0])
-            elif node.op_type not in ("Shape", "Size"):
+            elif node.op_type not in SIZES:
                 found.add(node.op_type)
     return found
 
@@ -241,15 +235,13 @@ def unexpanded(indices: ir.Value, column_axis: int) -> ir.Value | None:
         if value.shape is not None and len(value.shape) == 1 and column_axis == 0:
             return value
         node = value.producer()
-        if node is None or node.op_type not in ("Expand", "Identity", "Cast"):
+        if node is None or node.op_type not in keeping(Keeps.PLACES) | {"Expand"}:
             return None
         value = node.inputs[0]
     return None
 
 
-ID_STEPS: Final = frozenset(
-    {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Clip", "Transpose"}
-)
+ID_STEPS: Final = VIEWS | {"Expand", "Clip"}
 
 
 def ids_chain(ids: ir.Value | None, facts: Facts) -> list[ir.Value]:
@@ -309,7 +301,7 @@ def keeps_every_id(chain: list[ir.Value]) -> bool:
     nodes = [value.producer() for value in chain[:-1]]
     return not any(
         node is not None
-        and (node.op_type in ("Clip", "Max", "Min") or (node.op_type == "Where" and _wrapped(node) is None))
+        and (node.op_type in having(Trait.BOUNDS) or (node.op_type == "Where" and _wrapped(node) is None))
         for node in nodes
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.graph.operators import COMPARISONS
 from kfac_onnx.tables.lookups import RESHAPES
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ class DropMask:
     drops_negatives: bool
     exact: bool
     """True if every part of the condition was understood: valid ids are dropped at `padding_idx` only."""
-
-
-MASK_STEPS: Final = frozenset({"Not", "Unsqueeze", "Reshape", "Squeeze", "Identity", "Expand", "Cast"})
 
 
 def drop_mask(updates: ir.Value, facts: Facts) -> DropMask | None:
@@ -96,9 +94,9 @@ class _Parts:
             case "Or" if not inside:
                 for item in node.inputs:
                     self.collect(item, inside=inside)
-            case op if op in MASK_STEPS:
+            case op if op in RESHAPES:
                 self.collect(node.inputs[0], inside=inside)
-            case "Equal" | "GreaterOrEqual" | "Less" | "Greater" | "LessOrEqual":
+            case op if op in COMPARISONS:
                 self._leaf(value)
                 self._compare(node, inside=inside)
             case _:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from kfac_onnx.graph.operators import ORDERED_VIEWS
 from kfac_onnx.graph.values import static_shape
 from kfac_onnx.tables.lookups import RESHAPES, Lookup, ids_chain, keeps_every_id
 from kfac_onnx.tables.pull_back import Miss, Pulled, pull, pull_whole
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from kfac_onnx.tables.masks import DropMask
 
 __all__ = ["MatchedUse", "claim", "output_gradient", "whole_ids", "with_clamping", "with_shared"]
-
-ORDERED_VIEWS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-"""Operators that leave the entries of a tensor in their order."""
 
 
 @dataclass(frozen=True)

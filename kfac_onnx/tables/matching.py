@@ -102,7 +102,7 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
     if inside is not None:
         return verdict.refuse(
             f"{inside.path[-1].op_type} looks it up inside the body of a Loop, Scan or If: {inside.reason}",
-            [_label(node) for node in inside.path],
+            [_step(node) for node in inside.path],
             "unroll the loop when exporting, or leave the table to the ordinary optimizer "
             f"(allow-fallback={weight.name})",
         )
@@ -115,7 +115,7 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
     if gradient is None:
         return verdict.refuse(
             "no output of the graph is its gradient",
-            [_label(lookups[0].node)],
+            [_step(lookups[0].node)],
             f"name its gradient: --gradients {weight.name}=OUTPUT",
         )
     terms = gradient_terms(gradient, facts)
@@ -160,7 +160,7 @@ def _pair(
         return verdict.refuse(
             f"{dense_uses[0].node.op_type} '{dense_uses[0].output.name}' also uses the table, "
             f"but its gradient '{gradient.name}' holds nothing of that use",
-            [_label(dense_uses[0].node)],
+            [_step(dense_uses[0].node)],
             "check how the exporter computes this gradient: `verify MODEL --data FILE` tests it",
         )
     if dense_left and not dense_uses:
@@ -174,7 +174,7 @@ def _pair(
         )
     if len({(use.pulled.layout, use.pulled.vocab_size, use.pulled.embedding_dim) for use in uses}) > 1:
         return verdict.refuse(
-            "its uses disagree about which axis holds the rows", [_label(uses[1].lookup.node)]
+            "its uses disagree about which axis holds the rows", [_step(uses[1].lookup.node)]
         )
     products = projections(verdict.weight, uses[0].pulled.layout, dense_uses, dense_left, facts)
     if isinstance(products, Miss):
@@ -203,7 +203,7 @@ def _refuse_unclaimed(
             f"{lookup.op} '{lookup.output.name}' looks rows up by {ids}, but its gradient '{gradient.name}' "
             "holds no rows of that lookup: the exporter merged two tables that started equal, or the "
             "lookup is detached",
-            [_label(lookup.node)],
+            [_step(lookup.node)],
             "export with the parameters as inputs, or with different starting values, and without "
             "optimization",
         )
@@ -212,7 +212,7 @@ def _refuse_unclaimed(
         return verdict.refuse(
             f"{lookup.op} '{lookup.output.name}' looks rows up in a table that {computed.op_type} "
             f"'{computed.outputs[0].name}' computes from it, not in the parameter itself",
-            [_label(computed), _label(lookup.node)],
+            [_step(computed), _step(lookup.node)],
             "normalize the looked-up rows instead of the table, or leave it to the ordinary optimizer "
             f"(allow-fallback={verdict.weight.name})",
         )
@@ -220,7 +220,7 @@ def _refuse_unclaimed(
     return verdict.refuse(
         f"no operator of its gradient '{gradient.name}' scatters the rows of "
         f"{lookup.op} '{lookup.output.name}', which looks rows up by {ids}{why}",
-        [_label(lookup.node)],
+        [_step(lookup.node)],
     )
 
 
@@ -242,5 +242,6 @@ def _computed_from(lookup: Lookup, weight: ir.Value) -> ir.Node | None:
     return None
 
 
-def _label(node: ir.Node) -> str:
+def _step(node: ir.Node) -> str:
+    """Return how a path names a node: by the name that a viewer of graphs shows."""
     return f"{node.name or node.outputs[0].name} ({node.op_type})"

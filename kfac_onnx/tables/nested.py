@@ -6,11 +6,12 @@ the operator that looks its rows up, so that the table can be refused with the r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from kfac_onnx.canonical.loops import why_not_outside
-from kfac_onnx.canonical.loops.recurrence import Recurrence, subgraphs
-from kfac_onnx.graph.values import rank_of
+from kfac_onnx.canonical.loops.recurrence import Recurrence
+from kfac_onnx.graph.operators import LOOKUPS, VIEWS
+from kfac_onnx.graph.values import bodies_of, rank_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from kfac_onnx.tables.facts import Facts
 
 __all__ = ["Inside", "looked_up_inside", "reads_entry_by_number"]
-
-LOOKUPS: Final = frozenset({"Gather", "GatherND", "GatherElements"})
-VIEWS: Final = frozenset({"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 
 
 class Inside:
@@ -76,7 +74,7 @@ def reads_entry_by_number(node: ir.Node, facts: Facts) -> bool:
         return False
     for graph in (facts.model.graph, *facts.model.graph.subgraphs()):
         for owner in graph:
-            if body in subgraphs(owner):
+            if body in bodies_of(owner):
                 loop = Recurrence.of(owner)
                 return loop is not None and not loop.is_scan and loop.number is place
     return False

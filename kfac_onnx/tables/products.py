@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kfac_onnx.graph.operators import PRODUCTS, VIEWS
 from kfac_onnx.graph.values import int_attribute, static_shape
 from kfac_onnx.metadata import Projection
-from kfac_onnx.tables.lookups import VIEWS
 from kfac_onnx.tables.pull_back import Miss, pull_whole
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["projections"]
 
-PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul"})
-STRIPPED = (VIEWS - {"Concat"}) | {"Expand"}
+TWO_DIMENSIONS = PRODUCTS - {"Einsum"}  # whose axes would have to be read off its equation
+STRIPPED = VIEWS | {"Expand"}
 
 
 def projections(
@@ -64,7 +64,7 @@ def _base(value: ir.Value) -> ir.Value:
 
 def _other_operand(use: DenseUse, weight: ir.Value) -> ir.Value | None:
     """Return what a product multiplies the table with."""
-    if use.node.op_type not in PRODUCTS:
+    if use.node.op_type not in TWO_DIMENSIONS:
         return None
     one, other = use.node.inputs[:2]
     if one is None or other is None:
@@ -98,7 +98,7 @@ def _operands(value: ir.Value, facts: Facts) -> tuple[tuple[ir.Value, int], tupl
         source, axes = node.inputs[0], facts.constant(node.inputs[1]) if len(node.inputs) > 1 else None
         summed = [] if axes is None else sorted(int(axis) for axis in axes.reshape(-1))
         node = None if source is None else source.producer()
-    if node is None or node.op_type not in PRODUCTS:
+    if node is None or node.op_type not in TWO_DIMENSIONS:
         return Miss(f"'{value.name}' is no product of two tensors")
     one, other = node.inputs[:2]
     if one is None or other is None or one.shape is None or other.shape is None:

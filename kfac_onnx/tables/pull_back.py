@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from kfac_onnx.graph.operators import Keeps, keeping
 from kfac_onnx.graph.values import static_shape
 from kfac_onnx.tables.terms import RowStep
 
@@ -93,13 +94,13 @@ def _apply(state: Pulled, steps: tuple[ViewStep, ...], weight_shape: tuple[int, 
 
 def _apply_one(state: Pulled, step: ViewStep) -> Pulled | Miss:
     match step.kind:
-        case "Identity" | "Cast":
+        case op if op in keeping(Keeps.PLACES):
             return state
         case "Neg":
             return state.then(RowStep("negate"))
         case "Transpose":
             return _transpose(state, step)
-        case "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten":
+        case op if op in keeping(Keeps.ORDER):
             return _reshape(state, step)
         case "Mul" | "Div":
             return _scale(state, step)

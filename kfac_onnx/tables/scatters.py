@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kfac_onnx.graph.operators import VIEWS, Trait, having
 from kfac_onnx.graph.values import int_attribute, static_shape
 from kfac_onnx.tables.lookups import slice_window, unexpanded
 from kfac_onnx.tables.masks import drop_mask
@@ -75,7 +76,7 @@ def other_operand(node: ir.Node, operand: ir.Value) -> ir.Value | None:
 
 def placed_rows(node: ir.Node, facts: Facts) -> ViewStep | None:
     """Match a scatter that puts its rows at constant consecutive places: that is a Pad of the rows."""
-    if node.op_type not in ("ScatterND", "ScatterElements") or not adds_into_zeros(node, facts):
+    if node.op_type not in having(Trait.SCATTER) or not adds_into_zeros(node, facts):
         return None
     shape, fixed = static_shape(node.outputs[0]), facts.constant(node.inputs[1])
     if shape is None or len(shape) != 2 or fixed is None or fixed.size == 0:
@@ -99,7 +100,7 @@ def placed_rows(node: ir.Node, facts: Facts) -> ViewStep | None:
 def view_step(node: ir.Node, value: ir.Value, facts: Facts) -> ViewStep | None:
     """Return the operator that makes `value` as a view of a gradient, otherwise None."""
     match node.op_type:
-        case "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Transpose" | "Neg":
+        case op if op in VIEWS or op == "Neg":
             return ViewStep(node, node.op_type)
         case "Expand":
             same = static_shape(node.inputs[0]) == static_shape(value) is not None

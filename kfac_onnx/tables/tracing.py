@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from kfac_onnx.graph.values import static_shape
+from kfac_onnx.graph.operators import SIZES
+from kfac_onnx.graph.values import label, static_shape
 from kfac_onnx.tables.explaining import why_no_lookup, why_no_scatter
 from kfac_onnx.tables.lookups import READERS, RESHAPES, SCALINGS, Lookup, is_view
 from kfac_onnx.tables.scatters import SCATTERS, other_operand, placed_rows, view_step
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["trace_backward", "trace_forward", "trace_site"]
 
 INDENT: Final = "  "
-SHAPES: Final = frozenset({"Shape", "Size"})
 
 
 def trace_forward(weight: ir.Value, facts: Facts) -> Iterator[str]:
@@ -43,17 +43,17 @@ def _forward(
     seen.add(value)
     pad = INDENT * depth
     for node, index in value.uses():
-        if not facts.is_forward(node) or node.op_type in SHAPES:
+        if not facts.is_forward(node) or node.op_type in SIZES:
             continue
         rule = READERS.get(node.op_type)
         lookup = rule(node, index, facts) if rule is not None else None
         if lookup is not None:
-            yield f"{pad}{_label(node)} reads rows {_lookup(lookup)}"
+            yield f"{pad}{label(node)} reads rows {_lookup(lookup)}"
         elif is_view(node, index, value) and node.graph is weight.graph:
-            yield f"{pad}{_label(node)} is a view of it{_factor(node, index)}"
+            yield f"{pad}{label(node)} is a view of it{_factor(node, index)}"
             yield from _forward(node.outputs[0], weight, facts, seen, depth + 1)
         else:
-            yield f"{pad}{_label(node)} uses the whole table: {why_no_lookup(node, index, facts)}"
+            yield f"{pad}{label(node)} uses the whole table: {why_no_lookup(node, index, facts)}"
 
 
 def _factor(node: ir.Node, index: int) -> str:
@@ -83,7 +83,7 @@ def _backward(value: ir.Value, facts: Facts, depth: int) -> Iterator[str]:
     node = value.producer()
     while node is not None and not facts.is_forward(node):
         if node.op_type in ("Add", "Sum") and _same_shapes(node, value):
-            yield f"{pad}{_label(node, value)} adds {len(node.inputs)} terms"
+            yield f"{pad}{node.op_type} '{value.name}' adds {len(node.inputs)} terms"
             for item in node.inputs:
                 if item is not None:
                     yield from _backward(item, facts, depth + 1)
@@ -92,18 +92,18 @@ def _backward(value: ir.Value, facts: Facts, depth: int) -> Iterator[str]:
         rule = SCATTERS.get(node.op_type) if placed is None else None
         term = rule(node, (), facts) if rule is not None else None
         if term is not None:
-            yield f"{pad}{_label(node, value)} scatters the rows {_term(term)}"
+            yield f"{pad}{node.op_type} '{value.name}' scatters the rows {_term(term)}"
             return
         view = placed if placed is not None else view_step(node, value, facts)
         if view is None:
-            yield f"{pad}{_label(node, value)} is dense in the table: {why_no_scatter(node, facts)}"
+            yield f"{pad}{node.op_type} '{value.name}' is dense in the table: {why_no_scatter(node, facts)}"
             return
         if placed is not None:
-            yield f"{pad}{_label(node, value)} puts rows at constant places"
+            yield f"{pad}{node.op_type} '{value.name}' puts rows at constant places"
             source = node.inputs[2]
         else:
             scaled = "" if view.operand is None else f", scaled by '{view.operand.name}'"
-            yield f"{pad}{_label(node, value)} is a view of the gradient{scaled}"
+            yield f"{pad}{node.op_type} '{value.name}' is a view of the gradient{scaled}"
             source = node.inputs[0] if view.operand is None else other_operand(node, view.operand)
         if source is None:
             return
@@ -154,8 +154,3 @@ def _own(value: ir.Value) -> ir.Value:
             return value
         found = node.inputs[0]
     return found
-
-
-def _label(node: ir.Node, value: ir.Value | None = None) -> str:
-    output = node.outputs[0] if value is None else value
-    return f"{node.op_type} '{output.name}'"

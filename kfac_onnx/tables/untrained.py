@@ -9,7 +9,7 @@ import numpy as np
 from kfac_onnx.graph.values import int_attribute, static_shape
 from kfac_onnx.metadata import Site, Use
 from kfac_onnx.tables.facts import Facts, ancestors
-from kfac_onnx.tables.lookups import RESHAPES, SCALINGS, VIEWS, forward_uses
+from kfac_onnx.tables.lookups import RESHAPES, SCALINGS, TABLE_VIEWS, forward_uses
 from kfac_onnx.tables.matching import describe_lookup
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _stored_axis(table: ir.Value, value: ir.Value, axis: int) -> int | None:
     if value is table:
         return axis
     node = value.producer()
-    if node is None or node.op_type not in VIEWS | SCALINGS | {"Slice"}:
+    if node is None or node.op_type not in TABLE_VIEWS | SCALINGS | {"Slice"}:
         return None
     source = node.inputs[0]
     if node.op_type in RESHAPES and static_shape(source) != static_shape(value):

@@ -109,10 +109,10 @@ def test_every_node_without_a_rule_is_listed_and_the_model_stays(monkeypatch: py
     assert str(caught.value) == (
         "4 nodes have no gradient rule between the parameters and the loss\n"
         "  --> m.onnx\n"
-        "  tried: node 'four': ScatterElements: reduction=max is not supported\n"
-        "  tried: the node of 'c': no rule for acme::Bend\n"
-        "  tried: node 'two': MatMul: the rank of its inputs is unknown\n"
-        "  tried: node 'one': no rule for acme::Twist\n"
+        "  tried: ScatterElements 'd': reduction=max is not supported\n"
+        "  tried: acme::Bend 'c': no rule for acme::Bend\n"
+        "  tried: MatMul 'b': the rank of its inputs is unknown\n"
+        "  tried: acme::Twist 'a': no rule for acme::Twist\n"
         "  help: export the model without these operators, or export its gradients with it"
     )
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before

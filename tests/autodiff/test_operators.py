@@ -141,21 +141,21 @@ def test_half_types_round_only_what_they_must(op: str) -> None:
     [
         (
             'y = LSTM<hidden_size = 2, activations = ["Relu", "Tanh", "Tanh"]>(x, w, r)',
-            "LSTM: activations other than sigmoid, tanh, tanh are not supported",
+            "activations other than sigmoid, tanh, tanh are not supported",
         ),
-        ("y = LSTM<hidden_size = 2, clip = 1.0>(x, w, r)", "LSTM: clip is not supported"),
+        ("y = LSTM<hidden_size = 2, clip = 1.0>(x, w, r)", "clip is not supported"),
         (
             "y = LSTM<hidden_size = 2>(x, w, r, , , , , p)",
-            "LSTM: peephole weights are not supported",
+            "peephole weights are not supported",
         ),
-        ("y = LSTM<hidden_size = 2, layout = 1>(x, w, r)", "LSTM: layout=1 is not supported"),
+        ("y = LSTM<hidden_size = 2, layout = 1>(x, w, r)", "layout=1 is not supported"),
         (
             "y = ReduceL2<noop_with_empty_axes = 1>(x)",
-            "ReduceL2: noop_with_empty_axes without axes is not supported",
+            "noop_with_empty_axes without axes is not supported",
         ),
         (
             "y, m, i = LayerNormalization(x, s) z = Add(m, i) y2 = Identity(z)",
-            "LayerNormalization: the loss depends on its saved mean or deviation, which is not supported",
+            "the loss depends on its saved mean or deviation, which is not supported",
         ),
         ("y = LpPool<kernel_shape = [1]>(x)", "no rule for ai.onnx::LpPool"),
     ],
@@ -178,7 +178,7 @@ def test_class_weights_are_refused() -> None:
         model = model_of(text % op)
         with pytest.raises(UserError) as caught:
             differentiate(model, model.graph.outputs[0], [model.graph.inputs[2]])
-        assert caught.value.tried[0].endswith(f"{op}: its class weights are trained, which is not supported")
+        assert caught.value.tried[0].endswith("its class weights are trained, which is not supported")
 
 
 def test_every_label_ignored_gives_no_gradient() -> None:
@@ -201,6 +201,6 @@ def test_a_body_that_cannot_be_differentiated_leaves_the_model_alone(monkeypatch
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     with pytest.raises(UserError) as caught:
         differentiate(model, model.graph.outputs[0], [model.graph.inputs[0]])
-    assert list(caught.value.tried) == ["the node of 'y': Swish: no rule for ai.onnx::Sigmoid"]
+    assert list(caught.value.tried) == ["Swish 'y': no rule for ai.onnx::Sigmoid"]
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
     assert len(list(model.graph.inputs[0].uses())) == 1

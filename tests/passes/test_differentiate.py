@@ -427,8 +427,8 @@ def test_all_operators_without_a_rule_are_listed(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "2 nodes have no gradient rule between the parameters and the loss\n"
         f"  --> {path}\n"
-        "  tried: the node of 'q': no rule for ai.onnx::Unique\n"
-        "  tried: node 'first': ScatterElements: reduction=max is not supported\n"
+        "  tried: Unique 'q': no rule for ai.onnx::Unique\n"
+        "  tried: ScatterElements 'p': reduction=max is not supported\n"
         "  help: export the model without these operators, or export its gradients with it"
     )
 

@@ -18,7 +18,7 @@ from kfac_onnx.canonical.loops.accumulators import scatter_after
 from kfac_onnx.canonical.loops.branches import take_known_branches
 from kfac_onnx.canonical.loops.casts import name_types_of_casts
 from kfac_onnx.canonical.loops.lookups import look_up_before
-from kfac_onnx.canonical.loops.recurrence import Recurrence, prune, subgraphs
+from kfac_onnx.canonical.loops.recurrence import Recurrence, prune
 from kfac_onnx.canonical.loops.results import compute_outside, prune_emitted, stack_sequences
 from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.scopes import name_values_apart
@@ -32,8 +32,9 @@ from kfac_onnx.canonical.loops.states import (
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.emit import Miss, Names
+from kfac_onnx.graph.operators import BODIES
 from kfac_onnx.graph.shapes import infer_shapes
-from kfac_onnx.graph.values import all_graphs
+from kfac_onnx.graph.values import all_graphs, bodies_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,7 +47,7 @@ SWEEPS = 16
 
 def open_loops(model: ir.Model) -> list[str]:
     """Move what can be out of the loops and branches of a model; return one note per kind of rewrite."""
-    if not any(node.op_type in ("Loop", "Scan", "If") for graph in all_graphs(model.graph) for node in graph):
+    if not any(node.op_type in BODIES for graph in all_graphs(model.graph) for node in graph):
         return []
     name_values_apart(model, Names(model))
     LiftSubgraphInitializersToMainGraphPass()(model)
@@ -94,7 +95,7 @@ def _owner(model: ir.Model, node: ir.Node) -> ir.Node | None:
     """Return the node of whose body another one is a part."""
     for graph in all_graphs(model.graph):
         for item in graph:
-            if node.graph in subgraphs(item):
+            if node.graph in bodies_of(item):
                 return item
     return None
 

@@ -19,8 +19,8 @@ from kfac_onnx.canonical.loops.results import prune_emitted
 from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.emit import Emit, Miss
-from kfac_onnx.graph.operators import unchanged
-from kfac_onnx.graph.values import ONNX_DOMAINS, dtype_of, int_attribute, rank_of
+from kfac_onnx.graph.operators import SCATTERS, VIEWS, Keeps, Trait, having, keeping
+from kfac_onnx.graph.values import ONNX_DOMAINS, dtype_of, int_attribute, is_float, rank_of, unchanged
 
 if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.recurrence import Recurrence
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["scatter_after"]
 
-VARYING_SHAPES = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "StringSplit"})
+VARYING_SHAPES = having(Trait.VARYING)
 """Operators whose results may have another shape in each iteration: they cannot be stacked."""
 
-ROW_STEPS = frozenset(
-    {"Cast", "Expand", "Flatten", "Identity", "Neg", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Where"}
-)
+# masks are made of ids by a Where, negative gradients by a Neg, ids for every column by an Expand
+ROW_STEPS = VIEWS | (keeping(Keeps.REPEATS) - {"Tile"}) | {"Neg", "Where"}
 """Operators on rows that are done outside, so that masks by ids stand next to the scatter."""
 
 
@@ -57,7 +56,7 @@ def scatter_after(loop: Recurrence, names: Names, constants: Constants) -> tuple
         again = False
         for state in loop.states:
             found = _sum_of(loop, state, constants)
-            if found is None or not found.scatters or not _is_float(state.first):
+            if found is None or not found.scatters or not is_float(state.first):
                 continue
             if any(_varies(value) for node in found.scatters for value in node.inputs[1:3]):
                 continue
@@ -66,11 +65,6 @@ def scatter_after(loop: Recurrence, names: Names, constants: Constants) -> tuple
                 loop, again, done = taken, True, done + len(found.scatters)
                 break
     return loop, done
-
-
-def _is_float(value: ir.Value) -> bool:
-    dtype = dtype_of(value)
-    return dtype is not None and dtype.is_floating_point()
 
 
 def _sum_of(loop: Recurrence, state: State, constants: Constants) -> _Sum | None:
@@ -88,7 +82,7 @@ def _sum_of(loop: Recurrence, state: State, constants: Constants) -> _Sum | None
         if _adds_rows(node):
             scatters.append(node)
             following = node.inputs[0]
-        elif node.op_type in ("Add", "Sum"):
+        elif node.op_type in having(Trait.ADDS) - {"Sub"}:
             inside = [item for item in node.inputs if item is not None and _depends(item, state.inner)]
             rest = [item for item in node.inputs if item is not None and item not in inside]
             if len(inside) != 1:
@@ -132,7 +126,7 @@ def _private(value: ir.Value, readers: int, loop: Recurrence) -> bool:
 def _adds_rows(node: ir.Node) -> bool:
     reduction = node.attributes.get("reduction")
     adds = reduction is not None and reduction.as_string() == "add"
-    return adds and node.op_type in ("ScatterND", "ScatterElements") and node.domain in ONNX_DOMAINS
+    return adds and node.op_type in SCATTERS and node.domain in ONNX_DOMAINS
 
 
 def _depends(value: ir.Value, on: ir.Value) -> bool:
@@ -311,7 +305,7 @@ def _unexpanded(ids: ir.Value, columns: int) -> ir.Value | None:
         if shape is not None and len(shape) == 2 and shape[columns] == 1:
             return value
         node = value.producer()
-        if node is None or node.op_type not in ("Expand", "Identity", "Cast"):
+        if node is None or node.op_type not in keeping(Keeps.PLACES) | {"Expand"}:
             return None
         value = node.inputs[0]
     return None

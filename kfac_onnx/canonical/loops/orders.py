@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.lanes import REVERSE, named_order
-from kfac_onnx.graph.operators import unchanged
-from kfac_onnx.graph.values import int_attribute
+from kfac_onnx.graph.operators import ORDERED_VIEWS
+from kfac_onnx.graph.values import int_attribute, unchanged
 
 if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.lanes import Order
@@ -80,7 +80,7 @@ def is_length(value: ir.Value | None, source: ir.Value, known: Known, *, minus_o
         if other is None or other.size != 1 or int(other.reshape(())) != wanted:
             return False
         return is_length(node.inputs[0], source, known)
-    while node is not None and node.op_type in ("Squeeze", "Reshape", "Cast"):
+    while node is not None and node.op_type in ORDERED_VIEWS:
         value = node.inputs[0]
         node = None if value is None else unchanged(value).producer()
     if node is None:

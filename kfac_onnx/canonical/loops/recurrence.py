@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute
+from kfac_onnx.graph.values import ONNX_DOMAINS, bodies_of, int_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from kfac_onnx.graph.emit import Names
 
-__all__ = ["Collected", "Read", "Recurrence", "State", "captured", "prune", "reads", "subgraphs"]
+__all__ = ["Collected", "Read", "Recurrence", "State", "captured", "prune", "reads"]
 
 
 @dataclass(eq=False)
@@ -228,23 +228,12 @@ def _numbers(node: ir.Node, name: str, count: int) -> list[int]:
     return [0] * count if found is None else list(found.as_ints())
 
 
-def subgraphs(node: ir.Node) -> list[ir.Graph]:
-    """Return the graphs that are attributes of a node."""
-    graphs: list[ir.Graph] = []
-    for attr in node.attributes.values():
-        if attr.type == ir.AttributeType.GRAPH:
-            graphs.append(attr.as_graph())
-        elif attr.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attr.as_graphs())
-    return graphs
-
-
 def reads(node: ir.Node) -> Iterator[ir.Value]:
     """Yield every value that a node reads, also those that its subgraphs take from around them."""
     for value in node.inputs:
         if value is not None:
             yield value
-    for graph in subgraphs(node):
+    for graph in bodies_of(node):
         yield from captured(graph)
 
 
@@ -270,7 +259,7 @@ def prune(graph: ir.Graph, nodes: Iterable[ir.Node] | None = None) -> int:
     removed = 0
     for node in reversed(chosen):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            for inner in subgraphs(node):
+            for inner in bodies_of(node):
                 _clear(inner)
             graph.remove(node, safe=True)
             removed += 1
@@ -281,6 +270,6 @@ def _clear(graph: ir.Graph) -> None:
     """Empty a graph that is dropped, so that it no longer counts as a reader of outer values."""
     graph.outputs.clear()
     for node in reversed(list(graph)):
-        for inner in subgraphs(node):
+        for inner in bodies_of(node):
             _clear(inner)
         graph.remove(node, safe=True)

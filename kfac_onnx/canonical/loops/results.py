@@ -13,8 +13,7 @@ from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.states import replace_result
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.emit import Emit, Miss, Names, replace_node
-from kfac_onnx.graph.operators import unchanged
-from kfac_onnx.graph.values import int_attribute, rank_of
+from kfac_onnx.graph.values import int_attribute, rank_of, unchanged
 
 if TYPE_CHECKING:
     import onnx_ir as ir

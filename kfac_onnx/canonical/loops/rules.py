@@ -15,7 +15,7 @@ from kfac_onnx.canonical.loops.lanes import FORWARD, Fixed, Lane, Ragged, Stacke
 from kfac_onnx.canonical.loops.rules_rows import RULES as ROW_RULES
 from kfac_onnx.canonical.loops.rules_rows import axes_of, fixed_numbers
 from kfac_onnx.graph.emit import Miss
-from kfac_onnx.graph.operators import ELEMENTWISE
+from kfac_onnx.graph.operators import ELEMENTWISE, Trait, having
 from kfac_onnx.graph.values import dtype_of, int_attribute
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES"]
 
-UNSAFE = frozenset({"Log", "Sqrt", "Pow", "Reciprocal"})
+UNSAFE = having(Trait.STEEP_AT_ZERO) | having(Trait.STEEP)
 """Their derivative may be infinite in iterations in which a branch does not run."""
 
 
@@ -290,7 +290,8 @@ def _if(vec: Vectorizer, node: ir.Node) -> Lane:
 
 
 RULES: Final[dict[str, LaneRule]] = {
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    # the slope of a PRelu broadcasts to its data and not the other way: it may not gain an axis alone
+    **dict.fromkeys(ELEMENTWISE - {"PRelu"}, _elementwise),
     **ROW_RULES,
     "Shape": _shape,
     "Size": _size,

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from kfac_onnx.canonical.loops.lanes import FORWARD, Fixed, Lane, Ragged, Stacked
 from kfac_onnx.canonical.loops.segments import ragged_slices, reduce_ragged
 from kfac_onnx.graph.emit import Miss
+from kfac_onnx.graph.operators import REDUCTIONS
 from kfac_onnx.graph.values import dtype_of, int_attribute
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _reduce(vec: Vectorizer, node: ir.Node) -> Lane:
 
 
 RULES: Final[dict[str, LaneRule]] = {
-    **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd"), _reduce),
+    **dict.fromkeys(REDUCTIONS, _reduce),
     "Slice": _slice,
     "Gather": _gather,
     "GatherND": _gather_nd,

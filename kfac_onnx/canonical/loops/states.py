@@ -13,8 +13,8 @@ from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.shapes_inside import infer_inside
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.emit import Emit
-from kfac_onnx.graph.operators import unchanged
-from kfac_onnx.graph.values import dtype_of, static_shape
+from kfac_onnx.graph.operators import COMPARISONS
+from kfac_onnx.graph.values import dtype_of, static_shape, unchanged
 
 if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.recurrence import Recurrence
@@ -62,7 +62,7 @@ def counts_iterations(loop: Recurrence, names: Names, constants: Constants) -> R
     if loop.is_scan or loop.goes_on is None or runs_to_the_end(loop, constants):
         return None
     test = unchanged(loop.goes_on).producer()
-    if test is None or test.op_type not in COMPARISONS or test.graph is not loop.body:
+    if test is None or test.op_type not in ORDERINGS or test.graph is not loop.body:
         return None
     state = next((item for item in loop.states if unchanged(item.next) in test.inputs), None)
     step_node = None if state is None else unchanged(state.next).producer()
@@ -122,7 +122,7 @@ def _bounded(
     return emit.op("Min", count, emit.op("Reshape", loop.trip, names.constant(np.zeros(0, np.int64))))
 
 
-COMPARISONS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
+ORDERINGS = COMPARISONS - {"Equal"}  # a counter may step over the one number at which it would stop
 
 
 def unchanged_inputs(node: ir.Node) -> list[ir.Value]:

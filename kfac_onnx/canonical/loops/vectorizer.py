@@ -13,11 +13,11 @@ import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.lanes import FORWARD, REVERSE, Fixed, Lane, composed
 from kfac_onnx.canonical.loops.orders import is_one
-from kfac_onnx.canonical.loops.recurrence import reads, subgraphs
+from kfac_onnx.canonical.loops.recurrence import reads
 from kfac_onnx.canonical.loops.stacks import Stacks
 from kfac_onnx.graph.emit import Miss, Names
-from kfac_onnx.graph.operators import ELEMENTWISE, LOOKUPS, RANDOM, VIEWS, unchanged
-from kfac_onnx.graph.values import ONNX_DOMAINS, dtype_of, int_attribute, rank_of
+from kfac_onnx.graph.operators import ELEMENTWISE, LOOKUPS, RANDOM, VIEWS, Keeps, keeping
+from kfac_onnx.graph.values import ONNX_DOMAINS, bodies_of, dtype_of, int_attribute, rank_of, unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LaneRule", "Vectorizer", "is_table"]
 
+SAME_RANK = keeping(Keeps.ENTRIES, Keeps.SOME, Keeps.JOINS) | {"CumSum"}
 CARRIED = "a state that the iterations change is needed for it"
 
 LaneRule: TypeAlias = "Callable[[Vectorizer, ir.Node], Lane]"
@@ -164,7 +165,7 @@ class Vectorizer(Stacks):
             return Miss("an If lacks its condition")
         if node.op_type in RANDOM:
             return Miss(f"{node.op_type} draws numbers anew in every iteration")
-        if not subgraphs(node):
+        if not bodies_of(node):
             lanes = [self.lane(item) for item in node.inputs if item is not None]
             if all(isinstance(item, Fixed) for item in lanes):
                 return self._alike(node, value)
@@ -222,8 +223,10 @@ class Vectorizer(Stacks):
             return known
         ranks = [None if item is None else self.rank(item) for item in copy.inputs]
         match node.op_type:
-            case "Shape" | "NonZero" | "Range":
-                return 1 if node.op_type != "NonZero" else 2
+            case "Shape" | "Range":
+                return 1
+            case "NonZero":
+                return 2
             case "Size":
                 return 0
             case "Unsqueeze" | "Squeeze":
@@ -241,7 +244,7 @@ class Vectorizer(Stacks):
                 return ranks[0] + ranks[1] - 1
             case op if op in ELEMENTWISE and all(item is not None for item in ranks):
                 return max(item for item in ranks if item is not None)
-            case "Slice" | "Transpose" | "Concat" | "CumSum":
+            case op if op in SAME_RANK:
                 return ranks[0]
             case _:
                 return None
@@ -274,7 +277,7 @@ def is_table(value: ir.Value | None, vec: Vectorizer) -> bool:
         return False
     root: ir.Value | None = lane.value
     while root is not None and (node := root.producer()) is not None:
-        if node.op_type not in VIEWS:
+        if node.op_type not in VIEWS | {"Slice", "Mul"}:  # also rows of it, and the whole table scaled
             return False
         root = node.inputs[0]
     return root is not None and (root.is_graph_input() or root.is_initializer())

@@ -21,7 +21,7 @@ from kfac_onnx.device.kernels import has_cpu_kernel
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.emit import Emit, Miss, Names, Rule, replace_node
 from kfac_onnx.graph.shapes import infer_shapes
-from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs
+from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, label
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,26 +78,20 @@ def _sweep(model: ir.Model, counts: dict[str, int]) -> list[str]:
             rule = TABLE.get((domain, node.op_type))
             if rule is None:
                 if not runs(domain, node.op_type):
-                    missing.append(f"{_label(node)}: no rule for {domain or 'ai.onnx'}::{node.op_type}")
+                    missing.append(f"{label(node)}: no rule for {domain or 'ai.onnx'}::{node.op_type}")
                 continue
             emit = Emit(names, node)
             results = rule(emit, node)
             if isinstance(results, Miss):
-                missing.append(f"{_label(node)}: {domain}::{node.op_type}: {results.reason}")
+                missing.append(f"{label(node)}: {results.reason}")
                 continue
             if any(value.uses() or value.is_graph_output() for value in node.outputs[len(results) :]):
-                known = f"only {len(results)} of its outputs are known"
-                missing.append(f"{_label(node)}: {domain}::{node.op_type}: {known}")
+                missing.append(f"{label(node)}: only {len(results)} of its outputs are known")
                 continue
             replace_node(node, emit, results, retired)
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
         graph.remove(retired)
     return missing
-
-
-def _label(node: ir.Node) -> str:
-    output = next((value.name for value in node.outputs if value.name), "")
-    return f"node '{node.name}'" if node.name else f"the node of '{output}'"
 
 
 def runs(domain: str, op_type: str) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from kfac_onnx.canonical.lowering.scatter import END, linear_index, scatter_elements, scatter_slices
 from kfac_onnx.graph.emit import Miss
+from kfac_onnx.graph.operators import ORDERED_VIEWS
 from kfac_onnx.graph.values import constant, dtype_of, int_attribute, static_shape
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def aten(emit: Emit, node: ir.Node) -> Lowered:
 def _shape_counted(count: ir.Value) -> tuple[int, ...] | None:
     """Return the static shape of the table, or of the view of one, whose rows Shape counted."""
     node = count.producer()
-    while node is not None and node.op_type in ("Gather", "Slice", "Squeeze", "Reshape", "Identity", "Cast"):
+    while node is not None and node.op_type in ORDERED_VIEWS | {"Gather", "Slice"}:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     if node is None or node.op_type != "Shape":
         return None

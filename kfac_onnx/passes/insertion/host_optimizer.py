@@ -13,8 +13,8 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
+from kfac_onnx.graph.operators import Keeps, keeping
 from kfac_onnx.metadata import HostUpdate, OptimizerState, Parameter, Phase, Site
-from kfac_onnx.readers.optimizer_inside.flow import VIEWS
 from kfac_onnx.readers.optimizer_inside.host_update import OURS
 from kfac_onnx.step.draft import FLOAT, INT64
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["close_updates", "host_update_of", "replace_source"]
 
+SAME_ENTRIES: Final = keeping(Keeps.ORDER) | {"Identity"}
 MADE_BY: Final = "kfac.pass"
 PHASE: Final = "kfac.phase"
 
@@ -136,7 +137,7 @@ def _same_entries(value: ir.Value | None, taken: ir.Value) -> bool:
     """Say whether a value is `taken`, or a view of it."""
     while value is not None and value is not taken:
         node = value.producer()
-        value = node.inputs[0] if node is not None and node.op_type in VIEWS - {"Cast"} else None
+        value = node.inputs[0] if node is not None and node.op_type in SAME_ENTRIES else None
     return value is taken
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.graph.emit import Miss
+from kfac_onnx.graph.operators import ORDERED_VIEWS, SCATTERS, Trait, having
 from kfac_onnx.graph.values import ONNX_DOMAINS, static_shape
-from kfac_onnx.readers.optimizer_inside.flow import VIEWS, Flow, operands
+from kfac_onnx.readers.optimizer_inside.flow import Flow, operands
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,9 +22,8 @@ __all__ = ["Source", "Spine", "Term", "linear_sources", "spine_of"]
 
 LIMIT: Final = 256
 """Nodes within which a parameter passes into its new value."""
-SUMS: Final = frozenset({"Add", "Sub", "Sum"})
-SCATTERS: Final = frozenset({"ScatterND", "ScatterElements"})
-BOUNDS: Final = frozenset({"Clip", "Max", "Min"})
+SUMS: Final = having(Trait.ADDS)
+BOUNDS: Final = having(Trait.BOUNDS)
 KEEPS: Final = 0.5
 """Smallest constant that a parameter may be scaled by in one update: weight decay is far above."""
 
@@ -90,7 +90,7 @@ def _parts(node: ir.Node, flow: Flow) -> list[tuple[ir.Value, bool]]:
         return []
     first = node.inputs[0]
     op = node.op_type
-    if op in VIEWS or op in SCATTERS or op == "Transpose":
+    if op in ORDERED_VIEWS or op in SCATTERS or op == "Transpose":
         return [(first, True)]
     if op in ("Add", "Sum"):
         return [(item, True) for item in operands(node)]
@@ -117,7 +117,7 @@ def _keeps(factor: ir.Value | None, op: str, flow: Flow) -> float | None:
         number = number if op == "Mul" else 1.0 / number if number else 0.0
         return number if KEEPS <= number <= 1.0 else None
     node = None if factor is None else factor.producer()
-    while node is not None and node.op_type in VIEWS | {"Expand"} and node.inputs[0] is not None:
+    while node is not None and node.op_type in ORDERED_VIEWS | {"Expand"} and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     if node is not None and node.op_type == "Sub" and flow.number(node.inputs[0]) == 1.0:
         return KEEPS
@@ -151,7 +151,7 @@ def spine_of(new: ir.Value, parameter: ir.Value, flow: Flow) -> Spine | Miss:
             following = next((item for item in operands(node) if reach(item)), None)
             spine.decayed = True
         else:
-            following = node.inputs[0] if op in VIEWS or op == "Transpose" else None
+            following = node.inputs[0] if op in ORDERED_VIEWS or op == "Transpose" else None
             spine.views = (node, *spine.views)
         if following is None or not reach(following):
             break

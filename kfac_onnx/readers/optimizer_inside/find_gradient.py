@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.graph.emit import Miss
+from kfac_onnx.graph.operators import ELEMENTWISE, ORDERED_VIEWS, VIEWS, Trait, having
 from kfac_onnx.graph.values import ONNX_DOMAINS, static_shape
-from kfac_onnx.readers.optimizer_inside.flow import ELEMENTWISE, VIEWS, Flow, factor_of, operands
+from kfac_onnx.readers.optimizer_inside.flow import PER_ENTRY, Flow, factor_of, operands
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -195,9 +196,9 @@ def _cross(
         return None
     if stateful:
         number = flow.number(factor_of(region[0], value)) if len(region) == 1 else None
-        view = region[0] if len(region) == 1 and region[0].op_type in VIEWS | {"Transpose"} else None
+        view = region[0] if len(region) == 1 and region[0].op_type in VIEWS else None
         return Crossing(value, needed=True, factor=number, view=view)
-    if any(node.domain not in ONNX_DOMAINS or node.op_type not in ELEMENTWISE for node in region):
+    if any(node.domain not in ONNX_DOMAINS or node.op_type not in PER_ENTRY for node in region):
         return _permuted(value, region)
     if len(region) == 1:
         return _cross_one(value, region[0], flow)
@@ -215,7 +216,7 @@ def _permuted(value: ir.Value, region: list[ir.Node]) -> Crossing | None:
 
 def _cross_one(value: ir.Value, node: ir.Node, flow: Flow) -> Crossing | None:
     op = node.op_type
-    if op in VIEWS:
+    if op in ORDERED_VIEWS:
         return Crossing(value, needed=False, view=node)
     if op == "Neg":
         return Crossing(value, needed=False)
@@ -234,14 +235,14 @@ def _cross_one(value: ir.Value, node: ir.Node, flow: Flow) -> Crossing | None:
         if factor in flow.batch and value in flow.behind(factor):
             return Crossing(value, needed=True, clips=True)
         return None
-    if op in ("Add", "Sum", "Sub"):
+    if op in having(Trait.ADDS):
         others = [item for item in operands(node) if item is not value]
         plain = all(item not in flow.batch for item in others) and (op != "Sub" or node.inputs[0] is value)
         return Crossing(value, needed=True) if plain and others else None
     if op == "Where":
         number = flow.is_number(node.inputs[0])
         return Crossing(value, needed=True, clips=True) if number else None
-    return Crossing(value, needed=True, clips=op in ("Clip", "Max", "Min"))
+    return Crossing(value, needed=True, clips=op in having(Trait.BOUNDS))
 
 
 def _completes(factor: float | None, node: ir.Node, flow: Flow) -> bool:
@@ -264,7 +265,7 @@ def _completes(factor: float | None, node: ir.Node, flow: Flow) -> bool:
 def _linear(region: list[ir.Node], flow: Flow, single: bool) -> bool:
     """Say whether a region's result is a linear function of what it is computed from."""
     for node in region:
-        if node.op_type in VIEWS or node.op_type in ("Add", "Sub", "Sum", "Neg", "Where", "Mean"):
+        if node.op_type in ORDERED_VIEWS or node.op_type in ELEMENTWISE & having(Trait.LINEAR):
             continue
         followed = _followed(node, flow, single)
         if node.op_type == "Mul" and len(followed) == 1 and node.inputs[0] is not node.inputs[1]:

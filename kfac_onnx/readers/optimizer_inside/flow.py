@@ -9,26 +9,18 @@ import onnx_ir as ir
 
 from kfac_onnx.autodiff.backward import captured_values
 from kfac_onnx.graph.constants import Constants
+from kfac_onnx.graph.operators import ELEMENTWISE, ORDERED_VIEWS, Keeps, Trait, having, keeping
 from kfac_onnx.graph.values import ONNX_DOMAINS, ancestors, dtype_of, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-__all__ = ["ELEMENTWISE", "VIEWS", "Flow", "factor_of", "operands"]
+__all__ = ["PER_ENTRY", "Flow", "factor_of", "operands"]
 
-VIEWS: Final = frozenset({"Identity", "Cast", "CastLike", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
-"""Operators whose result has the entries of their first input, in the same order."""
-ELEMENTWISE: Final = VIEWS | frozenset(
-    {
-        "Abs", "Add", "Clip", "Div", "Erf", "Exp", "Log", "Max", "Mean", "Min", "Mul", "Neg", "Pow",
-        "Reciprocal", "Sigmoid", "Sign", "Softplus", "Sqrt", "Sub", "Sum", "Tanh", "Where",
-    }
-)  # fmt: skip
+CONDITIONS: Final = having(Trait.BOOLEAN)
+PER_ENTRY: Final = ORDERED_VIEWS | (ELEMENTWISE - CONDITIONS)
 """Operators that an optimizer applies to every entry of a gradient alike."""
-FILLS: Final = frozenset({"Expand", "Tile", "ConstantOfShape"})
-COMPARES: Final = frozenset(
-    {"And", "Or", "Not", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN", "IsInf"}
-)
+FILLS: Final = keeping(Keeps.REPEATS)
 NEARLY: Final = 1e-5
 """Relative difference below which float32 constants are taken as the same number."""
 
@@ -88,9 +80,9 @@ class Flow:
             return False
         if node.op_type == "ConstantOfShape":
             return True
-        if node.op_type in FILLS or node.op_type in VIEWS:
+        if node.op_type in FILLS or node.op_type in ORDERED_VIEWS:
             return self.is_number(node.inputs[0])
-        if node.op_type in ELEMENTWISE or node.op_type in COMPARES:
+        if node.op_type in PER_ENTRY or node.op_type in CONDITIONS:
             return all(item is None or self.is_number(item) for item in node.inputs)
         return False
 
@@ -102,7 +94,7 @@ class Flow:
         if array is not None and array.size:
             return float(array.reshape(-1)[0])
         node = value.producer()
-        if node is not None and node.op_type in FILLS - {"ConstantOfShape"} | VIEWS:
+        if node is not None and node.op_type in FILLS | ORDERED_VIEWS:
             return self.number(node.inputs[0])
         return None
 

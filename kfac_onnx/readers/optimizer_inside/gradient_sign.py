@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from kfac_onnx.readers.optimizer_inside.flow import VIEWS, Flow, operands
+from kfac_onnx.graph.operators import ORDERED_VIEWS, SCATTERS, VIEWS, Trait, having
+from kfac_onnx.readers.optimizer_inside.flow import Flow, operands
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -14,6 +15,9 @@ __all__ = ["Polarity", "polarity_of"]
 Polarity: TypeAlias = Literal["along", "against", "even", "none", "unknown"]
 """How a value changes with the gradient: with it, against it, with its size alone, not at all."""
 
+SIGNED: Final = VIEWS | having(Trait.KEEPS_SIGN) | {"Expand"}
+# the bounds of a Clip are no gradients, and Sub negates its second operand
+JOINED: Final = (having(Trait.ADDS) | having(Trait.BOUNDS)) - {"Clip", "Sub"}
 FLIPPED: dict[Polarity, Polarity] = {"along": "against", "against": "along"}
 DEPTH = 400
 
@@ -46,23 +50,21 @@ class _Walk:
             return "none"
         parts: list[Polarity] = [self.of(item, depth + 1) for item in node.inputs]
         op = node.op_type
-        if op in VIEWS or op in ("Transpose", "Expand", "Clip", "Sign", "Tanh"):
+        if op in SIGNED:
             return parts[0]
         if op == "Neg":
             return FLIPPED.get(parts[0], parts[0])
-        if op in ("Add", "Sum", "Max", "Min"):
+        if op in JOINED:
             return _joined(parts)
         if op == "Sub":
             return _joined([parts[0], FLIPPED.get(parts[1], parts[1])])
         if op == "Where":
             return _joined(parts[1:])
-        if op in ("ScatterND", "ScatterElements"):
+        if op in SCATTERS:
             return _joined([parts[0], parts[2]])
         if op in ("Mul", "Div"):
             return self._product(node, parts)
-        if op == "Reciprocal":
-            return parts[0]
-        if op in ("Sqrt", "Abs", "Pow"):
+        if op in having(Trait.UNSIGNED) | {"Pow"}:
             return "none" if set(parts) == {"none"} else "even"
         return "none" if set(parts) <= {"none"} else "unknown"
 
@@ -83,7 +85,7 @@ class _Walk:
     def _negated(self, value: ir.Value) -> bool:
         """Say whether a number is the negative of another, such as −lr."""
         node = value.producer()
-        while node is not None and (node.op_type in VIEWS or node.op_type == "Expand"):
+        while node is not None and (node.op_type in ORDERED_VIEWS or node.op_type == "Expand"):
             source = node.inputs[0]
             node = None if source is None else source.producer()
         if node is None:

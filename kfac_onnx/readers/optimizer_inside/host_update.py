@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kfac_onnx.graph.operators import ORDERED_VIEWS, Trait, having
 from kfac_onnx.graph.values import dtype_of, static_shape
 from kfac_onnx.metadata import HostUpdate, OptimizerState
 from kfac_onnx.readers.optimizer_inside.added_terms import linear_sources
-from kfac_onnx.readers.optimizer_inside.flow import VIEWS, Flow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
     from kfac_onnx.readers.load import Exported
     from kfac_onnx.readers.optimizer_inside.find_updates import Part, Update
+    from kfac_onnx.readers.optimizer_inside.flow import Flow
 
 __all__ = ["OURS", "kept"]
 
 OURS: Final = "kfac.gradient"
 """Marks nodes that compute a gradient from what an update holds; they are no part of the update."""
-SCALINGS: Final = frozenset({"Mul", "Div", "Neg", "Cast"})
+SCALINGS: Final = having(Trait.SCALES) | {"Neg", "Cast"}
 
 
 def kept(
@@ -70,7 +71,7 @@ def _invertible(views: Sequence[ir.Node]) -> bool:
     kinds = {view.op_type for view in views}
     if kinds == {"Transpose"} and len(views) == 1:
         return len(views[0].outputs[0].shape or ()) == 2
-    return kinds <= VIEWS - {"Cast", "CastLike"}
+    return kinds <= ORDERED_VIEWS - {"Cast", "CastLike"}
 
 
 def _between(part: Part, flow: Flow) -> list[ir.Node] | None:
@@ -79,7 +80,7 @@ def _between(part: Part, flow: Flow) -> list[ir.Node] | None:
     nodes: list[ir.Node] = []
     while value is not None and value is not part.value:
         node = value.producer()
-        if node is None or node.op_type not in SCALINGS | VIEWS or node.domain:
+        if node is None or node.op_type not in SCALINGS | ORDERED_VIEWS or node.domain:
             return None
         if (
             node.op_type in SCALINGS

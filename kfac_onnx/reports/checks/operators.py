@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kfac_onnx.canonical.race_free_scatters import provably_unique
 from kfac_onnx.canonical.upgrade import OLDEST
-from kfac_onnx.graph.values import ONNX_DOMAINS, constant, int_attribute
+from kfac_onnx.graph.operators import VIEWS, Trait, having
+from kfac_onnx.graph.values import ONNX_DOMAINS, constant, int_attribute, label
 from kfac_onnx.reports.checks.finding import Finding
 from kfac_onnx.reports.checks.kernels import missing_kernels
-from kfac_onnx.reports.checks.subject import label
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from kfac_onnx.reports.checks.subject import Subject
 
 __all__ = ["inference_mode", "kernels", "old_opset", "racing_scatters", "shapes"]
-
-VIEWS: Final = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-UNIQUE: Final = frozenset({"NonZero", "Range", "Unique"})
-"""Operators whose first result never names one place twice."""
 
 
 def racing_scatters(subject: Subject) -> Iterator[Finding]:
@@ -53,7 +49,7 @@ def racing_scatters(subject: Subject) -> Iterator[Finding]:
 
 def _made_unique(value: ir.Value | None) -> bool:
     while value is not None and (node := value.producer()) is not None:
-        if node.op_type in UNIQUE:
+        if node.op_type in having(Trait.DISTINCT):
             return value is node.outputs[0]
         if node.op_type not in VIEWS:
             return False

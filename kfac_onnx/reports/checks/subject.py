@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.tables.matching import Verdict
 
-__all__ = ["Subject", "is_anonymous", "label", "read_subject"]
+__all__ = ["Subject", "is_anonymous", "read_subject"]
 
 ANONYMOUS: Final = re.compile(r"^(onnx::\w+|_?val|const|const_fold_opt_?|_inlfunc.*|)_?\d+(__\d+)?$")
 """Names that exporters make up for what they computed. A hint only: it never decides alone."""
@@ -39,13 +39,6 @@ ANONYMOUS: Final = re.compile(r"^(onnx::\w+|_?val|const|const_fold_opt_?|_inlfun
 def is_anonymous(name: str | None) -> bool:
     """Say whether a name looks made up by an exporter: `val_12`, `onnx::MatMul_27`, `const_31`."""
     return name is None or ANONYMOUS.match(name) is not None
-
-
-def label(node: ir.Node) -> str:
-    """Return how a finding names a node: its operator and its first output."""
-    output = next((value.name for value in node.outputs if value.name), node.name)
-    domain = f"{node.domain}::" if node.domain else ""
-    return f"{domain}{node.op_type} '{output}'"
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.graph.operators import COMPARISONS
 from kfac_onnx.graph.values import constant
 from kfac_onnx.reports.checks.finding import Finding
 
@@ -157,9 +158,7 @@ def _compares(subject: Subject, row: int) -> bool:
     if facts is None or subject.graph is None:
         return False
     for node in subject.graph.graph:
-        if node.op_type in ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual") and facts.is_forward(
-            node
-        ):
+        if node.op_type in COMPARISONS and facts.is_forward(node):
             for value in node.inputs:
                 found = constant(value)
                 if (

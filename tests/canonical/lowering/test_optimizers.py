@@ -114,8 +114,8 @@ def test_incomplete_inputs_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         lower_training_operators(model, "m.onnx")
     assert caught.value.tried == (
-        "node 'adam': ai.onnx.preview.training::Adam: its inputs are not R, T and as many tensors as "
-        "gradients and states",
+        "ai.onnx.preview.training::Adam 'X_new': its inputs are not R, T and as many tensors as gradients and "
+        "states",
     )
 
 

@@ -83,6 +83,8 @@ class Trait(enum.Flag):
     """A matrix product, alone or with sums."""
     WEIGHTED = enum.auto()
     """Multiplies activations with a matrix of weights."""
+    SOFTMAX = enum.auto()
+    """Normalizes scores to shares of one, or is a part of it that exporters write alone."""
     RECURRENT = enum.auto()
     """A recurrent layer over a sequence."""
     SIZES = enum.auto()
@@ -182,7 +184,7 @@ TABLE: Final = (
     Operator("Cosh", T.ELEMENTWISE),
     Operator("Elu", T.ELEMENTWISE | T.KEEPS_SIGN),
     Operator("Erf", T.ELEMENTWISE | T.KEEPS_SIGN | T.NO_FLOAT64),
-    Operator("Exp", T.ELEMENTWISE),
+    Operator("Exp", T.ELEMENTWISE | T.SOFTMAX),
     Operator("Gelu", T.ELEMENTWISE | T.NO_FLOAT64),
     Operator("HardSigmoid", T.ELEMENTWISE),
     Operator("HardSwish", T.ELEMENTWISE),
@@ -259,7 +261,7 @@ TABLE: Final = (
     Operator("ReduceL1", _REDUCES | T.TOTAL, lists=(1,)),
     Operator("ReduceL2", _REDUCES, lists=(1,)),
     Operator("ReduceLogSum", _REDUCES, lists=(1,)),
-    Operator("ReduceLogSumExp", _REDUCES, lists=(1,)),
+    Operator("ReduceLogSumExp", _REDUCES | T.SOFTMAX, lists=(1,)),
     Operator("ReduceMax", _REDUCES, lists=(1,)),
     Operator("ReduceMean", _REDUCES | T.LINEAR, lists=(1,)),
     Operator("ReduceMin", _REDUCES, lists=(1,)),
@@ -281,6 +283,11 @@ TABLE: Final = (
     Operator("GRUTraining", T.WEIGHTED | T.RECURRENT, domain=_MICROSOFT),
     # activations of ONNX Runtime
     Operator("BiasGelu", T.NO_FLOAT64, domain=_MICROSOFT),
+    # losses over classes
+    Operator("Softmax", T.SOFTMAX),
+    Operator("LogSoftmax", T.SOFTMAX),
+    Operator("SoftmaxCrossEntropyLoss", T.SOFTMAX),
+    Operator("NegativeLogLikelihoodLoss", T.SOFTMAX),
     # graphs and sequences
     Operator("If", T.BODIES | T.BFLOAT16),
     Operator("Loop", T.BODIES | T.BFLOAT16),

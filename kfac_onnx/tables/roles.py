@@ -21,6 +21,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from kfac_onnx.graph.operators import ELEMENTWISE, SIZES, Keeps, Trait, having, keeping
 from kfac_onnx.graph.values import int_attribute, static_shape
 from kfac_onnx.metadata import Role
 
@@ -40,22 +41,12 @@ MANY_CLASSES: Final = 256
 Axes: TypeAlias = tuple[frozenset[int], ...]
 """For each axis of a view, the axes of the parameter that it is made of."""
 
-_PRODUCTS: Final = frozenset({"MatMul", "FusedMatMul", "Gemm", "Einsum", "Conv", "ConvTranspose"})
-_SOFTMAX: Final = frozenset(
-    {
-        "Softmax",
-        "LogSoftmax",
-        "SoftmaxCrossEntropyLoss",
-        "NegativeLogLikelihoodLoss",
-        "ReduceLogSumExp",
-        "Exp",  # of a softmax that an exporter took apart
-    }
-)
+_PRODUCTS: Final = having(Trait.WEIGHTED) - having(Trait.RECURRENT)  # which has several matrices, stacked
+_SOFTMAX: Final = having(Trait.SOFTMAX)
 # Elementwise: with what does not depend on the batch they make another matrix of the same use (weight norm,
 # a scale, a mask); with activations they end what is followed.
-_ELEMENTWISE: Final = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Clip", "Tanh", "Sigmoid", "Neg"})
-_KEPT_AXES: Final = frozenset({"Identity", "Cast", "Slice", "Pad"})
-_NO_VALUES: Final = frozenset({"Shape", "Size"})
+_ELEMENTWISE: Final = ELEMENTWISE - having(Trait.BOOLEAN)
+_KEPT_AXES: Final = keeping(Keeps.PLACES, Keeps.SOME) | {"Pad"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +112,7 @@ def _what_follows(start: ir.Node, multiplying: set[ir.Node], facts: Facts) -> tu
     while waiting:
         for value in waiting.popleft().outputs:
             for node, _ in value.uses():
-                if node in seen or not facts.is_forward(node) or node.op_type in _NO_VALUES:
+                if node in seen or not facts.is_forward(node) or node.op_type in SIZES:
                     continue
                 if node in multiplying:
                     return False, False
@@ -135,7 +126,7 @@ def _depending_on_the_batch(facts: Facts) -> set[ir.Value]:
     """Return the values of the forward part that depend on what the batch holds, its sizes aside."""
     depending = {value for value in facts.inputs if value not in facts.trained and value.const_value is None}
     for node in facts.model.graph:
-        if (node.op_type not in _NO_VALUES and any(value in depending for value in node.inputs)) or any(
+        if (node.op_type not in SIZES and any(value in depending for value in node.inputs)) or any(
             value in depending
             for attribute in node.attributes.values()
             if attribute.type.name == "GRAPH"
@@ -176,12 +167,12 @@ def _through(
 ) -> Axes | None:
     """Return the axes of an operator's output, or None where what comes out is not the matrix any more."""
     kind = node.op_type
-    if kind in _KEPT_AXES or kind == "Split":
+    if kind in _KEPT_AXES:
         return axes if index == 0 else None
     if kind == "Transpose":
         order = node.attributes.get_ints("perm") or tuple(reversed(range(len(axes))))
         return tuple(axes[axis] for axis in order)
-    if kind in ("Reshape", "Squeeze", "Unsqueeze", "Flatten"):
+    if kind in keeping(Keeps.ORDER):
         return _reshaped(axes, static_shape(value), static_shape(output)) if index == 0 else None
     if kind == "Concat":  # of weights that are used as one, such as query, key and value
         alone = all(item is value or item not in batch for item in node.inputs)

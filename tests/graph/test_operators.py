@@ -16,12 +16,14 @@ from onnx.reference import ReferenceEvaluator
 import kfac_onnx
 from kfac_onnx.autodiff.backward import no_gradient
 from kfac_onnx.autodiff.table import RULES as DERIVATIVES
+from kfac_onnx.device.placement.predict import NOT_FOLDED
 from kfac_onnx.graph import operators
 from kfac_onnx.graph.operators import (
     COMPARISONS,
     ELEMENTWISE,
     NO_GRADIENT,
     ORDERED_VIEWS,
+    RANDOM,
     TABLE,
     VIEWS,
     Keeps,
@@ -36,7 +38,7 @@ OLDEST: Final = 13
 MOST: Final = 2
 """Operators that another module may name together without a query: a pair is a case, not a kind."""
 LISTS: Final = {
-    "canonical/lowering/__init__.py": "operators outside the standard that onnxruntime's wheel has kernels for",
+    "device/placement/predict.py": "a room below the table's; its list is held against the table here",
     "reports/inspect.py": "the optimizers of `ai.kfac`, two of which have the name of an operator of ONNX",
 }
 """Module -> why it lists operators all the same."""
@@ -92,6 +94,10 @@ def test_no_other_module_lists_operators() -> None:
     }
     assert {module: line for module, line in found.items() if module not in LISTS} == {}
     assert set(found) == set(LISTS)
+
+
+def test_placement_knows_the_random_operators() -> None:
+    assert RANDOM - {"Dropout"} == NOT_FOLDED
 
 
 def test_a_list_of_operators_is_seen() -> None:

@@ -29,17 +29,26 @@ import onnx.shape_inference
 from kfac_onnx.device.placement.inlined import Origin, inline
 from kfac_onnx.device.placement.kernels import KernelTable, cuda_kernels
 from kfac_onnx.device.placement.records import CPU, Copy, Node, Placement
-from kfac_onnx.graph.operators import RANDOM, SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["predict"]
+__all__ = ["NOT_FOLDED", "predict"]
 
 _SMALL: Final = 100
 """Entries up to which onnxruntime takes a constant for free on the host."""
 _HALVES: Final = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
-_NOT_FOLDED: Final = RANDOM - {"Dropout"}  # which is an Identity where it does not train
+NOT_FOLDED: Final = frozenset(
+    {
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+"""Operators that give other entries each time; a Dropout is an Identity where it does not train."""
 _SIZES: Final = "reads only sizes, which are on the host, so onnxruntime runs it there"
 
 
@@ -88,11 +97,11 @@ class _Stage:
 
     def _fold(self, node: onnx.NodeProto) -> bool:
         """Say whether a node is a constant, of constants, or the shape of something of fixed shape."""
-        if node.op_type in SIZES:
+        if node.op_type in ("Shape", "Size"):
             known = self._has_fixed_dims(node)
         else:
             graphs = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
-            known = not graphs and node.op_type not in _NOT_FOLDED
+            known = not graphs and node.op_type not in NOT_FOLDED
             known = known and all(name in self.constants for name in node.input if name)
         if known:
             for name in node.output:

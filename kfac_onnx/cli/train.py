@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.feed.data import Batches
-    from kfac_onnx.runtime.fitting import FitResult
+    from kfac_onnx.runtime.fitting import FitOptions, FitResult
 
 __all__ = ["command"]
 
@@ -172,9 +173,22 @@ def command(
         export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
     )
     from kfac_onnx.runtime import TrainingSession
+    from kfac_onnx.runtime.fitting import FitOptions
     from kfac_onnx.runtime.saved.export import filled
     from kfac_onnx.runtime.saved.saved_run import require_source, source_hash
 
+    options = FitOptions(
+        steps=steps,
+        epochs=epochs,
+        eval_every=eval_every,
+        metrics=metrics,
+        progress=not (as_json or is_quiet()),
+        checkpoint=place,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        skip_limit=skip_limit or None,
+        prefetch=prefetch,
+    )
     providers = chosen_providers(ctx, provider)
     if resume is not None and begun is not None:
         session = TrainingSession.resume(begun, providers=providers, threads=threads, cuda_graph=cuda_graph)
@@ -212,24 +226,8 @@ def command(
         if into is not None:
             filled(session.parameters, into)  # and so does a model that the weights do not fit
         batches = _batches(data, size, None if no_shuffle else seed, full=fixed is not None)
-        if resume is not None:
-            steps, epochs = _remaining(session, batches, steps, epochs), None
-        result = _fit(
-            ctx,
-            session,
-            batches,
-            steps=steps,
-            epochs=epochs,
-            held_out=valid,
-            eval_every=eval_every,
-            metrics=metrics,
-            progress=not (as_json or is_quiet()),
-            checkpoint=place,
-            checkpoint_every=checkpoint_every,
-            keep=keep,
-            skip_limit=skip_limit or None,
-            prefetch=prefetch,
-        )
+        left = None if resume is None else _remaining(session, batches, options)
+        result = _fit(ctx, session, batches, replace(options, held_out=valid), left)
         if export is not None:
             session.export(export, into=into)
         _print(session, result, as_json)
@@ -249,31 +247,33 @@ def _data_settings(
     return batch_size, seed, no_shuffle
 
 
-def _remaining(session: TrainingSession, batches: Batches, steps: int | None, epochs: int | None) -> int:
+def _remaining(session: TrainingSession, batches: Batches, options: FitOptions) -> int:
     """Return how many steps of the whole run are still to be made."""
-    for name, value in (("steps", steps), ("epochs", epochs)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    size = len(batches)
-    ends = [n for n in (steps, None if epochs is None else epochs * size) if n is not None]
+    size, epochs = len(batches), options.epochs
+    ends = [n for n in (options.steps, None if epochs is None else epochs * size) if n is not None]
     return max(0, min(ends or [size]) - session.position)
 
 
 def _fit(
-    ctx: click.Context, session: TrainingSession, batches: Batches, *, steps: int | None, **options: Any
+    ctx: click.Context, session: TrainingSession, batches: Batches, options: FitOptions, left: int | None
 ) -> FitResult:
-    """Train; where nothing is left to be done, only evaluate. A signal ends the command with 130 or 143."""
+    """Train, a resumed run for the steps that are `left` of it; where none is, only evaluate.
+
+    A signal ends the command with 130 or 143.
+    """
     from kfac_onnx.runtime.fitting import FitResult
     from kfac_onnx.runtime.stopping import Interrupted, Terminated
 
-    if steps == 0 and session.position:
+    if left == 0:
         _log.info("the run is complete: it was saved after batch %d", session.position)
-        valid = options["held_out"]
+        valid = options.held_out
         return FitResult(held_out={} if valid is None else {session.position: session.evaluate(valid)})
+    if left is not None:
+        options = replace(options, steps=left, epochs=None)
     try:
-        return session.fit(batches, steps=steps, **options)
+        return session.fit_as(batches, options)
     except (Interrupted, Terminated) as e:
-        place = options["checkpoint"]
+        place = options.checkpoint
         more = "with --checkpoint it could go on" if place is None else f"`--resume {place}` goes on"
         say(f"{e}; {more}", err=True)
         ctx.exit(e.status)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kfac_onnx.runtime.step.runner import Holder
     from kfac_onnx.runtime.step.skip_causes import Cause
     from kfac_onnx.runtime.step.tensors import Device
+    from kfac_onnx.runtime.turns import Turns
 
 __all__ = ["Description", "Metrics", "Parameters", "describe"]
 
@@ -55,11 +56,13 @@ class Description(TypedDict):
 class Parameters(Mapping[str, np.ndarray]):
     """The trained parameters as copies, in the exporter's names, layouts and dtypes."""
 
-    def __init__(self, holders: Mapping[str, Holder]) -> None:
+    def __init__(self, holders: Mapping[str, Holder], turns: Turns) -> None:
+        self._turns = turns
         self._holders = {name: holder for name, holder in holders.items() if holder.state.role == "parameter"}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._holders[name].live.read()
+        with self._turns.turn("parameters"):
+            return self._holders[name].live.read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._holders)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kfac_onnx.runtime.schedules import Schedule
     from kfac_onnx.runtime.step.skip_causes import Cause
 
-__all__ = ["SKIP_LIMIT", "FitResult", "Row", "fit"]
+__all__ = ["SKIP_LIMIT", "FitOptions", "FitResult", "Row", "fit"]
 
 _log = logging.getLogger(__name__)
 
@@ -176,43 +176,64 @@ class _Bar:
         self._progress.update(self._task, advance=1, loss=shown, rate=f"{rate:,.0f}")
 
 
-def fit(
-    session: Trainee,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    *,
-    steps: int | None = None,
-    epochs: int | None = None,
-    held_out: Iterable[Mapping[str, np.ndarray]] | None = None,
-    eval_every: int | None = None,
-    metrics: Callable[[Row], None] | str | Path | None = None,
-    progress: bool = False,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int | None = None,
-    keep: int | None = None,
-    skip_limit: int | None = SKIP_LIMIT,
-    prefetch: int | None = None,
-) -> FitResult:
-    """Train; the arguments are those of `TrainingSession.fit`."""
-    for name, value in (
-        ("steps", steps),
-        ("epochs", epochs),
-        ("eval_every", eval_every),
-        ("checkpoint_every", checkpoint_every),
-        ("keep", keep),
-        ("skip_limit", skip_limit),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    depth = prefetch if prefetch is not None else PREFETCH if isinstance(batches, Batches) else 0
-    if depth < 0:
-        raise UserError(f"prefetch must be at least 0, got {depth}")
-    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep)):
-        if value is not None and checkpoint is None:
-            raise UserError(f"{name} is given, but no checkpoint to save to")
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How `fit` trains.
+
+    Args:
+        steps: how many more steps.
+        epochs: how many more passes over the data; without steps and epochs, to the end of the data.
+        held_out: batches to evaluate, at the end and
+        eval_every: every so many steps.
+        metrics: called with a `Row` per step, or a file to which rows are added as JSON lines.
+        progress: show a progress bar on stderr.
+        checkpoint: where to save (see `save`; folders are made), at the end and
+        checkpoint_every: every so many steps.
+        keep: how many checkpoints a folder keeps (default: 3).
+        skip_limit: so many skipped steps in a row stop the run; None goes on whatever happens.
+        prefetch: how many batches a thread makes ahead while a step runs, 0 for no thread; 2 for
+            `data.Batches` if None, 0 for any other iterable, which may fill one array again and again.
+
+    Raises:
+        UserError: a number is out of range, or an option needs another one.
+
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    held_out: Iterable[Mapping[str, np.ndarray]] | None = None
+    eval_every: int | None = None
+    metrics: Callable[[Row], None] | str | Path | None = None
+    progress: bool = False
+    checkpoint: str | Path | None = None
+    checkpoint_every: int | None = None
+    keep: int | None = None
+    skip_limit: int | None = SKIP_LIMIT
+    prefetch: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "eval_every", "checkpoint_every", "keep", "skip_limit"):
+            value: int | None = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if self.prefetch is not None and self.prefetch < 0:
+            raise UserError(f"prefetch must be at least 0, got {self.prefetch}")
+        for name in ("checkpoint_every", "keep"):
+            if getattr(self, name) is not None and self.checkpoint is None:
+                raise UserError(f"{name} is given, but no checkpoint to save to")
+
+
+def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: FitOptions) -> FitResult:
+    """Train; `TrainingSession.fit` says how."""
+    checkpoint, held_out, skip_limit = options.checkpoint, options.held_out, options.skip_limit
+    eval_every, checkpoint_every = options.eval_every, options.checkpoint_every
+    depth = options.prefetch
+    if depth is None:
+        depth = PREFETCH if isinstance(batches, Batches) else 0
     session.require_loss("fit")
-    saver = None if checkpoint is None else _Saver(session, checkpoint, keep)
+    saver = None if checkpoint is None else _Saver(session, checkpoint, options.keep)
     _note_data(session, batches)
-    supply, total = _supply(session, batches, steps, epochs)
+    supply, total = _supply(session, batches, options.steps, options.epochs)
     if session.schedule is not None:
         horizon = None if total is None else session.position + total
         session.schedule = session.schedule.within(horizon)
@@ -221,8 +242,8 @@ def fit(
     start = time.perf_counter()
     with stop_signals() as stop:
         with (
-            _writer(metrics) as write,
-            _Bar(total, enabled=progress) as bar,
+            _writer(options.metrics) as write,
+            _Bar(total, enabled=options.progress) as bar,
             prefetched(supply, depth, session.prepared) as ready,
         ):
             for batch in ready:

@@ -1,27 +1,33 @@
-"""Training with plain ONNX Runtime: steps, checkpoints and export of a model that `open_model` opens.
+"""A training run on plain ONNX Runtime: steps, evaluation, checkpoints and export of a transformed model.
 
-One step runs the stages of `passes.partition` in order (DESIGN section 6): loss and gradients at the
-parameters as they are, factors take in the batch, the root is refreshed when due, updates are computed, and
-only then is anything that lasts written. If a gradient, factor or update is not finite, what the step
-wrote is undone, the step is counted as skipped, and only the data position and the schedule advance.
+A session composes an `OpenStep`, which knows the model, with what makes a run of its steps: how many there
+were, their rates, and where the run is saved. One step runs the stages of `step.plan` in order: loss and
+gradients at the parameters as they are, factors take in the batch, the root is refreshed when due, updates
+are computed, and only then is anything that lasts written. If a gradient, factor or update is not finite,
+what the step wrote is undone, the step is counted as skipped, and only the data position and the schedule
+advance.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.disk.memory import require_memory
 from kfac_onnx.disk.models import load_model, make_folder, require_folder, save_model
 from kfac_onnx.errors import UserError
-from kfac_onnx.runtime.feed.batches import as_inputs, checked_batch
-from kfac_onnx.runtime.feed.ids import check_given
-from kfac_onnx.runtime.fitting import SKIP_LIMIT, fit
-from kfac_onnx.runtime.open_model import OpenModel
-from kfac_onnx.runtime.opening import require_step
+from kfac_onnx.options import method_with
+from kfac_onnx.runtime import schedules
+from kfac_onnx.runtime.description import Parameters
+from kfac_onnx.runtime.feed.batches import as_inputs
+from kfac_onnx.runtime.fitting import FitOptions, fit
+from kfac_onnx.runtime.open_step import OpenStep
+from kfac_onnx.runtime.opening import learning_rates, require_step
 from kfac_onnx.runtime.saved.checkpoint import (
     Checkpoint,
     different_model,
@@ -45,22 +51,31 @@ from kfac_onnx.runtime.saved.checkpoint_folder import (
     tidy,
 )
 from kfac_onnx.runtime.saved.export import forward_model, write_into
+from kfac_onnx.runtime.step.device_engine import DeviceEngine
 from kfac_onnx.runtime.step.skip_causes import reasons
 from kfac_onnx.runtime.stopping import uninterrupted
+from kfac_onnx.runtime.turns import Turns, Writing
 from kfac_onnx.step.plan import partition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+    from types import TracebackType
 
-    from kfac_onnx.runtime.description import Metrics
-    from kfac_onnx.runtime.fitting import FitResult, Row
+    import numpy as np
+
+    from kfac_onnx.disk.stored import Array
+    from kfac_onnx.runtime.description import Description, Metrics
+    from kfac_onnx.runtime.feed.batches import BatchInput
+    from kfac_onnx.runtime.fitting import FitResult
+    from kfac_onnx.runtime.health import RootHealth
+    from kfac_onnx.runtime.schedules import Schedule
 
 __all__ = ["TrainingSession"]
 
 _log = logging.getLogger(__name__)
 
 
-class TrainingSession(OpenModel):
+class TrainingSession:
     """A transformed model that is being trained.
 
     Args:
@@ -74,10 +89,152 @@ class TrainingSession(OpenModel):
         seed: of random operators (Dropout) in the graph: the same seed draws the same at the same step.
         cuda_graph: on CUDA, launch each stage that can be captured as one; for batches of one shape.
 
+    One thread at a time may use a session; a second one gets an error, and nothing of it is done.
+
     Raises:
         UserError: the model is not a training step, or a value is missing or does not fit.
 
     """
+
+    def __init__(
+        self,
+        model: str | Path | ir.Model,
+        *,
+        providers: Sequence[str | tuple[str, Mapping[str, object]]] = ("CPUExecutionProvider",),
+        parameters: Mapping[str, Array] | str | Path | None = None,
+        threads: int | None = None,
+        lr: float | None = None,
+        rest_lr: float | None = None,
+        schedule: Schedule | str | None = None,
+        seed: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        self._open = OpenStep(
+            model,
+            providers=providers,
+            parameters=parameters,
+            threads=threads,
+            seed=seed,
+            cuda_graph=cuda_graph,
+        )
+        self._plan, self._holders, self._stepper = self._open.plan, self._open.holders, self._open.stepper
+        self._seed = seed
+        self.learning_rates = learning_rates(self._plan.step, lr, rest_lr)
+        self.schedule = schedules.parse(schedule) if isinstance(schedule, str) else schedule
+        self.committed: int = 0
+        self.skipped: int = 0
+        self.position: int = 0
+        self.source: str | None = None
+        self.data: dict[str, int | bool | None] | None = None
+        self.closed = False
+        self._turns = Turns()
+        self._serialized: bytes | None = None
+        self._folders: set[Path] = set()
+        self._damaged: tuple[Path, ...] = ()
+        self._writing: Writing | None = None
+
+    @property
+    def batch_inputs(self) -> tuple[BatchInput, ...]:
+        """The inputs that every step must be given, in the graph's order."""
+        return self._open.batch_inputs
+
+    @property
+    def in_place_problem(self) -> str | None:
+        """Why states are held in two buffers each; None where they are written in place."""
+        return self._open.in_place_problem
+
+    @property
+    def predictions(self) -> dict[str, str | None]:
+        """Where the loss lies outside: each prediction, and the input of its gradient (None: it has none)."""
+        return dict(self._open.halves.predictions)
+
+    @property
+    def cuda_graph_problems(self) -> dict[str, str]:
+        """Where CUDA graphs were asked for: each stage that has none, and why."""
+        engine = self._open.engine
+        return dict(engine.graph_problems) if isinstance(engine, DeviceEngine) else {}
+
+    @property
+    def host_roots(self) -> int:
+        """How often an inverse root was computed on the host, because the graph's missed its tolerance."""
+        return self._stepper.host_roots
+
+    @property
+    def root_fallbacks(self) -> int:
+        """The same: how often a root of the graph's could not be trusted, so that the host took over."""
+        return self._stepper.roots.fallbacks
+
+    def health(self) -> tuple[RootHealth, ...]:
+        """Return how well conditioned each table's output factor is now, and how well its root fits it.
+
+        Computed on the host when it is called: an eigendecomposition per table.
+        """
+        with self._turn("health"):
+            return self._open.health()
+
+    @property
+    def parameters(self) -> Parameters:
+        """The trained parameters, copied when read."""
+        self._open.require_whole()
+        return Parameters(self._holders, self._turns)
+
+    @property
+    def updates_parameters(self) -> bool:
+        """Whether a step changes parameters; a dense model without an optimizer leaves that to the caller."""
+        states = [holder.state for holder in self._holders.values()]
+        return any(state.role == "parameter" and state.output != state.input for state in states)
+
+    @property
+    def states(self) -> dict[str, np.ndarray]:
+        """Copies of everything that a step changes, by the name of its input in the model."""
+        with self._turns.turn("states"):
+            self._open.require_whole()
+            return {name: holder.live.read() for name, holder in self._holders.items()}
+
+    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Return the loss per example over batches at the current weights, with dropout off.
+
+        A mean loss counts each batch by its examples, a summed loss is divided by them. Inputs that only the
+        backward part reads may be left out of the batches.
+
+        Raises:
+            UserError: as `step`, and where there is no batch.
+
+        """
+        with self._turn("evaluate"):
+            self.require_loss("evaluate")
+            return self._open.evaluator.mean(batches)
+
+    def require_loss(self, what: str) -> None:
+        """Raise UserError where the loss lies outside the graph, so that `what` cannot be done."""
+        self._open.halves.require_loss(what)
+
+    def assign(self, values: Mapping[str, np.ndarray]) -> None:
+        """Replace the values of trained parameters; nothing is written if one does not fit.
+
+        Raises:
+            UserError: an unknown name, or another shape or dtype.
+
+        """
+        with self._turn("assign"):
+            self._open.assign(values)
+
+    def describe(self) -> Description:
+        """Return what runs where: providers, phases, how each state is held, and what was fallen back on."""
+        return self._open.describe()
+
+    @contextlib.contextmanager
+    def _turn(self, work: str) -> Generator[None]:
+        """Have an open session that is whole to oneself; UserError where it is not, or another has it."""
+        with self._turns.turn(work):
+            if self.closed:
+                raise UserError(
+                    "the training session is closed", help="open a new one, or resume a checkpoint"
+                )
+            self._open.require_whole()
+            if self._writing is not None and self._writing.failed:
+                self.finish_saving()
+            yield
 
     def forward(self, batch: Mapping[str, np.ndarray], *, training: bool = True) -> dict[str, np.ndarray]:
         """Return the predictions of a graph whose loss lies outside, by name: the first half of a step.
@@ -95,9 +252,10 @@ class TrainingSession(OpenModel):
             UserError: as `step`, and where the loss is in the graph.
 
         """
-        self._require_open()
-        self._random.set(self.position)
-        return self._halves.forward(batch) if training else self._evaluation().outputs(batch)
+        with self._turn("forward"):
+            if training:
+                return self._open.forward(batch, self.position)
+            return self._open.evaluator.outputs(batch)
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """Make one training step on a batch of arrays by input name.
@@ -111,32 +269,25 @@ class TrainingSession(OpenModel):
                 failed: where it failed while it wrote, the session says so and refuses to go on.
 
         """
-        self._require_open()
-        ready = checked_batch(batch, self.batch_inputs)
-        half = self._halves.take(batch)
-        self._random.set(self.position)
-        factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
-        for name, rate in self.learning_rates.items():
-            self._rates[name][...] = rate * factor
-        ready = {**ready, **(half or {})}
-        if self._feeder is not None:
-            check_given(self._plan, self._plan.step.id_checks, ready)
-            ready = self._feeder.fed(batch, ready)
-        with uninterrupted():  # Ctrl-C comes before the step or after it
-            loss, kept = self._stepper.step(ready, forwarded=half is not None)
-            self.position += 1
-            if kept:
-                self.committed += 1
-            else:
-                self.skipped += 1
-        first = next(iter(self.learning_rates.values()), 0.0) * factor
-        metrics: Metrics = {"loss": loss, "skipped": not kept, "step": self.committed, "lr": first}
-        if not kept:
-            metrics["skip"] = self._skips.find(batch, ready)
-            _log.warning("batch %d was skipped: %s", self.position, reasons(metrics["skip"]))
-        if self._extra:
-            metrics["outputs"] = {name: np.array(self._engine.read(name)) for name in self._extra}
-        return metrics
+        with self._turn("step"):
+            ready, forwarded = self._open.ready(batch)
+            factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
+            rates = {name: rate * factor for name, rate in self.learning_rates.items()}
+            with uninterrupted():  # a signal comes before the step or after it
+                loss, kept = self._open.run(ready, self.position, rates, forwarded=forwarded)
+                self.position += 1
+                if kept:
+                    self.committed += 1
+                else:
+                    self.skipped += 1
+            first = next(iter(rates.values()), 0.0)
+            metrics: Metrics = {"loss": loss, "skipped": not kept, "step": self.committed, "lr": first}
+            if not kept:
+                metrics["skip"] = self._open.skips.find(batch, ready)
+                _log.warning("batch %d was skipped: %s", self.position, reasons(metrics["skip"]))
+            if self._open.extra:
+                metrics["outputs"] = self._open.outputs()
+            return metrics
 
     def prepared(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Return a batch as far on its way as it can be before its step: in its dtypes, and on the device.
@@ -144,71 +295,34 @@ class TrainingSession(OpenModel):
         What is wrong with it stays as it is, for `step` to say.
         """
         ready = as_inputs(batch, self.batch_inputs)
-        return ready if self._feeder is None else self._feeder.ahead(ready)
+        feeder = self._open.feeder
+        return ready if feeder is None else feeder.ahead(ready)
 
     def reserve(self, ahead: int) -> None:
         """Have room on the device for so many batches from `prepared` that wait for their step."""
-        if self._feeder is not None:
-            self._feeder.reserve(ahead)
+        if self._open.feeder is not None:
+            self._open.feeder.reserve(ahead)
 
-    def fit(
-        self,
-        batches: Iterable[Mapping[str, np.ndarray]],
-        *,
-        steps: int | None = None,
-        epochs: int | None = None,
-        held_out: Iterable[Mapping[str, np.ndarray]] | None = None,
-        eval_every: int | None = None,
-        metrics: Callable[[Row], None] | str | Path | None = None,
-        progress: bool = False,
-        checkpoint: str | Path | None = None,
-        checkpoint_every: int | None = None,
-        keep: int | None = None,
-        skip_limit: int | None = SKIP_LIMIT,
-        prefetch: int | None = None,
-    ) -> FitResult:
+    @method_with(FitOptions)
+    def fit(self, batches: Iterable[Mapping[str, np.ndarray]], options: FitOptions) -> FitResult:
         """Train on an iterable of dicts of arrays, or on `data.Batches`, which go on where the run is.
 
-        Args:
-            batches: the training data; iterated again for every epoch.
-            steps: how many more steps.
-            epochs: how many more passes over the data; without steps and epochs, to the end of the data.
-            held_out: batches to evaluate, at the end and
-            eval_every: every so many steps.
-            metrics: called with a `Row` per step, or a file to which rows are added as JSON lines.
-            progress: show a progress bar on stderr.
-            checkpoint: where to save (see `save`; folders are made), at the end and
-            checkpoint_every: every so many steps.
-            keep: how many checkpoints a folder keeps (default: 3).
-            skip_limit: so many skipped steps in a row stop the run; None goes on whatever happens.
-            prefetch: how many batches a thread makes ahead while a step runs, 0 for no thread; 2 for
-                `data.Batches` if None, 0 for any other iterable, which may fill one array again and again.
-
-        SIGINT and SIGTERM, where nobody else handles them: the step is finished, a checkpoint is saved if one
-        was asked for, and `stopping.Interrupted` (a KeyboardInterrupt) or `stopping.Terminated` (a
-        SystemExit) is raised. A second signal stops at once.
+        `batches` are iterated again for every epoch. SIGINT and SIGTERM, where nobody else handles them: the
+        step is finished, a checkpoint is saved if one was asked for, and `stopping.Interrupted` (a
+        KeyboardInterrupt) or `stopping.Terminated` (a SystemExit) is raised. A second signal stops at once.
 
         Raises:
             UserError: as `step` and `save`; too many steps in a row were skipped (it is saved first).
 
         """
-        return fit(
-            self,
-            batches,
-            steps=steps,
-            epochs=epochs,
-            held_out=held_out,
-            eval_every=eval_every,
-            metrics=metrics,
-            progress=progress,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            keep=keep,
-            skip_limit=skip_limit,
-            prefetch=prefetch,
-        )
+        return self.fit_as(batches, options)
 
-    def save(self, path: str | Path, *, keep: int | None = None) -> Path:
+    def fit_as(self, batches: Iterable[Mapping[str, np.ndarray]], options: FitOptions) -> FitResult:
+        """Train as `fit`, whose keywords are these options."""
+        with self._turn("fit"):
+            return fit(self, batches, options)
+
+    def save(self, path: str | Path, *, keep: int | None = None, background: bool = False) -> Path:
         """Write a checkpoint with everything a run needs to go on, whole or not at all; return its file.
 
         Args:
@@ -216,18 +330,42 @@ class TrainingSession(OpenModel):
                 and gets `step-0000000040.ckpt` and the like, by the batches consumed.
             keep: how many checkpoints to keep in the folder (default: 3). Older ones are deleted when the new
                 one is complete and synced.
+            background: copy everything now, and write it in a thread while steps go on. The next `save`,
+                `finish_saving` and `close` wait for the file; they, or the next step, raise what went wrong.
 
         Raises:
             UserError: the place cannot be written, the disk is full (older checkpoints are as they were), or
                 the folder holds checkpoints of another run.
 
         """
-        self._require_open()
+        with self._turn("save"):
+            self.finish_saving()
+            write, file = self._writer(path, keep, copy=background)
+            if background:
+                self._writing = Writing(file, write)
+            else:
+                write()
+            return file
+
+    def finish_saving(self) -> Path | None:
+        """Wait for the checkpoint that `save(background=True)` is writing; return its file, None without one.
+
+        Raises:
+            UserError: it could not be written, as `save`.
+
+        """
+        with self._turns.turn("finish_saving"):
+            writing, self._writing = self._writing, None
+            return None if writing is None else writing.wait()
+
+    def _writer(self, path: str | Path, keep: int | None, *, copy: bool) -> tuple[Callable[[], None], Path]:
+        """Return what writes a checkpoint of now, and its file."""
         if not is_folder(path):
             if keep is not None:
                 raise UserError(f"keep is for a folder of checkpoints, and '{path}' is a file")
-            self._write(path)
-            return Path(path)
+            file = Path(path)
+            checkpoint = self._checkpoint(copy=copy)
+            return partial(write_checkpoint, file, checkpoint), file
         number = KEEP if keep is None else keep
         if number < 1:
             raise UserError(f"keep must be at least 1, got {number}")
@@ -235,10 +373,14 @@ class TrainingSession(OpenModel):
         self.require_place(folder)
         make_folder(folder)
         file = folder / checkpoint_name(self.position)
-        self._write(file)
-        self._folders.add(folder.resolve())
-        tidy(folder, file, number, self._damaged)
-        return file
+        checkpoint, damaged = self._checkpoint(copy=copy), self._damaged
+
+        def write() -> None:
+            write_checkpoint(file, checkpoint)
+            self._folders.add(folder.resolve())
+            tidy(folder, file, number, damaged)
+
+        return write, file
 
     def require_place(self, path: str | Path) -> None:
         """Raise UserError where `save` would refuse this place: sooner than after hours of work."""
@@ -247,24 +389,29 @@ class TrainingSession(OpenModel):
             own = Path(path).resolve() in self._folders
             require_own(path, self.position, self._damaged, own=own)
 
-    def _write(self, path: str | Path) -> None:
-        checkpoint = Checkpoint(
+    def _checkpoint(self, *, copy: bool) -> Checkpoint:
+        """Return what a checkpoint holds now: the buffers themselves, or copies of them."""
+        states = {name: holder.live for name, holder in self._holders.items()}
+        constants = self._open.constants
+        if copy:
+            size = sum(buffer.nbytes for buffer in states.values())
+            require_memory(size, "a copy of all states, which is written while steps go on")
+        return Checkpoint(
             model=self._model_bytes(),
-            states={name: holder.live.view() for name, holder in self._holders.items()},
-            constants={name: buffer.view() for name, buffer in self._constants.items()},
+            states={name: buffer.read() if copy else buffer.view() for name, buffer in states.items()},
+            constants={name: buffer.view() for name, buffer in constants.items()},  # no step changes them
             committed=self.committed,
             skipped=self.skipped,
             position=self.position,
             host_roots=self.host_roots,
-            learning_rates=self.learning_rates,
+            learning_rates=dict(self.learning_rates),
             schedule=None if self.schedule is None else str(self.schedule),
             seed=self._seed,
-            entropy=self._random.entropy,
-            data=self.data,
+            entropy=self._open.random.entropy,
+            data=None if self.data is None else dict(self.data),
             source=self.source,
             versions=versions(),
         )
-        write_checkpoint(path, checkpoint)
 
     @classmethod
     def resume(
@@ -323,9 +470,11 @@ class TrainingSession(OpenModel):
         session.data, session.source = checkpoint.data, checkpoint.source
         session._stepper.host_roots = checkpoint.host_roots
         session._serialized = checkpoint.model
-        session._random.entropy = checkpoint.entropy
-        if session._restarting:
-            _log.warning("%d random operators of the graph start their sequence anew", session._restarting)
+        session._open.random.entropy = checkpoint.entropy
+        if session._open.restarting:
+            _log.warning(
+                "%d random operators of the graph start their sequence anew", session._open.restarting
+            )
         session._folders.add(file.parent.resolve())
         session._damaged = damaged
         return session
@@ -337,7 +486,7 @@ class TrainingSession(OpenModel):
 
     def _model_bytes(self) -> bytes:
         if self._serialized is None:
-            self._serialized = model_bytes(self._plan, self._metadata)
+            self._serialized = model_bytes(self._plan, self._open.metadata)
         return self._serialized
 
     def export(
@@ -359,16 +508,38 @@ class TrainingSession(OpenModel):
             UserError: an unknown output, a weight that fits nowhere, a place that cannot be written.
 
         """
-        self._require_open()
-        weights = {**self.parameters}
-        if into is not None:
-            if outputs is not None:
-                raise UserError("outputs and into cannot be given together")
-            return write_into(weights, into, path)
-        constants = {name: buffer.read() for name, buffer in self._constants.items()}
-        model = forward_model(self._plan, constants | weights, outputs or self._plan.step.ends)
-        save_model(model, path)
-        return {name: name for name in weights if name in model.graph.initializers}
+        with self._turn("export"):
+            weights = {**self.parameters}
+            if into is not None:
+                if outputs is not None:
+                    raise UserError("outputs and into cannot be given together")
+                return write_into(weights, into, path)
+            plan = self._plan
+            constants = {name: buffer.read() for name, buffer in self._open.constants.items()}
+            model = forward_model(plan, constants | weights, outputs or plan.step.ends)
+            save_model(model, path)
+            return {name: name for name in weights if name in model.graph.initializers}
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written, then release sessions and buffers.
+
+        Raises:
+            UserError: that checkpoint could not be written, as `save`; or another thread uses the session.
+
+        """
+        with self._turns.turn("close"):
+            if not self.closed:
+                self.closed = True
+                self._open.close()
+            self.finish_saving()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _warn_of_versions(checkpoint: Checkpoint, path: Path) -> None:

@@ -20,7 +20,7 @@ from kfac_onnx.bench.run import check
 from kfac_onnx.bench.workloads import cases, write_parameters
 from kfac_onnx.device.provider_options import CUDA
 from kfac_onnx.errors import UserError
-from kfac_onnx.runtime import open_model
+from kfac_onnx.runtime import open_step
 from kfac_onnx.runtime.step import cuda_graphs
 
 if TYPE_CHECKING:
@@ -104,13 +104,13 @@ def test_our_arm_is_opened_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         given.append(them)
         return ["CPUExecutionProvider"]
 
-    monkeypatch.setattr(open_model, "provider_list", providers)
-    monkeypatch.setattr(open_model, "device_of", lambda them: fake.device)
+    monkeypatch.setattr(open_step, "provider_list", providers)
+    monkeypatch.setattr(open_step, "device_of", lambda them: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     at = place_of("cuda", {"device_id": "0"}, cuda_graph=False)
     trainee = arms.open_arm(ARMS["half"], case, tmp_path / "p.safetensors", threads=1, place=at)
     assert given == [[(CUDA, {"device_id": "0"})]]
-    assert "lower{target=cuda}" in str(trainee.session._metadata)  # type: ignore[attr-defined]
+    assert "lower{target=cuda}" in str(trainee.session._open.metadata)  # type: ignore[attr-defined]
     np.testing.assert_allclose(losses(trainee), on_cpu, rtol=1e-4)
     trainee.close()
 

@@ -15,7 +15,7 @@ from corpus_cases import marked
 from fake_device import FakeCuda
 
 from kfac_onnx.api import transform
-from kfac_onnx.runtime import TrainingSession, open_model
+from kfac_onnx.runtime import TrainingSession, open_step
 from kfac_onnx.runtime.step import cuda_graphs
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def at(name: str, monkeypatch: pytest.MonkeyPatch) -> Place:
     if name == "cuda":
         return CUDA
     fake = FakeCuda(monkeypatch)
-    monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
+    monkeypatch.setattr(open_step, "device_of", lambda providers: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     return HOST
 

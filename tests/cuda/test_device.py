@@ -73,8 +73,8 @@ def test_batches_start_in_page_locked_memory() -> None:
     session, batches = opened()
     with session:
         assert Pinned().problem is None
-        assert isinstance(session._feeder, Feeder)
-        assert session._feeder.problem is None
+        assert isinstance(session._open.feeder, Feeder)
+        assert session._open.feeder.problem is None
         session.step(batches[0])
 
 

@@ -49,7 +49,7 @@ class Fault:
         after: bool = False,
         act: Callable[[], None] | None = None,
     ) -> None:
-        (self._runner,) = session._engine.stages(lambda other: other == slot)
+        (self._runner,) = session._open.engine.stages(lambda other: other == slot)
         self._session: Any = self._runner.session
         self._left, self._after, self._act = at, after, act
         self.came = False

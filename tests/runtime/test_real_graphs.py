@@ -110,7 +110,7 @@ def test_the_exported_forward_graph_has_the_sessions_loss(
     loaded = ort.InferenceSession(tmp_path / "trained.onnx")
     used = {item.name for item in loaded.get_inputs()}
     loss = loaded.run([session._plan.step.loss], {k: v for k, v in case.batches[1].items() if k in used})[0]
-    reduction = 1 if session._reduction != "sum" else len(next(iter(case.batches[1].values())))
+    reduction = 1 if session._open._reduction != "sum" else len(next(iter(case.batches[1].values())))
     # the same nodes at the same weights; constant folding may round differently
     assert session.evaluate(case.batches[1:]) == pytest.approx(float(loss) / reduction, rel=1e-6)
 

@@ -293,7 +293,7 @@ def test_large_initializers_are_bound_once(
     monkeypatch.setattr(partition_graph, "FROZEN_BYTES", 3)  # every constant of the toy is larger
     monkeypatch.setattr(partition, "FROZEN_BYTES", 3)
     session = open_toy()
-    assert "axis1" in session._constants
+    assert "axis1" in session._open.constants
     assert not session._plan.stages[0].model.graph.initializer
     assert session.step(batches[0]) == first
     assert session.evaluate(batches) == loss

@@ -17,7 +17,7 @@ from fake_device import FakeCuda
 
 import kfac_onnx as kx
 from kfac_onnx.errors import UserError
-from kfac_onnx.runtime import TrainingSession, evaluation, open_model
+from kfac_onnx.runtime import TrainingSession, evaluation, open_step
 from kfac_onnx.runtime.feed.data import Batches
 from kfac_onnx.runtime.step import cuda_graphs, stepper
 from kfac_onnx.runtime.step.device_engine import DeviceEngine
@@ -35,7 +35,7 @@ GRAPHS = ["torchjoint_in__nplm", "ortart_dyncore__nplm"]
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """A device, on which every session is opened from here on."""
     fake = FakeCuda(monkeypatch)
-    monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
+    monkeypatch.setattr(open_step, "device_of", lambda providers: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     return fake
 
@@ -101,7 +101,7 @@ def test_steps_give_the_bits_of_the_cpu(
 
     losses, states = trained()
     fake = FakeCuda(monkeypatch)
-    monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
+    monkeypatch.setattr(open_step, "device_of", lambda providers: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: stage_inputs_on_host)
     fake.inputs_on_host = stage_inputs_on_host
     found, there = trained()
@@ -120,7 +120,7 @@ def test_a_graph_lowered_for_cuda_gives_the_numbers_of_the_cpu(
         losses = [session.step(on_cpu.batches[n % 2])["loss"] for n in range(6)]
         states = session.states
     fake = FakeCuda(monkeypatch)
-    monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
+    monkeypatch.setattr(open_step, "device_of", lambda providers: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     case = graph_case(name, preset=preset, lr=0.01, target="cuda")
     with case.open() as session:
@@ -187,7 +187,7 @@ def test_fitting_copies_each_batch_once(
             losses[depth] = [row["loss"] for row in rows]
             whole = [n for n in cuda.uploads if n > 64]
             assert len(whole) == 12 * sum(array[:size].nbytes > 64 for array in arrays.values())
-            assert not {*arrays} & {name for name in cuda.bound if name not in session._engine._batch}
+            assert not {*arrays} & {name for name in cuda.bound if name not in session._open.engine._batch}
     assert losses[0] == losses[1] == losses[3]
 
 
@@ -202,7 +202,7 @@ def test_wrong_ids_are_found_before_anything_runs(
         ids = case.batches[0][check.ids].copy()
         ids.flat[-1] = check.vocab_size
         monkeypatch.setattr(stepper.Stepper, "step", None)
-        monkeypatch.setattr(session._evaluation(), "_session", None)
+        monkeypatch.setattr(session._open.evaluator, "_session", None)
         for call in (session.step, lambda batch: session.evaluate([batch])):
             with pytest.raises(UserError) as error:
                 call({**case.batches[0], check.ids: ids})
@@ -221,7 +221,7 @@ def test_ids_that_the_graph_computes_are_looked_at_in_evaluation(
     with case.open() as session:
         loss = session.evaluate(case.batches[:1])
         assert loss == pytest.approx(case.loss, rel=1e-5)
-        computed = session._evaluation()._computed
+        computed = session._open.evaluator._computed
         assert computed
         assert len(seen) == len(computed)
         assert all(largest < session._plan.step.id_checks[0].vocab_size for largest in seen)
@@ -251,7 +251,7 @@ def test_a_checkpoint_goes_on_on_either_device(
             session.step(batch)
         states = bits(session)
     fake = FakeCuda(monkeypatch)
-    monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
+    monkeypatch.setattr(open_step, "device_of", lambda providers: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     with TrainingSession.resume(tmp_path / "run.ckpt", threads=1) as session:
         for batch in batches[3:]:
@@ -311,10 +311,10 @@ class TestGraphs:
             states = bits(session)
         assert graphs == []
         with case.open(cuda_graph=True) as session:
-            assert isinstance(session._engine, DeviceEngine)
+            assert isinstance(session._open.engine, DeviceEngine)
             assert [session.step(batch)["loss"] for batch in batches] == losses
             assert bits(session) == states
-            writing = {r.stage.name for r in session._engine.runners if r.stage.writes}
+            writing = {r.stage.name for r in session._open.engine.runners if r.stage.writes}
             assert writing
             assert writing <= {*session.cuda_graph_problems}
             assert all("writes" in session.cuda_graph_problems[name] for name in writing)
@@ -356,7 +356,7 @@ def test_bodies_are_those_of_the_device(
     def adding(session: TrainingSession) -> set[str]:
         return {
             f"{node.op_type}"
-            for runner in session._engine.runners
+            for runner in session._open.engine.runners
             if not runner.stage.one_thread
             for function in runner.stage.model.functions
             for node in function.node
@@ -367,7 +367,7 @@ def test_bodies_are_those_of_the_device(
     with case.open() as session:
         assert "ScatterND" not in adding(session), "it loses sums on the CPU with several threads"
     fake = FakeCuda(monkeypatch)
-    monkeypatch.setattr(open_model, "device_of", lambda providers: fake.device)
+    monkeypatch.setattr(open_step, "device_of", lambda providers: fake.device)
     monkeypatch.setattr(cuda_graphs, "on_host", lambda info: False)
     plain = graph_case("torchjoint_in__nplm")
     with caplog.at_level(logging.WARNING), plain.open() as session:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def runner_of(session: TrainingSession, slot: Slot):
-    return next(runner for runner in session._engine.runners if runner.stage.slot == slot)
+    return next(runner for runner in session._open.engine.runners if runner.stage.slot == slot)
 
 
 def test_tables_and_counts_are_updated_where_they_lie(
@@ -70,7 +70,7 @@ def test_bindings_are_few_however_long_the_run(
     for batch in toy.batches(30):
         session.step(batch)
     # Two states of the swapped buffers, times two for the root, which is swapped at refreshes only.
-    assert max(len(runner.bindings) for runner in session._engine.runners) <= 4
+    assert max(len(runner.bindings) for runner in session._open.engine.runners) <= 4
 
 
 def test_outputs_are_bound_anew_only_for_other_shapes(
@@ -101,7 +101,7 @@ def test_outputs_are_bound_anew_only_for_other_shapes(
     session.step(batches[0])
     monkeypatch.undo()
     for batch in (*batches, small, batches[0]):  # another session, which binds all anew, is at the same bits
-        for runner in other._engine.runners:
+        for runner in other._open.engine.runners:
             runner.keeps = False
         other.step(batch)
     assert {key: array.tobytes() for key, array in session.states.items()} == {
@@ -113,7 +113,7 @@ def test_outputs_whose_shape_depends_on_values_are_not_kept(graph_case: Callable
     case = graph_case("ortart_legcore__twotower", preset="adagrad")
     session, other = case.open(), case.open()
     assert runner_of(session, Slot.GRADIENTS).keeps
-    other._engine.runners[0].keeps = False
+    other._open.engine.runners[0].keeps = False
     first = case.batches[0]
     same = {key: array * 0 if array.dtype.kind == "i" else array for key, array in first.items()}
     for batch in (first, first, first, same, first, same, same):  # as many merged rows as distinct ids
@@ -159,14 +159,14 @@ def test_a_step_that_is_interrupted_is_undone(
         session.step(batch)
         plain.step(batch)
     before = {name: array.tobytes() for name, array in session.states.items()}
-    run = session._engine.run
+    run = session._open.engine.run
 
     def interrupted(runner: object, batch: object) -> bool:
         if runner.stage.slot == Slot.PRECONDITION:  # type: ignore[attr-defined]
             raise error
         return run(runner, batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(session._engine, "run", interrupted)
+    monkeypatch.setattr(session._open.engine, "run", interrupted)
     with pytest.raises(type(error)):
         session.step(batches[2])
     monkeypatch.undo()
@@ -183,7 +183,7 @@ def test_a_batch_the_graph_cannot_run_is_a_sentence(
     def fails(*_: object) -> bool:
         raise StageError("sizes 3 and 4 do not go together")
 
-    monkeypatch.setattr(session._engine, "run", fails)
+    monkeypatch.setattr(session._open.engine, "run", fails)
     with pytest.raises(UserError) as error:
         session.step({"ids": np.array([1]), "y": np.zeros(1, np.float32)})
     assert str(error.value) == (

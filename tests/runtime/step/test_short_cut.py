@@ -38,11 +38,11 @@ class Taken:
     """Counts how often the short cut was run, and can make a run fail."""
 
     def __init__(self, session: TrainingSession, act: Callable[[Any], None] | None = None) -> None:
-        assert session._engine.whole is not None
-        self._session: Any = session._engine.whole.session
+        assert session._open.engine.whole is not None
+        self._session: Any = session._open.engine.whole.session
         self._act = act
         self.count = 0
-        session._engine.whole.session = self  # type: ignore[assignment]
+        session._open.engine.whole.session = self  # type: ignore[assignment]
 
     def run_with_iobinding(self, binding: Any) -> None:
         self.count += 1
@@ -158,7 +158,7 @@ def test_a_fault_between_the_counts_of_two_tables(graph_case: Callable[..., Any]
     first, second = way._plan.counted
 
     def fail(run: Callable[[], None]) -> None:
-        held = session._engine.buffer(second.state).view()
+        held = session._open.engine.buffer(second.state).view()
         before = held.copy()
         run()
         assert not np.array_equal(held, before)
@@ -188,14 +188,14 @@ def test_an_interrupt_within_leaves_nothing(
         run()
         raise KeyboardInterrupt
 
-    assert session._engine.whole is not None
-    own = session._engine.whole.session
+    assert session._open.engine.whole is not None
+    own = session._open.engine.whole.session
     Taken(session, interrupt)
     before = bits(session)
     with pytest.raises(KeyboardInterrupt):
         session.step(batches[3])
     assert bits(session) == before
-    session._engine.whole.session = own
+    session._open.engine.whole.session = own
     for batch in batches[3:]:
         assert session.step(batch) == plain.step(batch)
     assert bits(session) == bits(plain)

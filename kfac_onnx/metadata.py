@@ -229,6 +229,11 @@ class Role:
     rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
     stack: tuple[int, ...] = ()
+    activations: str | None = None
+    """What the matrix multiplies, its features along axis `features`; None where several products read it."""
+    features: int = -1
+    bias: str | None = None
+    """The trained vector that is added to its products alone."""
 
 
 @dataclass(frozen=True)

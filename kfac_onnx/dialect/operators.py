@@ -300,6 +300,14 @@ _TABLE = (
         cost=lambda s: (4 * s.V * s.D * min(s.V, s.D), 24 * s.V * s.D),
     ),
     _operator(
+        "OutputRowStep",
+        "one step of an output table's rows: momentum over the root of their window",
+        "output_rows.output_row_step",
+        "W:f32[R,C] z:f32[R,C] M:f32[R,C] r:f32[R] t:i64[] lr:f32[] -> W:f32[R,C] M:f32[R,C] r:f32[R]",
+        (Attribute("beta", "float", 0.0, 1.0), Attribute("power", "float", 0.0, 1.0, open_lo=True)),
+        cost=lambda s: (9 * s.V * s.D, 24 * s.V * s.D),
+    ),
+    _operator(
         "DecayWeights",
         "shrink weights by lr times their decay",
         "optimizers.decay_weights",

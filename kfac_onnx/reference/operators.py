@@ -236,6 +236,17 @@ def orthogonalize_step(X: Array) -> tuple[Array, ...]:
     return (3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X,)
 
 
+def output_row_step(
+    W: Array, z: Array, M: Array, r: Array, t: Array, lr: Array, *, beta: float, power: float
+) -> tuple[Array, ...]:
+    """Momentum of z over the root of a widening window of its rows' mean squares; t counts from 1."""
+    fresh = float(int(t)) ** -power
+    r = (1 - fresh) * r + fresh * (z**2).mean(axis=1)
+    M = beta * M + (1 - beta) * z
+    step = M / (1 - beta ** int(t)) / (np.sqrt(r) + 1e-12)[:, None]
+    return (W - lr * step, M, r)
+
+
 def decay_weights(W: Array, lr: Array, *, decay: float) -> tuple[Array, ...]:
     """W' = W·(1 − lr·decay)."""
     return (W * (1.0 - lr * decay),)
@@ -297,6 +308,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "AllFinite": all_finite,
     "MuonDirection": muon_direction,
     "OrthogonalizeStep": orthogonalize_step,
+    "OutputRowStep": output_row_step,
     "DecayWeights": decay_weights,
     "Sgd": sgd,
     "Momentum": momentum,

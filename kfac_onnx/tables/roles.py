@@ -57,6 +57,9 @@ class _Product:
     inputs: frozenset[int]
     outputs: frozenset[int]
     stack: frozenset[int]
+    activations: ir.Value | None = None
+    features: int = -1
+    """The axis of the activations that is summed over."""
     grouped: bool = False
 
 
@@ -101,7 +104,32 @@ def _matrix(
         kind, reason = "output", f"{where} makes the logits of a softmax over {size} classes"
     elif last:
         kind, reason = "head", f"{where} is the last product before the loss, with {size} outputs"
-    return Role(name, kind, reason, rows, columns, stack)
+    alone = len(products) == 1 and first.activations is not None and len(shape) == 2
+    return Role(
+        name,
+        kind,
+        reason,
+        rows,
+        columns,
+        stack,
+        activations=str(first.activations.name) if alone and first.activations is not None else None,
+        features=first.features,
+        bias=_bias(first.node, size, facts) if alone else None,
+    )
+
+
+def _bias(product: ir.Node, size: int, facts: Facts) -> str | None:
+    """Return the trained vector [size] that is added to a product, and used for nothing else in the loss."""
+    candidates = [product.inputs[2]] if product.op_type == "Gemm" and len(product.inputs) > 2 else []
+    for node, index in product.outputs[0].uses():
+        if node.op_type == "Add" and facts.is_forward(node):
+            candidates.append(node.inputs[1 - index])
+    for value in candidates:
+        if value is None or value not in facts.trained or static_shape(value) != (size,):
+            continue
+        if sum(facts.is_forward(node) for node, _ in value.uses()) == 1:
+            return str(value.name)
+    return None
 
 
 def _what_follows(start: ir.Node, multiplying: set[ir.Node], facts: Facts) -> tuple[bool, bool]:
@@ -236,7 +264,23 @@ def _product(node: ir.Node, index: int, axes: Axes, batch: set[ir.Value]) -> _Pr
     inputs, outputs, stacked = joined
     if inputs & outputs or inputs & stacked or outputs & stacked:
         return None
-    return _Product(node, inputs, outputs, stacked, grouped)
+    activations, features = node.inputs[1 - index], -1
+    if kind in ("Gemm", "MatMul", "FusedMatMul"):
+        turned = bool(int_attribute(node, "transB" if index == 0 else "transA", 0))
+        features = -1 if (index == 1) != turned else -2
+    elif kind == "Einsum":
+        own, other = _einsum_terms(node, index)
+        summed = [other.index(own[axis]) for axis in contracted if own[axis] in other]
+        activations, features = (activations, summed[0]) if len(summed) == 1 else (None, -1)
+    else:
+        activations = None
+    return _Product(node, inputs, outputs, stacked, activations, features, grouped)
+
+
+def _einsum_terms(node: ir.Node, index: int) -> tuple[str, str]:
+    """Return the letters of one operand of an Einsum of two, and those of the other."""
+    terms = node.attributes.get_string("equation", "").replace(" ", "").partition("->")[0].split(",")
+    return terms[index], terms[1 - index]
 
 
 def _einsum_axes(node: ir.Node, index: int, rank: int) -> tuple[list[int], list[int], list[int]]:

@@ -118,6 +118,24 @@ def test_an_output_table_has_many_classes_and_a_softmax(classes: int, kind: str)
     assert roles(squares, {"w": (6, 5), "last": (5, classes)})["last"].kind == "head"
 
 
+@pytest.mark.parametrize(
+    ("body", "shape", "activations", "features", "bias"),
+    [
+        ("t = Gemm<transB = 1>(h, last, b)", (300, 5), "h", -1, "b"),
+        ("u = MatMul(h, last) t = Add(u, b)", (5, 300), "h", -1, "b"),
+        ("y = Transpose(h) u = MatMul(last, y) v = Transpose(u) t = Add(v, b)", (300, 5), "y", -2, None),
+        ('u = Einsum<equation = "nj,ij->ni">(h, last) t = Add(u, b)', (300, 5), "h", 1, "b"),
+        ("u = MatMul(h, last) c = Mul(b, b) v = Add(u, c) t = Add(v, b)", (5, 300), "h", -1, None),
+    ],
+)
+def test_what_an_output_table_multiplies_and_what_is_added(
+    body: str, shape: tuple[int, int], activations: str, features: int, bias: str | None
+) -> None:
+    text = f"h = MatMul(x, w) {body} s = LogSoftmax(t) loss = ReduceMean<keepdims = 0>(s)"
+    role = roles(text, {"w": (6, 5), "last": shape, "b": (300,)})["last"]
+    assert (role.kind, role.activations, role.features, role.bias) == ("output", activations, features, bias)
+
+
 def test_what_multiplies_no_activations() -> None:
     body = "y = Add(x, p) h = MatMul(y, w) q = Mul(u, u) s = ReduceSum<keepdims = 0>(q) t = Add(h, s) " + (
         "loss = ReduceMean<keepdims = 0>(t)"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
-from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
+from kfac_onnx.options import function_with
+from kfac_onnx.passes.standard import PLAIN, TransformOptions
 from kfac_onnx.reports.why import Verdicts, why
 
 if TYPE_CHECKING:
@@ -21,24 +22,20 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from kfac_onnx.pipeline.log import Log
-
     Source = str | Path | ir.Model | onnx.ModelProto
 
 __all__ = [
     "PLAIN",
     "Report",
+    "TransformOptions",
     "Verdicts",
     "collector_paused",
-    "pipeline_text",
     "save",
     "scan",
     "transform",
+    "transform_as",
     "why",
 ]
-
-PLAIN = ("plain-sgd", "plain-momentum", "plain-adam", "plain-adagrad")
-"""Presets that train the tables with an ordinary optimizer, for comparison."""
 
 
 @dataclass(frozen=True)
@@ -142,152 +139,34 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
     )
 
 
-def pipeline_text(
-    *,
-    preset: str = "half",
-    lr: float | None = None,
-    rest: str = "adam",
-    rest_lr: float | None = None,
-    shape: str = "rows",
-    target: str = "cpu",
-    deterministic: bool = False,
-    grad_scale: float | None = None,
-    allow_fallback: tuple[str, ...] = (),
-    padding_idx: Mapping[str, int] | None = None,
-    **options: float | int | str | None,
-) -> str:
-    """Return the textual pipeline that `transform` runs for these settings.
-
-    `options` are those of `insert-embedding-kfac`: damping, decay_a, decay_g, refresh_every, g_rows,
-    g_every, uses, tied.
-
-    Raises UserError for an unknown preset or optimizer, or a setting out of range.
-    """
-    from kfac_onnx.passes.find_embeddings import FindEmbeddings
-    from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
-    from kfac_onnx.passes.insert_optimizer import InsertOptimizer
-    from kfac_onnx.pipeline.registry import pass_class
-
-    known = (*PRESETS, *PLAIN)
-    if preset not in known:
-        raise UserError(
-            f"unknown preset '{preset}'{did_you_mean(preset, known)}",
-            help="the presets are: " + ", ".join(known),
-        )
-    methods = ("sgd", "momentum", "adam", "adagrad")
-    if rest not in methods:
-        raise UserError(
-            f"unknown optimizer '{rest}'{did_you_mean(rest, methods)}",
-            help="the optimizers are: " + ", ".join(methods),
-        )
-    padding = tuple(f"{name}={row}" for name, row in (padding_idx or {}).items())
-    steps = [str(FindEmbeddings(padding=padding))]
-    others: dict[str, Any] = {} if rest_lr is None else {"lr": rest_lr}
-    if preset in PLAIN:
-        for name in (name for name, value in options.items() if value is not None):
-            raise UserError(
-                f"preset '{preset}' has no K-FAC block, so {name} cannot be set",
-                help="the presets with a block are: " + ", ".join(PRESETS),
-            )
-        rates: dict[str, Any] = {} if lr is None else {"lr": lr}
-        method: Any = preset.removeprefix("plain-")
-        steps.append(str(InsertOptimizer(method=method, parameters="tables", **rates)))
-    else:
-        steps.append(
-            str(
-                InsertEmbeddingKfac(
-                    preset=preset,  # pyright: ignore[reportArgumentType]  checked above
-                    lr=lr,
-                    grad_scale=grad_scale,
-                    shape=shape,  # pyright: ignore[reportArgumentType]  checked by the option
-                    allow_fallback=allow_fallback,
-                    **options,  # pyright: ignore[reportArgumentType]  checked by the options
-                )
-            )
-        )
-    if shape == "rows":
-        chosen: Any = rest
-        steps.append(str(InsertOptimizer(method=chosen, **others)))
-    steps += ["close-step", "dce"]
-    steps.append(str(pass_class("lower")(target=target, deterministic=deterministic)))  # pyright: ignore[reportCallIssue]
-    return ",".join(steps)
-
-
 @blames_the_graph
-def transform(
-    source: Source,
-    *,
-    preset: str = "half",
-    lr: float | None = None,
-    rest: str = "adam",
-    rest_lr: float | None = None,
-    shape: str = "rows",
-    target: str = "cpu",
-    deterministic: bool = False,
-    pipeline: str | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    loss: str | None = None,
-    gradients: Mapping[str, str] | None = None,
-    grad_scale: float | None = None,
-    allow_fallback: tuple[str, ...] = (),
-    padding_idx: Mapping[str, int] | None = None,
-    initialize: bool = False,
-    log: Log | None = None,
-    **options: float | int | str | None,
-) -> ir.Model:
+def transform_as(source: Source, options: TransformOptions) -> ir.Model:
+    """Return a training graph as one model that is a whole training step, as `transform`."""
+    from kfac_onnx.pipeline.pipeline import parse_pipeline
+
+    passes = parse_pipeline(options.text)
+    dense = any(getattr(item, "shape", None) == "dense" for item in passes.passes)
+    with collector_paused():
+        model = _canonical(source, options.loss, options.gradients, keep_optimizer=dense)
+        _refuse_transformed(model, source)
+        first: Mapping[str, Any] = _first_values(source) if options.initialize else {}
+        if first or options.parameters:
+            _give_values(model, {**first, **(options.parameters or {})})
+        passes.run(model, log=options.log)
+    return model
+
+
+@function_with(TransformOptions)
+def transform(source: Source, options: TransformOptions) -> ir.Model:
     """Return a training graph as one model that is a whole preconditioned training step.
 
-    Args:
-        source: a file, or a model already read (which is not changed).
-        preset: `half`, `r1.7`, `adagrad`, `adaptive`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
-            `plain-adagrad` for the tables too.
-        lr: learning rate of the tables; the preset's own if None.
-        rest: optimizer of the other parameters: sgd, momentum, adam or adagrad.
-        rest_lr: learning rate of the other parameters.
-        shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
-        target: `cpu` or `cuda`: where the written model runs unaided.
-        deterministic: target cuda: sum rows in one order, so that every run gives the same bits.
-        pipeline: a textual pipeline that replaces all of the above.
-        parameters: values to store in the model: of parameters, and of constants, which leave the batch.
-        loss: as for `scan`.
-        gradients: as for `scan`.
-        grad_scale: r1.7: the number of examples that a mean loss divides by.
-        allow_fallback: refused tables that the ordinary optimizer may train.
-        padding_idx: table to the row that is padding, where the exporter lost it: not counted, not updated.
-        initialize: start from what the file's own initialization (`training_info`) gives, instead of the
-            values that are stored; `parameters` come on top of it.
-        log: receives what the passes say.
-        **options: further options of the pass `insert-embedding-kfac`.
+    `source` is a file, or a model already read (which is not changed).
 
     Raises:
         UserError: the graph has no gradients or no table, a table is refused, or a setting is wrong.
 
     """
-    from kfac_onnx.pipeline.pipeline import parse_pipeline
-
-    text = pipeline or pipeline_text(
-        preset=preset,
-        lr=lr,
-        rest=rest,
-        rest_lr=rest_lr,
-        shape=shape,
-        target=target,
-        deterministic=deterministic,
-        grad_scale=grad_scale,
-        allow_fallback=allow_fallback,
-        padding_idx=padding_idx,
-        **options,
-    )
-    passes = parse_pipeline(text)
-    dense = any(getattr(item, "shape", None) == "dense" for item in passes.passes)
-    with collector_paused():
-        model = _canonical(source, loss, gradients, keep_optimizer=dense)
-        _refuse_transformed(model, source)
-        first: Mapping[str, Any] = _first_values(source) if initialize else {}
-        if first or parameters:
-            _give_values(model, {**first, **(parameters or {})})
-        passes.run(model, log=log)
-    return model
+    return transform_as(source, options)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 import click
 
 from kfac_onnx.errors import UserError
+from kfac_onnx.passes.standard import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -115,12 +116,7 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
     )(function)
 
 
-_PASS_OPTIONS: Final = (
-    "damping", "decay_a", "decay_g", "refresh_every", "g_rows", "g_every", "uses", "tied",
-)  # fmt: skip
-"""Options of the pass `insert-embedding-kfac` that `transform` and `train` offer by the same names."""
-
-BLOCK_OPTIONS: Final = (*_PASS_OPTIONS, "padding_idx")
+BLOCK_OPTIONS: Final = (*BLOCK, "padding_idx")
 """What `block_options` adds."""
 
 _BLOCK: Final = "kfac_onnx.block"
@@ -140,7 +136,7 @@ def block_options(function: Callable[P, R]) -> Callable[P, R]:
         help="A row that is padding, where the exporter lost it; may be given several times.",
     )(function)
     options = {option.field: option for option in options_of(InsertEmbeddingKfac)}
-    for option in (options[name] for name in reversed(_PASS_OPTIONS)):
+    for option in (options[name] for name in reversed(BLOCK)):
         function = click.option(
             f"--{option.name}",
             type={"int": int, "float": float}.get(option.kind, str),

@@ -31,8 +31,11 @@ from kfac_onnx.cli.output import print_json, say
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
+    from kfac_onnx.passes.standard import TransformOptions
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.feed.data import Batches
     from kfac_onnx.runtime.fitting import FitOptions, FitResult
@@ -172,10 +175,12 @@ def command(
     _check(
         export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
     )
+    from kfac_onnx.passes.standard import TransformOptions
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.fitting import FitOptions
     from kfac_onnx.runtime.saved.export import filled
     from kfac_onnx.runtime.saved.saved_run import require_source, source_hash
+    from kfac_onnx.runtime.saved.weights import read_weights
 
     options = FitOptions(
         steps=steps,
@@ -198,8 +203,18 @@ def command(
             _log.warning("%s is not read on --resume: the run goes on as it was begun", ", ".join(ignored))
         batch_size, seed, no_shuffle = _data_settings(ctx, session, batch_size, seed, no_shuffle)
     else:
-        target = target_of(providers)
-        made, values = _prepared(ctx, model, parameters, loss, gradients, preset, lr, rest, rest_lr, target)
+        settings = TransformOptions(
+            preset=preset,
+            lr=lr,
+            rest=rest,
+            rest_lr=rest_lr,
+            target=target_of(providers),
+            parameters=None if parameters is None else read_weights(parameters),
+            loss=loss,
+            gradients=gradient_pairs(gradients),
+            **block_settings(ctx),
+        )
+        made, values = _prepared(ctx, model, settings)
         session = TrainingSession(
             made,
             providers=providers,
@@ -315,40 +330,25 @@ def _check(
 
 
 def _prepared(
-    ctx: click.Context,
-    path: str,
-    parameters: str | None,
-    loss: str | None,
-    gradients: tuple[str, ...],
-    preset: str,
-    lr: float | None,
-    rest: str,
-    rest_lr: float | None,
-    target: str,
-) -> tuple[ir.Model, dict[str, Any] | None]:
+    ctx: click.Context, path: str, settings: TransformOptions
+) -> tuple[ir.Model, Mapping[str, Any] | None]:
     """Return a transformed model, and the values that it still needs.
 
     Raises UserError where an option would change a model that is already transformed.
     """
     from kfac_onnx import metadata
-    from kfac_onnx.api import transform
+    from kfac_onnx.api import transform_as
     from kfac_onnx.disk.models import load_model
-    from kfac_onnx.runtime.saved.weights import read_weights
 
     model = load_model(path)
-    values = None if parameters is None else read_weights(parameters)
     if metadata.read(model, "step", metadata.Step) is None:
-        made = transform(
-            path, preset=preset, lr=lr, rest=rest, rest_lr=rest_lr, target=target,
-            parameters=values, loss=loss, gradients=gradient_pairs(gradients), **block_settings(ctx),
-        )  # fmt: skip
-        return made, None
+        return transform_as(path, settings), None
     for option in given_options(ctx, ("preset", "rest", "loss", "gradients", *BLOCK_OPTIONS)):
         raise UserError(
             f"'{path}' is already transformed, so {option} cannot change it",
             help="give the original training graph",
         )
-    return model, values
+    return model, settings.parameters
 
 
 def _fixed_size(session: TrainingSession) -> int | None:

@@ -94,7 +94,7 @@ def command(
 
     The result is one ONNX file that runs on plain ONNX Runtime.
     """
-    from kfac_onnx.api import save, transform
+    from kfac_onnx.api import TransformOptions, save, transform_as
     from kfac_onnx.disk.models import refuse_overwrite
     from kfac_onnx.reports.inspect import inspect
     from kfac_onnx.runtime.saved.weights import read_weights
@@ -106,8 +106,7 @@ def command(
                 f"--pipeline says everything, so {option} cannot be given with it",
                 help="write it into the pipeline: `kfac-onnx opt --list` lists the passes and their options",
             )
-    made = transform(
-        model,
+    options = TransformOptions(
         preset=preset,
         lr=lr,
         rest=rest,
@@ -124,6 +123,7 @@ def command(
         gradients=gradient_pairs(gradients),
         **block_settings(ctx),
     )
+    made = transform_as(model, options)
     report = inspect(made)
     save(made, output)
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kfac_onnx.api import pipeline_text
+from kfac_onnx.api import TransformOptions
 from kfac_onnx.graph.verifier import problems_of
 from kfac_onnx.pipeline.log import Log
 from kfac_onnx.pipeline.pipeline import parse_pipeline
@@ -28,11 +28,11 @@ NAMES = [
     "torchjoint_in__lookup_transpose",
 ]
 PIPELINES = {
-    "half": pipeline_text(preset="half"),
-    "adaptive": pipeline_text(preset="adaptive", rest="momentum", target="cuda"),
-    "r1.7": pipeline_text(preset="r1.7", rest="sgd", grad_scale=8.0),
-    "plain-adagrad": pipeline_text(preset="plain-adagrad", rest="adagrad"),
-    "dense": pipeline_text(preset="half", shape="dense"),
+    "half": TransformOptions(preset="half").text,
+    "adaptive": TransformOptions(preset="adaptive", rest="momentum", target="cuda").text,
+    "r1.7": TransformOptions(preset="r1.7", rest="sgd", grad_scale=8.0).text,
+    "plain-adagrad": TransformOptions(preset="plain-adagrad", rest="adagrad").text,
+    "dense": TransformOptions(preset="half", shape="dense").text,
     "clipped": "find-embeddings,clip-gradients{norm=1,value=0.1},insert-embedding-kfac,close-step,dce,lower",
     "muon": "find-embeddings,classify,insert-muon,insert-optimizer{method=adamw,parameters=all},close-step,dce,lower",
 }

@@ -9,7 +9,7 @@ from corpus_cases import Case
 from small_graphs import model_of, training_graph
 
 from kfac_onnx import metadata
-from kfac_onnx.api import pipeline_text, transform
+from kfac_onnx.api import TransformOptions, transform
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.rewriter import Emitter
 from kfac_onnx.metadata import Phase, State, Step
@@ -28,7 +28,7 @@ def states(model: ir.Model) -> dict[str, State]:
 def test_default_pipeline_is_written_into_the_model() -> None:
     model = transform(NPLM.path, lr=0.02, rest_lr=0.003)
     text = model.metadata_props["kfac.pipeline"]
-    assert text == pipeline_text(lr=0.02, rest_lr=0.003)
+    assert text == TransformOptions(lr=0.02, rest_lr=0.003).text
     assert text == (
         "find-embeddings,insert-embedding-kfac{lr=0.02},insert-optimizer{lr=0.003},close-step,dce,lower"
     )

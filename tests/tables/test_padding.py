@@ -11,7 +11,7 @@ import pytest
 from corpus_cases import Case, MarkedGraph, StepReference, initial_state, marked
 
 from kfac_onnx import metadata
-from kfac_onnx.api import pipeline_text, scan, transform
+from kfac_onnx.api import TransformOptions, scan, transform
 from kfac_onnx.errors import UserError
 from kfac_onnx.metadata import State
 from kfac_onnx.reports.inspect import inspect
@@ -188,7 +188,7 @@ def test_words_and_rows_that_do_not_fit() -> None:
         ("W=1", "W=2"): "padding names two rows of 'W': 1 and 2",
     }
     for words, message in graph.items():
-        text = pipeline_text().replace(
+        text = TransformOptions().text.replace(
             "find-embeddings", "find-embeddings{padding=[" + ",".join(f'"{word}"' for word in words) + "]}"
         )
         with pytest.raises(UserError) as caught:

@@ -1,0 +1,149 @@
+"""The options of a transformation, and the pipeline that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from kfac_onnx.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kfac_onnx.pipeline.log import Log
+
+__all__ = ["BLOCK", "METHODS", "PLAIN", "TransformOptions"]
+
+METHODS: Final = ("sgd", "momentum", "adam", "adagrad")
+"""Optimizers of what is no table."""
+PLAIN: Final = tuple(f"plain-{method}" for method in METHODS)
+"""Presets that train the tables with an ordinary optimizer, for comparison."""
+BLOCK: Final = ("damping", "decay_a", "decay_g", "refresh_every", "g_rows", "g_every", "uses", "tied")
+"""Options of `insert-embedding-kfac` that have its own default where they are None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformOptions:
+    """What a training graph is transformed into.
+
+    Args:
+        preset: `half`, `r1.7`, `adagrad`, `adaptive`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
+            `plain-adagrad` for the tables too.
+        lr: learning rate of the tables; the preset's own if None.
+        rest: optimizer of the other parameters: sgd, momentum, adam or adagrad.
+        rest_lr: learning rate of the other parameters.
+        shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
+        target: `cpu` or `cuda`: where the written model runs unaided.
+        deterministic: target cuda: sum rows in one order, so that every run gives the same bits.
+        damping, decay_a, decay_g, refresh_every, g_rows, g_every, uses, tied: of the block
+            (`insert-embedding-kfac`); the preset's own if None.
+        grad_scale: r1.7: the number of examples that a mean loss divides by.
+        allow_fallback: refused tables that the ordinary optimizer may train.
+        padding_idx: table to the row that is padding, where the exporter lost it: not counted, not updated.
+        pipeline: a textual pipeline that replaces all of the above.
+        parameters: values to store in the model: of parameters, and of constants, which leave the batch.
+        initialize: start from what the file's own initialization (`training_info`) gives, instead of the
+            values that are stored; `parameters` come on top of it.
+        loss: the scalar output that is the loss, where several qualify.
+        gradients: parameter name to the output that is its gradient, where names do not tell.
+        log: receives what the passes say.
+
+    Raises:
+        UserError: an unknown preset or optimizer, or an option that the preset does not have.
+
+    """
+
+    preset: str = "half"
+    lr: float | None = None
+    rest: str = "adam"
+    rest_lr: float | None = None
+    shape: str = "rows"
+    target: str = "cpu"
+    deterministic: bool = False
+    damping: float | None = None
+    decay_a: float | None = None
+    decay_g: float | None = None
+    refresh_every: int | None = None
+    g_rows: int | None = None
+    g_every: int | None = None
+    uses: str | None = None
+    tied: str | None = None
+    grad_scale: float | None = None
+    allow_fallback: tuple[str, ...] = ()
+    padding_idx: Mapping[str, int] | None = None
+    pipeline: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    initialize: bool = False
+    loss: str | None = None
+    gradients: Mapping[str, str] | None = None
+    log: Log | None = None
+
+    def __post_init__(self) -> None:
+        from kfac_onnx.fisher.presets import PRESETS  # slow to load, and `BLOCK` is read by each verb
+
+        presets = (*PRESETS, *PLAIN)
+        if self.preset not in presets:
+            raise UserError(
+                f"unknown preset '{self.preset}'{did_you_mean(self.preset, presets)}",
+                help="the presets are: " + ", ".join(presets),
+            )
+        if self.rest not in METHODS:
+            raise UserError(
+                f"unknown optimizer '{self.rest}'{did_you_mean(self.rest, METHODS)}",
+                help="the optimizers are: " + ", ".join(METHODS),
+            )
+        for name in self._block_options() if self.preset in PLAIN else ():
+            raise UserError(
+                f"preset '{self.preset}' has no K-FAC block, so {name} cannot be set",
+                help="the presets with a block are: " + ", ".join(PRESETS),
+            )
+
+    def _block_options(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in BLOCK}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def text(self) -> str:
+        """The textual pipeline: `pipeline`, or that of the other options.
+
+        Raises UserError for a setting that is out of range.
+        """
+        if self.pipeline:
+            return self.pipeline
+        from kfac_onnx.passes.find_embeddings import FindEmbeddings
+        from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
+        from kfac_onnx.passes.insert_optimizer import InsertOptimizer
+        from kfac_onnx.passes.lower import Lower
+
+        padding = tuple(f"{name}={row}" for name, row in (self.padding_idx or {}).items())
+        passes: list[object] = [FindEmbeddings(padding=padding)]
+        if self.preset in PLAIN:
+            passes.append(
+                InsertOptimizer(
+                    method=cast("Any", self.preset.removeprefix("plain-")),  # checked above
+                    parameters="tables",
+                    **_rate(self.lr),
+                )
+            )
+        else:
+            passes.append(
+                InsertEmbeddingKfac(
+                    preset=cast("Any", self.preset),
+                    lr=self.lr,
+                    grad_scale=self.grad_scale,
+                    shape=cast("Literal['rows', 'dense']", self.shape),  # the option checks it
+                    allow_fallback=self.allow_fallback,
+                    **self._block_options(),
+                )
+            )
+        if self.shape == "rows":
+            passes.append(InsertOptimizer(method=cast("Any", self.rest), **_rate(self.rest_lr)))
+        passes += ["close-step", "dce"]
+        target = cast("Literal['cpu', 'cuda']", self.target)
+        passes.append(Lower(target=target, deterministic=self.deterministic))
+        return ",".join(map(str, passes))
+
+
+def _rate(lr: float | None) -> dict[str, Any]:
+    """Return a learning rate as an option; without one the pass has its own."""
+    return {} if lr is None else {"lr": lr}

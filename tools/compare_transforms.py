@@ -3,9 +3,9 @@
     python tools/compare_transforms.py REVISION MODEL_OR_FOLDER...
 
 Each graph is transformed by the package of this checkout and by that of REVISION (checked out for the time
-of the run), with each of `SETTINGS`. Two models are equal if they agree up to names and the order of nodes:
-the same inputs and outputs, the same states and initial values, the same computation behind each output.
-What differs is printed, one line a graph and setting; the exit code is 2 if anything does.
+of the run), with each of `SETTINGS`. Two models are equal if they agree up to names, the order of nodes, and
+Identity: the same inputs and outputs, the same states and initial values, the same computation behind each
+output. What differs is printed, one line a graph and setting; the exit code is 2 if anything does.
 """
 
 from __future__ import annotations
@@ -75,6 +75,12 @@ def fingerprint(model: Any) -> dict[str, str]:
             missing = [v for v in (*node.inputs, *inner) if v is not None and v not in known]
             if missing:
                 waiting += missing
+                continue
+            if node.op_type == "Identity" and not node.domain:  # it computes nothing
+                known[current] = known[node.inputs[0]]
+                continue
+            if node.op_type == "Constant" and "value" in node.attributes:
+                known[current] = of_tensor(node.attributes["value"].as_tensor())
                 continue
             parts = [f"{node.domain}::{node.op_type}"]
             parts += ["-" if v is None else known[v] for v in node.inputs]

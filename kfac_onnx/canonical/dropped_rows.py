@@ -15,10 +15,12 @@ the ids are the same at every step and all valid, nothing is dropped and no cond
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.emit import Emit, Names
 from kfac_onnx.graph.numbering import Numbering
@@ -29,13 +31,19 @@ from kfac_onnx.graph.values import (
     constant,
     dtype_of,
     int_attribute,
+    operators_in,
     rank_of,
 )
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["mask_dropped_rows"]
+    from kfac_onnx.pipeline.log import Log
+
+
+__all__ = ["MaskDroppedRows", "mask_dropped_rows"]
 
 
 def mask_dropped_rows(model: ir.Model) -> int:
@@ -134,3 +142,27 @@ def _is_only_row(node: ir.Node) -> bool:
 def _is_bool(value: ir.Value | None) -> bool:
     dtype = dtype_of(value)
     return dtype is not None and dtype.name == "BOOL"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MaskDroppedRows(Pass):
+    """Scatter all rows of a gradient, masked, where a graph selects the valid ones before it scatters them.
+
+    The rows that Gather, GatherND or Compress select by NonZero of a condition become
+    Where(condition, row, 0), and their ids Where(condition, id, 0). Where the condition is constant and
+    always true, the selection goes.
+    """
+
+    name: ClassVar[str] = "mask-dropped-rows"
+    keeps_meaning: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        if not operators_in(model) & {"NonZero", "Compress"}:
+            return NO_CHANGES
+        census = Census(model)
+        if count := mask_dropped_rows(model):
+            log.note(f"rows dropped before a scatter are masked: {count}")
+            log.count("scatters", count)
+        return census.changes()

@@ -6,19 +6,25 @@ parameter's first value for ever. It is replaced by an Identity or Transpose of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx import metadata
 from kfac_onnx.graph.operators import SCATTERS
 from kfac_onnx.graph.values import all_graphs, static_shape
 from kfac_onnx.metadata import Refusal
+from kfac_onnx.pipeline.base import Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["undo_repeated_vectors", "undo_stale_copies"]
+    from kfac_onnx.pipeline.log import Log
+
+__all__ = ["UndoStaleCopies", "undo_repeated_vectors", "undo_stale_copies"]
 
 
 def undo_stale_copies(model: ir.Model, parameters: Mapping[str, ir.Value]) -> tuple[list[str], list[Refusal]]:
@@ -157,3 +163,34 @@ def _compute(model: ir.Model, constant: ir.Value, nodes: Sequence[ir.Node]) -> N
         model.graph.extend(nodes)
     else:
         model.graph.insert_before(first, nodes)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class UndoStaleCopies(Pass):
+    """Compute from a trained parameter what an exporter folded into a constant copy of it.
+
+    A constant of two or more dimensions that equals a parameter becomes Identity of it, one that equals its
+    transpose becomes Transpose. One that could be of two parameters refuses both; one whose entries are all
+    equal stays, with a note.
+
+    Reads   `kfac.parameters`.
+    Writes  `kfac.refused`.
+    """
+
+    name: ClassVar[str] = "undo-stale-copies"
+    keeps_meaning: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place; a copy is three changes: a node more, a constant less, its readers."""
+        values = {str(value.name): value for value in model.graph.inputs} | dict(model.graph.initializers)
+        names = [item.name for item in metadata.read_list(model, "parameters", metadata.Parameter)]
+        notes, ambiguous = undo_stale_copies(model, {name: values[name] for name in names if name in values})
+        copies = sum("computed from it" in note for note in notes)
+        for note in notes:
+            log.note(note)
+        log.count("copies", copies)
+        if ambiguous:
+            refused = metadata.read_list(model, "refused", Refusal)
+            metadata.write(model, "refused", [*refused, *ambiguous])
+        return Changes(added=copies, removed=copies, edited=copies + len(ambiguous))

@@ -6,18 +6,24 @@ it, `OptionalHasElement` says yes, and a branch for when it is left out is never
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.emit import Names
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["require_optional_inputs"]
+    from kfac_onnx.pipeline.log import Log
+
+__all__ = ["RequireOptionalInputs", "require_optional_inputs"]
 
 
 def require_optional_inputs(model: ir.Model) -> list[str]:
@@ -96,3 +102,25 @@ def _presence(value: ir.Value | None) -> bool | None:
     if node is None or node.op_type != "Optional":
         return None
     return bool(node.inputs) and node.inputs[0] is not None
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RequireOptionalInputs(Pass):
+    """Make inputs that may be left out inputs that are always given.
+
+    An optional tensor becomes a tensor, OptionalGetElement what it reads, OptionalHasElement true. An optional
+    that the graph itself makes is what is in it.
+    """
+
+    name: ClassVar[str] = "require-optional-inputs"
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        inputs = any(_is_optional_tensor(value) for value in model.graph.inputs)
+        if not inputs and next(_optional_nodes(model), None) is None:
+            return NO_CHANGES
+        census = Census(model)
+        for note in require_optional_inputs(model):
+            log.note(note)
+        return census.changes()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from kfac_onnx.canonical.lowering.rows import scatter_nd
 from kfac_onnx.canonical.lowering.scatter import scatter_elements
 from kfac_onnx.canonical.row_sums import add_rows, joined_column
 from kfac_onnx.errors import UserError
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.emit import HALF_TYPES, Emit, Miss, Names, replace_node
 from kfac_onnx.graph.values import (
     ONNX_DOMAINS,
@@ -20,11 +22,16 @@ from kfac_onnx.graph.values import (
     is_filled,
     static_shape,
 )
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["make_scatters_race_free", "provably_unique"]
+    from kfac_onnx.pipeline.log import Log
+
+
+__all__ = ["RaceFreeScatters", "make_scatters_race_free", "provably_unique"]
 
 
 def make_scatters_race_free(model: ir.Model) -> int:
@@ -40,16 +47,21 @@ def make_scatters_race_free(model: ir.Model) -> int:
     changed = 0
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
-            if node.domain not in ONNX_DOMAINS or _reduction(node) == "none":
+            if not _races(node):
                 continue
-            if node.op_type == "ScatterND" and not provably_unique(node):
-                _replace(names, node, _as_elements(Emit(names, node, "scatter"), node))
-            elif node.op_type == "ScatterElements" and dtype_of(node.inputs[2]) in HALF_TYPES:
-                _replace(names, node, _in_float(Emit(names, node, "scatter"), node))
-            else:
-                continue
+            rewrite = _as_elements if node.op_type == "ScatterND" else _in_float
+            _replace(node, rewrite(Emit(names, node, "scatter"), node))
             changed += 1
     return changed
+
+
+def _races(node: ir.Node) -> bool:
+    """Say whether a scatter may add to one place from two threads, or has no kernel for its type."""
+    if node.domain not in ONNX_DOMAINS or _reduction(node) == "none":
+        return False
+    if node.op_type == "ScatterND":
+        return not provably_unique(node)
+    return node.op_type == "ScatterElements" and dtype_of(node.inputs[2]) in HALF_TYPES
 
 
 def _reduction(node: ir.Node) -> str:
@@ -57,7 +69,7 @@ def _reduction(node: ir.Node) -> str:
     return "none" if found is None else found.as_string()
 
 
-def _replace(_: Names, node: ir.Node, outcome: tuple[Emit, ir.Value] | Miss) -> None:
+def _replace(node: ir.Node, outcome: tuple[Emit, ir.Value] | Miss) -> None:
     if isinstance(outcome, Miss):
         raise UserError(
             f"the scatter node '{node.name}' cannot be made safe for several threads: {outcome.reason}",
@@ -109,3 +121,26 @@ def provably_unique(node: ir.Node) -> bool:
     rows = indices.reshape(-1, columns)
     wrapped = np.where(rows < 0, rows + np.array(shape[:columns]), rows)
     return len(np.unique(wrapped, axis=0)) == len(wrapped)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RaceFreeScatters(Pass):
+    """Make scatters safe to run with many threads: ScatterElements instead of a reducing ScatterND.
+
+    A ScatterND whose indices are constant and never name a place twice stays. Scatters in half precision
+    add up in float32. Where the ids of a sum into zeros join several vectors, each vector gets a scatter.
+    """
+
+    name: ClassVar[str] = "race-free-scatters"
+    keeps_meaning: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        if not any(_races(node) for graph in all_graphs(model.graph) for node in graph):
+            return NO_CHANGES
+        census = Census(model)
+        if count := make_scatters_race_free(model):
+            log.note(f"scatters made safe for several threads: {count}")
+            log.count("scatters", count)
+        return census.changes()

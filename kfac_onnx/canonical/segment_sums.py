@@ -17,10 +17,14 @@ structure that differs in anything is left as it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
 import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.canonical.row_sums import add_rows
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.emit import Emit, Names, replace_node
 from kfac_onnx.graph.values import (
     ONNX_DOMAINS,
@@ -29,11 +33,17 @@ from kfac_onnx.graph.values import (
     dtype_of,
     int_attribute,
     is_filled,
+    operators_in,
     rank_of,
     static_shape,
 )
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
-__all__ = ["raise_segment_sums"]
+if TYPE_CHECKING:
+    from kfac_onnx.pipeline.log import Log
+
+__all__ = ["RaiseSegmentSums", "raise_segment_sums"]
 
 
 def raise_segment_sums(model: ir.Model) -> int:
@@ -246,3 +256,26 @@ def _producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     while node is not None and _is(node, "Identity") and "Identity" not in op_types:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     return node if node is not None and _is(node, *op_types) else None
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RaiseSegmentSums(Pass):
+    """Make a scatter of a lowered segment sum, as tf2onnx writes it with TopK, Unique and ReduceSum.
+
+    Where the ids join several vectors, there is one scatter per vector, and their sum. What differs from that
+    structure in anything stays.
+    """
+
+    name: ClassVar[str] = "raise-segment-sums"
+    keeps_meaning: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        if not operators_in(model) & {"TopK"}:
+            return NO_CHANGES
+        census = Census(model)
+        if count := raise_segment_sums(model):
+            log.note(f"lowered segment sums made scatters: {count}")
+            log.count("scatters", count)
+        return census.changes()

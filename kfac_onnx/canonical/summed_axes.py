@@ -12,19 +12,26 @@ So y is the sum over all the first n axes, whatever the mask says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.emit import Names
 from kfac_onnx.graph.operators import ELEMENTWISE, ORDERED_VIEWS, Trait, having
-from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute, rank_of, static_shape
+from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute, operators_in, rank_of, static_shape
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["settle_summed_axes"]
+    from kfac_onnx.pipeline.log import Log
+
+
+__all__ = ["SettleSummedAxes", "settle_summed_axes"]
 
 BROADCAST: Final = having(Trait.BINARY)
 SAME_LENGTH: Final = ELEMENTWISE - BROADCAST
@@ -101,3 +108,25 @@ def _needs_all(node: ir.Node, count: int) -> bool:
         for reader, index in result.uses()
     ]
     return bool(shapes) and all(shape is not None and int(np.prod(shape)) == size for shape in shapes)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SettleSummedAxes(Pass):
+    """Make the axes of a sum constant where they are found at run time and every case gives the same numbers.
+
+    That is so where all readers reshape the sum to as many entries as the axes after the candidates have.
+    """
+
+    name: ClassVar[str] = "settle-summed-axes"
+    keeps_meaning: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        if not operators_in(model) & {"NonZero"}:
+            return NO_CHANGES
+        census = Census(model)
+        if count := settle_summed_axes(model):
+            log.note(f"sums over the batch that found their axes at run time: {count}")
+            log.count("scatters", count)
+        return census.changes()

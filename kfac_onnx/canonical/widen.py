@@ -7,18 +7,25 @@ reads the table itself. float16 needs nothing: onnxruntime inserts these casts b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import onnx_ir as ir
 
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.emit import Emit, Names, replace_node
 from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.values import all_graphs, dtype_of
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BFLOAT16_KERNELS", "widen"]
+    from kfac_onnx.pipeline.log import Log
+
+
+__all__ = ["BFLOAT16_KERNELS", "Widen", "widen"]
 
 BFLOAT16_KERNELS: Final = having(Trait.BFLOAT16)
 DOUBLE_LACKING: Final = having(Trait.NO_FLOAT64)
@@ -35,14 +42,17 @@ def _needs(node: ir.Node, types: Iterable[ir.DataType | None]) -> ir.DataType | 
     return None
 
 
+def _narrow(node: ir.Node) -> ir.DataType | None:
+    return _needs(node, [dtype_of(value) for value in (*node.inputs, *node.outputs)])
+
+
 def widen(model: ir.Model) -> list[str]:
     """Wrap nodes in casts where their type has no CPU kernel. Returns what was done, in sentences."""
     names = Names(model)
     counts: dict[ir.DataType, int] = {}
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
-            types = [dtype_of(value) for value in (*node.inputs, *node.outputs)]
-            narrow = _needs(node, types)
+            narrow = _narrow(node)
             if narrow is None:
                 continue
             _wrap(names, node, narrow)
@@ -79,3 +89,24 @@ def _in_float(emit: Emit, value: ir.Value) -> ir.Value:
     cast = emit.cast(value, ir.DataType.FLOAT)
     cast.type, cast.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
     return cast
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Widen(Pass):
+    """Compute in float32 where ONNX Runtime's CPU provider has no kernel for a node's bfloat16 or float64.
+
+    Such a node is put between casts, so that it rounds its result once. What only moves data has kernels and
+    stays, so that a lookup reads the table itself.
+    """
+
+    name: ClassVar[str] = "widen"
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        if not any(_narrow(node) for graph in all_graphs(model.graph) for node in graph):
+            return NO_CHANGES
+        census = Census(model)
+        for note in widen(model):
+            log.note(note)
+        return census.changes()

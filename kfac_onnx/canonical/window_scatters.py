@@ -17,9 +17,13 @@ A structure that differs in anything is left as it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.emit import Emit, Names, replace_node
 from kfac_onnx.graph.values import (
@@ -29,8 +33,13 @@ from kfac_onnx.graph.values import (
     rank_of,
     static_shape,
 )
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
-__all__ = ["raise_window_scatters"]
+if TYPE_CHECKING:
+    from kfac_onnx.pipeline.log import Log
+
+__all__ = ["RaiseWindowScatters", "raise_window_scatters"]
 
 
 def raise_window_scatters(model: ir.Model) -> int:
@@ -40,9 +49,15 @@ def raise_window_scatters(model: ir.Model) -> int:
     raised = 0
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
-            if node.domain in ONNX_DOMAINS and node.op_type == "ScatterND" and _raise(names, node, facts):
+            if _names_entries(node) and _raise(names, node, facts):
                 raised += 1
     return raised
+
+
+def _names_entries(node: ir.Node) -> bool:
+    if node.domain not in ONNX_DOMAINS or node.op_type != "ScatterND" or len(node.inputs) < 3:
+        return False
+    return rank_of(node.inputs[2]) == 1
 
 
 def _raise(names: Names, node: ir.Node, facts: Constants) -> bool:
@@ -171,3 +186,26 @@ def _dim(value: ir.Value | None, index: int) -> int | None:
     shape = None if value is None else value.shape
     dim = None if shape is None or len(shape) == 0 else shape[index]
     return dim if isinstance(dim, int) else None
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RaiseWindowScatters(Pass):
+    """Make a scatter of rows of one that names every entry of whole rows or columns.
+
+    A window over all axes but one becomes a row of the table with that axis first, between two Transposes.
+    What differs from that structure in anything stays.
+    """
+
+    name: ClassVar[str] = "raise-window-scatters"
+    keeps_meaning: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        if not any(_names_entries(node) for graph in all_graphs(model.graph) for node in graph):
+            return NO_CHANGES
+        census = Census(model)
+        if count := raise_window_scatters(model):
+            log.note(f"scatters of every entry made scatters of rows: {count}")
+            log.count("scatters", count)
+        return census.changes()

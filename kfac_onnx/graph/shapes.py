@@ -13,13 +13,14 @@ from kfac_onnx.graph.inference import inferred
 from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.values import REMEMBERED, all_graphs, bodies_of, dtype_of
 
-__all__ = ["infer_missing_shapes", "infer_shapes"]
+__all__ = ["infer_shapes", "lacks_shapes"]
 
 LOG: Final = logging.getLogger(__name__)
 
 SEQUENCES: Final = having(Trait.SEQUENCE)
 """Operators whose result is a sequence of tensors."""
 
+TRAINING: Final = "ai.onnx.preview.training"
 LARGE: Final = 1000
 """Bytes above which only the shape of an initializer is given to ONNX's inference."""
 
@@ -28,14 +29,14 @@ def infer_shapes(model: ir.Model) -> None:
     """Fill in missing shapes and types; a graph that ONNX cannot infer stays as it is.
 
     A file cannot say a type without a shape or a shape without a type: of such values `dtype_of` keeps the
-    type, and what it finds for the others is filled in.
+    type, and what it finds for the others is filled in. Of a `Gradient` node ONNX tells nothing: its results
+    are as the inputs that they are derivatives with respect to.
     """
-    try:
-        found = inferred(_without_large_tensors(model))
-    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:  # ONNX gives it up
-        LOG.debug("shapes are not inferred: %s", first_line(error))
-    else:
-        _merge(model.graph, found.graph)
+    _infer(model)
+    if TRAINING in model.opset_imports:
+        told = [_declare_gradients(node) for node in model.graph]
+        if any(told):
+            _infer(model)
     for graph in all_graphs(model.graph):
         for node in graph:
             for value in node.outputs:
@@ -51,15 +52,34 @@ def infer_shapes(model: ir.Model) -> None:
                     value.type = ir.TensorType(dtype)
 
 
-def infer_missing_shapes(model: ir.Model) -> None:
-    """Infer shapes if any value lacks its own: for a graph that was edited since they were inferred."""
-    if any(
+def _infer(model: ir.Model) -> None:
+    try:
+        found = inferred(_without_large_tensors(model))
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:  # ONNX gives it up
+        LOG.debug("shapes are not inferred: %s", first_line(error))
+    else:
+        _merge(model.graph, found.graph)
+
+
+def _declare_gradients(node: ir.Node) -> bool:
+    """Declare the results of a Gradient node; say whether any was not."""
+    if node.domain != TRAINING or node.op_type != "Gradient":
+        return False
+    told = False
+    for source, result in zip(node.inputs, node.outputs, strict=False):
+        if source is not None and source.shape is not None and result.shape is None:
+            result.type, result.shape, told = source.type, source.shape, True
+    return told
+
+
+def lacks_shapes(model: ir.Model) -> bool:
+    """Say whether any value that a node makes lacks its shape or its type."""
+    return any(
         value.shape is None or value.dtype is None
         for graph in all_graphs(model.graph)
         for node in graph
         for value in node.outputs
-    ):
-        infer_shapes(model)
+    )
 
 
 def _without_large_tensors(model: ir.Model) -> onnx.ModelProto:

@@ -25,6 +25,7 @@ __all__ = [
     "is_filled",
     "is_float",
     "label",
+    "operators_in",
     "rank_of",
     "static_shape",
     "unchanged",
@@ -212,6 +213,11 @@ def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
             if node.op_type in BODIES or node.domain not in ONNX_DOMAINS:
                 found.extend(bodies_of(node))
     yield from found
+
+
+def operators_in(model: ir.Model) -> set[str]:
+    """Return the operators of all nodes of a model, also of those in nested graphs, without their domains."""
+    return {node.op_type for graph in all_graphs(model.graph) for node in graph}
 
 
 def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:

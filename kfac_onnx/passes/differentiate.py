@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -60,17 +61,24 @@ class Differentiate(Pass):
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place; every node, input, output and metadata entry is one change."""
-        from kfac_onnx.readers.read import make_canonical
+        from kfac_onnx.canonical.pipelines import KERNELS, PLAIN, PREPARE, STANDARD
+        from kfac_onnx.graph.validity import require_tensors
+        from kfac_onnx.pipeline.pipeline import parse_pipeline
+        from kfac_onnx.readers.reading import READING_KEY
 
-        before = _Census(model)
+        before = Census(model)
         place = None
-        notes = make_canonical(model, place)
+        log.stale = True
+        parse_pipeline(PLAIN).run(model, verify=False, log=log, key=READING_KEY)
+        require_tensors(model, place)
+        parse_pipeline(f"{PREPARE},{STANDARD}").run(model, verify=False, log=log, key=READING_KEY)
+        notes = log.notes
         _refuse_gradients(model)
         loss = self._loss(model, place)
         weights, constants, copied = _weights(model, self.train, self.freeze, place)
         notes += copied
         gradients = _append(model, loss, weights, place)
-        notes += _with_kernels(model)
+        parse_pipeline(KERNELS).run(model, verify=False, log=log, key=READING_KEY)
         notes += _inference_notes(model)
         _describe(model, loss, gradients, notes)
         for name, reason in constants.items():
@@ -82,7 +90,7 @@ class Differentiate(Pass):
         for note in notes:
             log.info(note)
         log.count("trained weights", len(gradients))
-        return before.changes(model)
+        return before.changes()
 
     def _loss(self, model: ir.Model, place: str | None) -> ir.Value:
         from kfac_onnx.autodiff.losses import append_loss
@@ -166,33 +174,6 @@ def differentiate(
         raise
     Pipeline(()).run(exported.model)  # checks what the pass made
     return exported.model
-
-
-class _Census:
-    """What a model held, to count what changed: nodes, values at its border, metadata."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.nodes = {node for graph in model.graphs() for node in graph}
-        self.border = _border(model)
-        self.props = dict(model.metadata_props)
-
-    def changes(self, model: ir.Model) -> Changes:
-        """Return the changes since."""
-        nodes = {node for graph in model.graphs() for node in graph}
-        border, props = _border(model), model.metadata_props
-        return Changes(
-            added=len(nodes - self.nodes) + len(border - self.border) + len(set(props) - set(self.props)),
-            removed=len(self.nodes - nodes) + len(self.border - border),
-            edited=sum(self.props[key] != props.get(key) for key in self.props),
-        )
-
-
-def _border(model: ir.Model) -> set[tuple[str, str]]:
-    graph = model.graph
-    found = {("input", str(value.name)) for value in graph.inputs}
-    found.update(("output", str(value.name)) for value in graph.outputs)
-    found.update(("initializer", name) for name in graph.initializers)
-    return found
 
 
 def _refuse_gradients(model: ir.Model) -> None:
@@ -341,20 +322,6 @@ def _append(
         gradient.type, gradient.shape = ir.TensorType(value.dtype or ir.DataType.FLOAT), value.shape
         model.graph.outputs.append(gradient)
     return {value: found[value] for value in weights if value in found}
-
-
-def _with_kernels(model: ir.Model) -> list[str]:
-    """Tell the shapes of what was added, and give it types that onnxruntime has kernels for."""
-    from kfac_onnx.canonical.upgrade import clean_imports
-    from kfac_onnx.canonical.widen import widen
-    from kfac_onnx.graph.shapes import infer_shapes
-
-    infer_shapes(model)
-    notes = widen(model)
-    if notes:
-        infer_shapes(model)
-    clean_imports(model)
-    return notes
 
 
 def _inference_notes(model: ir.Model) -> list[str]:

@@ -30,6 +30,8 @@ class Pass(ABC):
 
     name: ClassVar[str]
     """kebab-case; how pipelines call the pass."""
+    keeps_meaning: ClassVar[bool] = False
+    """Whether the model computes the same outputs from the same inputs afterwards, up to rounding."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):

@@ -1,7 +1,8 @@
-"""What passes tell while they run: sentences for people, numbers for the report.
+"""What passes tell while they run: sentences for people, numbers for the report, notes for the model.
 
 Sentences go to the standard library's logger `kfac_onnx` (the command line shows it on stderr);
-numbers are summed per pass and appear in the pipeline's report.
+numbers are summed per pass and appear in the pipeline's report; notes are what a reader of training graphs
+writes into the model (`kfac.notes`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ LOGGER: Final = logging.getLogger("kfac_onnx")
 
 
 class Log:
-    """Receives what one run of a pipeline has to say. `statistics` belongs to the pass that runs now."""
+    """Receives what one run of a pipeline has to say.
+
+    `statistics` belongs to the pass that runs now, `notes` to all passes. `stale` says that a pass changed
+    the model since shapes were inferred by one.
+    """
 
     def __init__(self, logger: logging.Logger = LOGGER) -> None:
         self._logger = logger
         self.statistics: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self.stale = True
 
     def debug(self, sentence: str) -> None:
         """Say something that only somebody who follows a pass step by step wants to read."""
@@ -33,6 +40,10 @@ class Log:
     def warning(self, sentence: str) -> None:
         """Say what the user should know although it went well."""
         self._logger.warning("%s", sentence)
+
+    def note(self, sentence: str) -> None:
+        """Say what whoever looks at the model later should know: reading a file writes it to `kfac.notes`."""
+        self.notes.append(sentence)
 
     def count(self, what: str, number: int = 1) -> None:
         """Add to a statistic of the running pass, such as `tables` or `lookups claimed`."""

@@ -18,9 +18,23 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-__all__ = ["PassReport", "Pipeline", "Report", "parse_pipeline"]
+__all__ = ["PIPELINE_KEY", "PassReport", "Pipeline", "Report", "Trace", "parse_pipeline"]
 
-METADATA_KEY = "kfac.pipeline"
+PIPELINE_KEY = "kfac.pipeline"
+"""Metadata entry with the passes that made a training step: what can be run again on what was read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What is checked and shown between the passes of a pipeline.
+
+    `verify` checks the model after each pass, `print_after_change` logs its text after each pass that changed
+    it, `timing` logs each pass's seconds and counts.
+    """
+
+    verify: bool = False
+    print_after_change: bool = False
+    timing: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,12 +95,14 @@ class Pipeline:
         print_after_change: bool = False,
         timing: bool = False,
         log: Log | None = None,
+        key: str | None = PIPELINE_KEY,
     ) -> Report:
         """Run the passes over `model`, in place, and record the pipeline's text in its metadata.
 
         With `verify` the model is checked before the first pass and after each. `print_after_change`
         logs the model's text after each pass that changed it, `timing` each pass's seconds and
-        counts; both through `log` at level info.
+        counts; both through `log` at level info (else the seconds at level debug). The text is appended to
+        the metadata entry `key`; with None it is not recorded.
 
         Raises VerifyError, naming the pass, when a pass leaves a broken model; UserError of a pass
         gets the line `in: find-embeddings, pass 1 of 3`.
@@ -106,17 +122,17 @@ class Pipeline:
                 raise
             seconds = time.perf_counter() - start
             reports.append(PassReport(str(item), changes, seconds, dict(log.statistics)))
-            if timing:
-                log.info(_timing_line(reports[-1]))
+            (log.info if timing else log.debug)(_timing_line(reports[-1]))
             if print_after_change and changes:
                 from kfac_onnx.graph.printer import model_text
 
                 log.info(f"after {where}:\n{model_text(model)}")
             if verify:
                 _verify(model, f"after {where}")
-        before = model.metadata_props.get(METADATA_KEY)
-        if self.passes:
-            model.metadata_props[METADATA_KEY] = f"{before},{self}" if before else str(self)
+            log.stale = log.stale or bool(changes)
+        if self.passes and key is not None:
+            before = model.metadata_props.get(key)
+            model.metadata_props[key] = f"{before},{self}" if before else str(self)
         return Report(tuple(reports))
 
 

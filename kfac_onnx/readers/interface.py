@@ -16,11 +16,7 @@ import onnx_ir as ir
 from kfac_onnx.graph.emit import Miss
 from kfac_onnx.graph.values import is_float
 from kfac_onnx.readers.load import Exported
-from kfac_onnx.readers.row_gradients import (
-    following_row_gradients,
-    named_row_gradients,
-    scatter_row_gradients,
-)
+from kfac_onnx.readers.row_gradients import following_row_gradients, named_row_gradients
 
 if TYPE_CHECKING:
     from kfac_onnx.metadata import HostUpdate, OptimizerState, RowGradient
@@ -47,7 +43,7 @@ class Interface:
     boundary: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
     by_position: bool = False
     rows: tuple[RowGradient, ...] = ()
-    """Gradients that the graph gave as rows and ids; `gradients` names their scatter."""
+    """Gradients that the graph gives as rows and ids; `gradients` does not name them."""
     notes: tuple[str, ...] = ()
     loss: str | None = None
     """The loss, where the file says which value it is."""
@@ -145,7 +141,7 @@ def ort_module(exported: Exported) -> Interface | Miss:
     named = named_gradients(exported)
     if isinstance(named, Miss):
         return named
-    return Interface("ort-module", named.gradients, named.orphans, boundary=boundary)
+    return Interface("ort-module", named.gradients, named.orphans, boundary=boundary, rows=named.rows)
 
 
 def named_gradients(exported: Exported) -> Interface | Miss:
@@ -162,15 +158,13 @@ def named_gradients(exported: Exported) -> Interface | Miss:
     for item in following:
         del gradients[item.parameter]
     pairs = following + [item for item in named_row_gradients(model) if item.parameter not in gradients]
-    rows = tuple(scatter_row_gradients(model, pairs))
-    gradients.update((item.parameter, item.gradient) for item in rows)
-    if not gradients:
+    if not gradients and not pairs:
         return Miss("none of its outputs is named <parameter>_grad after one of its parameters")
     if any(node.domain == "com.microsoft" and node.op_type.endswith("Grad") for node in model.graph):
         frontend = "ort-gradient-graph"
     else:
         frontend = "torch-joint" if model.producer_name == "pytorch" else "named-gradients"
-    return Interface(frontend, gradients, orphans, rows=rows)
+    return Interface(frontend, gradients, orphans, rows=tuple(pairs))
 
 
 def positional(exported: Exported) -> Interface | Miss:

@@ -7,47 +7,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kfac_onnx import metadata
-from kfac_onnx.canonical.dropped_rows import mask_dropped_rows
-from kfac_onnx.canonical.fixed_bounds import fix_bounds
-from kfac_onnx.canonical.folded_copies import undo_stale_copies
-from kfac_onnx.canonical.loops import open_loops
-from kfac_onnx.canonical.lowering import lower_training_operators
-from kfac_onnx.canonical.mending import mend
-from kfac_onnx.canonical.optional_inputs import require_optional_inputs
-from kfac_onnx.canonical.race_free_scatters import make_scatters_race_free
-from kfac_onnx.canonical.segment_sums import raise_segment_sums
-from kfac_onnx.canonical.sequences import split_without_sequences
-from kfac_onnx.canonical.summed_axes import settle_summed_axes
-from kfac_onnx.canonical.upgrade import clean_imports, flatten, upgrade
-from kfac_onnx.canonical.widen import widen
-from kfac_onnx.canonical.window_scatters import raise_window_scatters
+from kfac_onnx.autodiff.gradient_nodes import hold_losses
+from kfac_onnx.canonical.pipelines import FINISH, PLAIN, PREPARE, STANDARD
+from kfac_onnx.canonical.row_gradients import ScatterRowGradients
 from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.graph.invalid import blames_the_graph
-from kfac_onnx.graph.lifting import lift_constants
-from kfac_onnx.graph.shapes import infer_missing_shapes, infer_shapes
 from kfac_onnx.graph.validity import require_consistent, require_tensors
 from kfac_onnx.graph.values import dtype_of, is_float, rank_of, static_shape
-from kfac_onnx.readers.gradient_nodes import expand_gradients
+from kfac_onnx.pipeline.registry import pass_class
 from kfac_onnx.readers.interface import READERS, Interface
 from kfac_onnx.readers.load import Exported, load
 from kfac_onnx.readers.loss import choose_loss, find_reduction, loss_candidates
 from kfac_onnx.readers.optimizer_inside import calibrate, optimizer_inside, scaled
 from kfac_onnx.readers.pairing import Pairing, find_value, pair, parameter_of
-from kfac_onnx.readers.row_gradients import chosen_row_gradients, scatter_row_gradients
+from kfac_onnx.readers.reading import Reading
+from kfac_onnx.readers.row_gradients import chosen_row_gradients
 from kfac_onnx.readers.training_info import with_algorithm
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import onnx
 
+    from kfac_onnx.pipeline.log import Log
+    from kfac_onnx.pipeline.pipeline import Trace
     from kfac_onnx.readers.training_info import Training
 
-__all__ = ["make_canonical", "read_forward_graph", "read_training_graph"]
+__all__ = ["read_forward_graph", "read_training_graph"]
 
 
 @blames_the_graph
@@ -57,6 +46,8 @@ def read_training_graph(
     loss: str | None = None,
     gradients: Mapping[str, str] | None = None,
     keep_optimizer: bool = False,
+    trace: Trace | None = None,
+    log: Log | None = None,
 ) -> ir.Model:
     """Return the canonical training graph of an exported one; `source` is left unchanged.
 
@@ -65,11 +56,14 @@ def read_training_graph(
         loss: the name of the loss, where several outputs could be it.
         gradients: parameter name -> name of its gradient, where the graph's own names do not say.
         keep_optimizer: leave an optimizer that is part of the graph where it is (for the dense shape).
+        trace: what is checked and shown between the passes that the graph goes through.
+        log: receives what the passes say.
 
     The result has opset 18 or newer, standard operators, no functions, sorted nodes, and the exporter's
     names of values. Its inputs are trained parameters (or they are initializers), constants and the batch;
     its outputs the loss, the user's other outputs, and one gradient per trained parameter. It carries
-    `kfac.frontend`, `kfac.parameters`, `kfac.loss`, `kfac.notes` and `kfac.refused`.
+    `kfac.frontend`, `kfac.parameters`, `kfac.loss`, `kfac.notes`, `kfac.refused` and `kfac.reading`, the
+    passes that it went through.
 
     Raises:
         UserError: if the file cannot be read, holds no gradients, or uses operators that cannot be lowered.
@@ -77,39 +71,36 @@ def read_training_graph(
     """
     exported, training = with_algorithm(load(source))
     model, place = exported.model, exported.place
-    flatten(model, place)
-    notes = _with_plain_parts(model)
+    reading = Reading(model, place, trace, log)
+    reading.run(PLAIN)
     require_tensors(model, place)
-    notes += [note for note in (upgrade(model, place),) if note is not None]
-    notes += mend(model)
-    _infer_shapes_and_bounds(model)
+    reading.run(PREPARE if training is None else _without_states(training, model))
     require_consistent(model, place)
     if training is not None:
-        exported, made = _with_derivatives(exported, training)
-        notes += made
+        exported = _with_derivatives(exported, training, reading)
     outputs = [str(value.name) for value in model.graph.outputs]
-    chosen = scatter_row_gradients(model, chosen_row_gradients(model, gradients or {}))
+    chosen = _scattered(reading, chosen_row_gradients(model, gradients or {}))
     if gradients is not None:
         gradients = {**gradients, **{item.parameter: item.gradient for item in chosen}}
     exported = replace(
         exported, loss=loss or exported.loss, chosen=gradients or {}, keep_optimizer=keep_optimizer
     )
     interface = _read_interface(exported, gradients)
-    notes += interface.notes
-    row_gradients = [*chosen, *interface.rows]
+    reading.log.stale = True  # a reader edits, too
+    rows = _scattered(reading, interface.rows)
+    interface.gradients.update((item.parameter, item.gradient) for item in rows)
+    reading.notes.extend(interface.notes)
+    row_gradients = [*chosen, *rows]
     if row_gradients:
-        notes.append(f"gradients given as rows and ids made tensors: {len(row_gradients)}")
-    notes += _to_standard_operators(model, place)
+        reading.notes.append(f"gradients given as rows and ids made tensors: {len(row_gradients)}")
+    reading.run(STANDARD)
 
     loss_value, pairing = _loss_and_pairs(exported, interface, loss or _own_loss(model), gradients)
-    notes += pairing.notes
+    reading.notes.extend(pairing.notes)
     updates = list(interface.updates)
-    notes += _calibrated(model, loss_value, pairing, interface, updates, place)
-    notes += _close_boundary(model, loss_value, interface)
-    copied, ambiguous = undo_stale_copies(model, pairing.parameters)
-    notes += copied
+    reading.notes.extend(_calibrated(model, loss_value, pairing, interface, updates, place))
+    reading.notes.extend(_close_boundary(model, loss_value, interface))
     _set_outputs(model, loss_value, pairing)
-    _drop_unused(model, pairing)
     reduction = find_reduction(loss_value)
     name = None if loss_value is None else loss_value.name
     metadata.write(model, "frontend", interface.frontend)
@@ -122,13 +113,17 @@ def read_training_graph(
         metadata.write(model, "updates", updates)
         metadata.write(model, "exported_outputs", outputs)
         metadata.write(model, "optimizer_states", list(interface.states))
-    metadata.write(model, "notes", notes)
-    metadata.write(model, "refused", [*pairing.refused, *ambiguous])
+    metadata.write(model, "refused", list(pairing.refused))
+    reading.run(FINISH)
+    metadata.write(model, "notes", reading.notes)
+    reading.finish()
     return model
 
 
 @blames_the_graph
-def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
+def read_forward_graph(
+    source: str | Path | ir.Model | onnx.ModelProto, *, trace: Trace | None = None, log: Log | None = None
+) -> ir.Model:
     """Return the canonical form of a graph without gradients: what `scan` can still tell about it.
 
     As `read_training_graph`, but every float initializer of one or more dimensions is listed as a
@@ -139,8 +134,11 @@ def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Mo
 
     """
     exported = load(source)
-    model, place = exported.model, exported.place
-    notes = make_canonical(model, place)
+    model = exported.model
+    reading = Reading(model, exported.place, trace, log)
+    reading.run(PLAIN)
+    require_tensors(model, exported.place)
+    reading.run(f"{PREPARE},{STANDARD}")
     found = loss_candidates(model, ())
     loss = found[0] if len(found) == 1 else None
     parameters = [
@@ -153,83 +151,51 @@ def read_forward_graph(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Mo
     metadata.write(
         model, "loss", metadata.Loss(None if loss is None else loss.name, find_reduction(loss).kind)
     )
-    metadata.write(model, "notes", notes)
+    metadata.write(model, "notes", reading.notes)
     metadata.write(model, "refused", [])
+    reading.finish()
     return model
 
 
-def make_canonical(model: ir.Model, place: str | None) -> list[str]:
-    """Bring a graph, in place, to opset 18 or newer and standard operators, sorted and without functions.
-
-    Returns what was done, in sentences.
-
-    Raises:
-        UserError: if the graph is malformed, or uses operators that cannot be lowered.
-
-    """
-    flatten(model, place)
-    notes = _with_plain_parts(model)
-    require_tensors(model, place)
-    notes += [note for note in (upgrade(model, place),) if note is not None]
-    notes += mend(model)
-    _infer_shapes_and_bounds(model)
-    return notes + _to_standard_operators(model, place)
+def _without_states(training: Training, model: ir.Model) -> str:
+    """Return `PREPARE` for a file that says which initializers are its states: they are no constants."""
+    held = model.graph.initializers
+    states = [name for name in training.updates if name in held and not is_float(held[name])]
+    fold = str(pass_class("fold-constants")(keep=tuple(states)))  # pyright: ignore[reportCallIssue]
+    return PREPARE.replace("fold-constants", fold)
 
 
-def _with_plain_parts(model: ir.Model) -> list[str]:
-    """Make weights in nodes initializers, and optional inputs inputs; return notes."""
-    lifted = lift_constants(model)
-    notes = [f"constants in nodes made initializers: {lifted}"] if lifted else []
-    return notes + require_optional_inputs(model)
+def _scattered(reading: Reading, pairs: Sequence[metadata.RowGradient]) -> list[metadata.RowGradient]:
+    """Scatter gradients that are rows and ids; return the pairs with the names of their scatters."""
+    if not pairs:
+        return []
+    model = reading.model
+    model.metadata_props.pop("kfac.row_gradients", None)
+    texts = tuple(f"{item.parameter}={item.values}:{item.indices}" for item in pairs)
+    reading.run(str(ScatterRowGradients(pairs=texts)))
+    return metadata.read_list(model, "row_gradients", metadata.RowGradient)
 
 
-def _infer_shapes_and_bounds(model: ir.Model) -> None:
-    infer_shapes(model)
-    if fix_bounds(model):
-        infer_shapes(model)
-
-
-def _with_derivatives(exported: Exported, training: Training) -> tuple[Exported, list[str]]:
+def _with_derivatives(exported: Exported, training: Training, reading: Reading) -> Exported:
     """Replace the Gradient nodes of `training_info` by what they stand for; say what the file trains with."""
-    model, place = exported.model, exported.place
     exported = replace(exported, updates=training.updates)
-    notes = [f"the file's own optimizer: {text}" for text in dict.fromkeys(training.optimizers)]
+    reading.notes.extend(f"the file's own optimizer: {text}" for text in dict.fromkeys(training.optimizers))
     if training.initialized:
-        notes.append(
+        reading.notes.append(
             f"the file's initialization of {len(training.initialized)} tensors is not run: "
             "training starts from the values that are stored (--initialize runs it)"
         )
     if training.steps == 0:
-        return exported, notes
+        return exported
     if training.steps > 1:
-        notes.append(
+        reading.notes.append(
             f"{training.steps} consecutive training steps are one: every gradient is taken at the same values"
         )
-    loss, made = expand_gradients(model, lambda: _to_standard_operators(model, place), place)
-    return replace(exported, loss=loss), [*notes, *made]
-
-
-def _to_standard_operators(model: ir.Model, place: str | None) -> list[str]:
-    """Lower, widen and make scatters safe; shapes are inferred between, since the rules look at them."""
-    split = split_without_sequences(model)
-    notes = [f"sequences of parts made tensors: {split}"] if split else []
-    notes += lower_training_operators(model, place)
-    infer_missing_shapes(model)
-    if windows := raise_window_scatters(model):
-        notes.append(f"scatters of every entry made scatters of rows: {windows}")
-    if dropped := mask_dropped_rows(model):
-        notes.append(f"rows dropped before a scatter are masked: {dropped}")
-    notes += open_loops(model)
-    notes += widen(model)
-    if settled := settle_summed_axes(model):
-        notes.append(f"sums over the batch that found their axes at run time: {settled}")
-    if sums := raise_segment_sums(model):
-        notes.append(f"lowered segment sums made scatters: {sums}")
-    if scatters := make_scatters_race_free(model):
-        notes.append(f"scatters made safe for several threads: {scatters}")
-    clean_imports(model)
-    infer_missing_shapes(model)
-    return notes
+    hold_losses(exported.model)
+    reading.run(STANDARD.replace("lower-training-operators", "lower-training-operators{keep=[Gradient]}"))
+    reading.run("expand-gradients,infer-shapes")
+    told = metadata.read(exported.model, "loss", metadata.Loss)
+    return exported if told is None else replace(exported, loss=told.value)
 
 
 def _own_loss(model: ir.Model) -> str | None:
@@ -375,17 +341,3 @@ def _set_outputs(model: ir.Model, loss: ir.Value | None, pairing: Pairing) -> No
             outputs.append(output)
     model.graph.outputs.clear()
     model.graph.outputs.extend(outputs)
-
-
-def _drop_unused(model: ir.Model, pairing: Pairing) -> None:
-    """Remove nodes and initializers that nothing reads, except trained parameters."""
-    RemoveUnusedNodesPass()(model)
-    kept = set(pairing.parameters.values())
-    for name, value in list(model.graph.initializers.items()):
-        if (
-            value not in kept
-            and not value.uses()
-            and not value.is_graph_output()
-            and not value.is_graph_input()
-        ):
-            del model.graph.initializers[name]

@@ -1,31 +1,23 @@
-"""Gradients given as rows and their ids, instead of a tensor like the parameter.
-
-TensorFlow calls such a pair IndexedSlices; exported, it is two outputs, float[N, D] and int[N]. In the
-canonical graph every parameter has one gradient, so the pair is scattered into zeros of its shape; the
-passes take the scatter apart again, and it costs nothing where the parameter is an embedding table.
-"""
+"""Gradients given as rows and their ids: which pair of outputs belongs to which parameter."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-import onnx_ir as ir
-
-from kfac_onnx.canonical.row_sums import add_rows
+from kfac_onnx.canonical.row_gradients import pair_named
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.emit import Emit, Names
 from kfac_onnx.graph.values import dtype_of, rank_of, static_shape
 from kfac_onnx.metadata import RowGradient
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
+
+    import onnx_ir as ir
 
 __all__ = [
     "chosen_row_gradients",
     "following_row_gradients",
     "named_row_gradients",
-    "scatter_row_gradients",
 ]
 
 SUFFIXES: Final = (("values", "indices"), ("rows", "ids"))
@@ -85,9 +77,7 @@ def chosen_row_gradients(model: ir.Model, gradients: Mapping[str, str]) -> list[
     for parameter, text in gradients.items():
         if text in known:
             continue
-        parts = text.split(":")
-        splits = ((":".join(parts[:at]), ":".join(parts[at:])) for at in range(1, len(parts)))
-        pair = next(((rows, ids) for rows, ids in splits if rows in known and ids in known), None)
+        pair = pair_named(text, known)
         if pair is None:
             continue
         if not _is_pair(known[pair[0]], known[pair[1]]):
@@ -108,63 +98,3 @@ def _is_pair(values: ir.Value, indices: ir.Value) -> bool:
 def _is_integer(value: ir.Value) -> bool:
     dtype = dtype_of(value)
     return dtype is not None and dtype.is_integer()
-
-
-def scatter_row_gradients(model: ir.Model, found: Sequence[RowGradient]) -> list[RowGradient]:
-    """Append the scatter of each pair as an output beside the pair; return the pairs with its name.
-
-    Raises:
-        UserError: if a parameter is unknown, or the shape of one is.
-
-    """
-    names = Names(model)
-    parameters = {str(value.name): value for value in model.graph.inputs} | dict(model.graph.initializers)
-    values = {str(value.name): value for node in model.graph for value in node.outputs}
-    values.update((str(value.name), value) for value in (*model.graph.inputs, *model.graph.outputs))
-    done: list[RowGradient] = []
-    for item in found:
-        parameter, rows, ids = parameters.get(item.parameter), values[item.values], values[item.indices]
-        shape, dtype = static_shape(parameter), dtype_of(rows)
-        if parameter is None or shape is None or dtype is None:
-            raise UserError(
-                f"the gradient of '{item.parameter}' is given as rows and their ids, "
-                "but the graph does not say the parameter's shape",
-                path=f"outputs {item.values}, {item.indices}",
-                help="export the parameter with its shape",
-            )
-        width = None if rows.shape is None else list(rows.shape)[1:]
-        if width is not None and all(isinstance(dim, int) for dim in width) and width != list(shape[1:]):
-            raise UserError(
-                f"the rows of '{item.values}' have shape {width}, but those of its parameter "
-                f"'{item.parameter}' have {list(shape[1:])}",
-                help="name the pair that is its gradient: --gradients PARAMETER=VALUES:INDICES",
-            )
-        result = _scatter(names, shape, dtype, ids, rows, item, model)
-        model.graph.outputs.append(result)
-        done.append(replace(item, gradient=str(result.name)))
-    return done
-
-
-def _scatter(
-    names: Names,
-    shape: tuple[int, ...],
-    dtype: ir.DataType,
-    ids: ir.Value,
-    rows: ir.Value,
-    item: RowGradient,
-    model: ir.Model,
-) -> ir.Value:
-    anchor = rows.producer() or ids.producer()
-    if anchor is None:
-        raise UserError(
-            f"the gradient of '{item.parameter}' is given as rows and their ids that nothing computes",
-            path=f"outputs {item.values}, {item.indices}",
-            help="export the gradients as outputs of the training graph",
-        )
-    emit = Emit(names, anchor, "row-gradient")
-    total = add_rows(emit, emit.ints(*shape), shape, ids, rows, dtype)
-    result = emit.op("Identity", total)
-    result.name = names.fresh(f"{item.parameter}{GRADIENT}")
-    result.type, result.shape = ir.TensorType(dtype), ir.Shape(shape)
-    model.graph.extend(emit.nodes)
-    return result

@@ -10,7 +10,8 @@ is exact, by structure and data flow; what fits none of them stays.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from onnx_ir.passes.common import LiftSubgraphInitializersToMainGraphPass
 
@@ -30,16 +31,22 @@ from kfac_onnx.canonical.loops.states import (
     runs_to_the_end,
 )
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.emit import Miss, Names
 from kfac_onnx.graph.operators import BODIES
 from kfac_onnx.graph.shapes import infer_shapes
-from kfac_onnx.graph.values import all_graphs, bodies_of
+from kfac_onnx.graph.values import all_graphs, bodies_of, operators_in
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["open_loops", "why_not_outside"]
+    from kfac_onnx.pipeline.log import Log
+
+
+__all__ = ["OpenLoops", "open_loops", "why_not_outside"]
 
 SWEEPS = 16
 """Bound on the sweeps over a model; each works on what the one before it has opened."""
@@ -132,3 +139,26 @@ def _open(loop: Recurrence, names: Names, constants: Constants, counts: Counter[
         counts["lookups moved before loops"] += hoisted
     loop, scatters = scatter_after(loop, names, constants)
     counts["sums of rows moved behind loops"] += scatters
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class OpenLoops(Pass):
+    """Move lookups before loops, scatters behind them, and bags out of them, where that is exact.
+
+    Branches that are always taken take the place of their If. Loops get their number of iterations, lose
+    states that do not change and shapes that they read, and sequences that they append to become stacks. What
+    an iteration computes by itself is computed outside for all iterations at once.
+    """
+
+    name: ClassVar[str] = "open-loops"
+    keeps_meaning: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place."""
+        if not operators_in(model) & {"Loop", "Scan", "If"}:
+            return NO_CHANGES
+        census = Census(model)
+        for note in open_loops(model):
+            log.note(note)
+        return census.changes()

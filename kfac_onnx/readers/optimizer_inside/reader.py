@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from kfac_onnx.autodiff.gradient_nodes import is_derivative
 from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.graph.emit import Emit, Miss, Names
 from kfac_onnx.graph.values import dtype_of, rank_of, static_shape
-from kfac_onnx.readers.gradient_nodes import is_derivative
 from kfac_onnx.readers.interface import Interface
 from kfac_onnx.readers.optimizer_inside.find_pairs import Pairs, find_pairs, scalar_losses
 from kfac_onnx.readers.optimizer_inside.find_updates import Part, Update, find_updates

@@ -8,23 +8,28 @@ input is another value than the one named, the graph between xs, zs and y is rep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx import metadata
 from kfac_onnx.autodiff import differentiate
 from kfac_onnx.autodiff.backward import captured_values
 from kfac_onnx.canonical.lowering.optimizers import TRAINING_DOMAIN
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.emit import Names
-from kfac_onnx.graph.shapes import infer_shapes
 from kfac_onnx.graph.values import dtype_of, static_shape
+from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
+from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["expand_gradients", "is_derivative"]
+    from kfac_onnx.pipeline.log import Log
+
+__all__ = ["ExpandGradients", "expand_gradients", "hold_losses", "is_derivative", "is_gradient"]
 
 TAKEN: Final = "kfac.gradient"
 """Marks a value that already bears the name of a Gradient node's output."""
@@ -42,22 +47,48 @@ class _Wanted:
     name: str
 
 
-def expand_gradients(
-    model: ir.Model, standardize: Callable[[], list[str]], place: str | None
-) -> tuple[str, list[str]]:
-    """Replace every Gradient node; return the name of the loss that they differentiate, and notes.
+@register
+@dataclass(frozen=True, kw_only=True)
+class ExpandGradients(Pass):
+    """Replace every Gradient node of ONNX's training standard by the nodes that compute the derivative.
 
-    `standardize` brings the rest of the graph into standard operators while the Gradient nodes are out.
+    The rest of the graph has standard operators already. A node that is evaluated at other values than
+    those it names gets a copy of the graph between them and the loss; an inner value among those it names
+    is independent of what it is computed from. Nodes may differentiate through each other, one loss in all.
+
+    Writes  `kfac.loss`.
+    Source  onnx.ai/onnx/operators, ai.onnx.preview.training, Gradient, version 1.
+    """
+
+    name: ClassVar[str] = "expand-gradients"
+
+    def run(self, model: ir.Model, log: Log) -> Changes:
+        """Edit `model` in place.
+
+        Raises UserError if a node names what is not there, differentiates a tensor that is no scalar, or
+        cannot be differentiated, or if the nodes differentiate different losses.
+        """
+        count = sum(is_gradient(node) for node in model.graph)
+        if not count:
+            return NO_CHANGES
+        census = Census(model)
+        loss = expand_gradients(model)
+        metadata.write(model, "loss", metadata.Loss(loss))
+        what = "1 Gradient node" if count == 1 else f"{count} Gradient nodes"
+        log.note(f"{what} of training_info replaced by derivatives of {loss}")
+        log.count("nodes", count)
+        return census.changes()
+
+
+def expand_gradients(model: ir.Model, place: str | None = None) -> str:
+    """Replace every Gradient node; return the name of the loss that they differentiate.
 
     Raises:
         UserError: if a node names what is not there, differentiates a tensor that is no scalar, or cannot
             be differentiated, or if the nodes differentiate different losses.
 
     """
-    wanted = [_take_out(model, node, place) for node in list(model.graph) if _is_gradient(node)]
-    losses = list(dict.fromkeys(item.y for item in wanted))
-    _hold(model, losses)
-    notes = standardize()
+    wanted = [_take_out(model, node, place) for node in list(model.graph) if is_gradient(node)]
     loss = _one_loss(model, wanted, place)
     pending = list(wanted)
     while pending:
@@ -71,9 +102,7 @@ def expand_gradients(
         pending = [item for item in pending if item not in ready]
     model.graph.sort()
     _rename_nodes(model)
-    infer_shapes(model)
-    count = "1 Gradient node" if len(wanted) == 1 else f"{len(wanted)} Gradient nodes"
-    return loss, [*notes, f"{count} of training_info replaced by derivatives of {loss}"]
+    return loss
 
 
 def _rename_nodes(model: ir.Model) -> None:
@@ -92,17 +121,23 @@ def is_derivative(value: ir.Value) -> bool:
     return TAKEN in value.meta
 
 
-def _is_gradient(node: ir.Node) -> bool:
+def is_gradient(node: ir.Node) -> bool:
+    """Say whether a node is the standard's Gradient."""
     return node.domain == TRAINING_DOMAIN and node.op_type == "Gradient"
 
 
-def _hold(model: ir.Model, losses: Sequence[str]) -> None:
-    """Make what is differentiated an output, so that nothing takes it for unused."""
-    for name in losses:
-        for node in model.graph:
-            for value in node.outputs:
-                if value.name == name and not value.is_graph_output():
-                    model.graph.outputs.append(value)
+def hold_losses(model: ir.Model) -> None:
+    """Make outputs of what Gradient nodes differentiate, so that nothing takes it for unused."""
+    wanted = {_loss_of(node) for node in model.graph if is_gradient(node)}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in wanted and not value.is_graph_output():
+                model.graph.outputs.append(value)
+
+
+def _loss_of(node: ir.Node) -> str:
+    found = node.attributes.get("y")
+    return "" if found is None else found.as_string()
 
 
 def _one_loss(model: ir.Model, wanted: Sequence[_Wanted], place: str | None) -> str:
@@ -162,8 +197,7 @@ def _take_out(model: ir.Model, node: ir.Node, place: str | None) -> _Wanted:
     """Remove a Gradient node; graph inputs take the place of its outputs for the time being."""
     xs = _strings(node, "xs")
     zs = _strings(node, "zs")
-    found = node.attributes.get("y")
-    y = "" if found is None else found.as_string()
+    y = _loss_of(node)
     label = node.name or next((value.name for value in node.outputs if value.name), "") or "Gradient"
     given = (*node.inputs, *[None] * (len(xs) + len(zs) - len(node.inputs)))
     if not xs or not y or len(given) != len(xs) + len(zs) or any(value is None for value in given[: len(xs)]):

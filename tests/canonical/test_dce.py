@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kfac_onnx.canonical.dce import Dce
 from kfac_onnx.graph.verifier import problems_of
-from kfac_onnx.passes.dce import Dce
 from kfac_onnx.pipeline.base import Changes
 from kfac_onnx.pipeline.log import Log
 

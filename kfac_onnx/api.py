@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+    from kfac_onnx.pipeline.log import Log
+    from kfac_onnx.pipeline.pipeline import Trace
+
     Source = str | Path | ir.Model | onnx.ModelProto
 
 __all__ = [
@@ -79,15 +82,29 @@ def _site_json(site: Site) -> dict[str, Any]:
 
 
 def _canonical(
-    source: Source, loss: str | None, gradients: Mapping[str, str] | None, *, keep_optimizer: bool = False
+    source: Source,
+    loss: str | None,
+    gradients: Mapping[str, str] | None,
+    trace: Trace | None,
+    *,
+    keep_optimizer: bool = False,
+    log: Log | None = None,
 ) -> ir.Model:
     from kfac_onnx.readers import read_training_graph
 
-    return read_training_graph(source, loss=loss, gradients=gradients, keep_optimizer=keep_optimizer)
+    return read_training_graph(
+        source, loss=loss, gradients=gradients, keep_optimizer=keep_optimizer, trace=trace, log=log
+    )
 
 
 @blames_the_graph
-def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str] | None = None) -> Report:
+def scan(
+    source: Source,
+    *,
+    loss: str | None = None,
+    gradients: Mapping[str, str] | None = None,
+    trace: Trace | None = None,
+) -> Report:
     """Return the embedding tables of a training graph and what was refused, with reasons.
 
     A graph without gradients is read too: its tables are listed with `trainable` false.
@@ -96,6 +113,7 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
         source: a file, or a model already read.
         loss: the scalar output that is the loss, where several qualify.
         gradients: parameter name to the output that is its gradient, where names do not tell.
+        trace: what is checked and shown between the passes that read the graph.
 
     Raises:
         UserError: the file is not a model, or holds something that cannot be read.
@@ -106,9 +124,9 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
     from kfac_onnx.tables.untrained import forward_tables
 
     try:
-        model = _canonical(source, loss, gradients)
+        model = _canonical(source, loss, gradients, trace)
     except NoGradientsError as e:
-        model = read_forward_graph(source)
+        model = read_forward_graph(source, trace=trace)
         reason = e.message if e.help is None else f"{e.message}: {e.help}"
         metadata.write(model, "notes", [*metadata.read_strings(model, "notes"), reason])
     trainable = model.metadata_props.get("kfac.frontend") != "forward"
@@ -142,17 +160,20 @@ def scan(source: Source, *, loss: str | None = None, gradients: Mapping[str, str
 @blames_the_graph
 def transform_as(source: Source, options: TransformOptions) -> ir.Model:
     """Return a training graph as one model that is a whole training step, as `transform`."""
-    from kfac_onnx.pipeline.pipeline import parse_pipeline
+    from kfac_onnx.pipeline.pipeline import Trace, parse_pipeline
 
     passes = parse_pipeline(options.text)
     dense = any(getattr(item, "shape", None) == "dense" for item in passes.passes)
     with collector_paused():
-        model = _canonical(source, options.loss, options.gradients, keep_optimizer=dense)
+        model = _canonical(
+            source, options.loss, options.gradients, options.trace, keep_optimizer=dense, log=options.log
+        )
         _refuse_transformed(model, source)
         first: Mapping[str, Any] = _first_values(source) if options.initialize else {}
         if first or options.parameters:
             _give_values(model, {**first, **(options.parameters or {})})
-        passes.run(model, log=options.log)
+        shown = options.trace or Trace()
+        passes.run(model, print_after_change=shown.print_after_change, timing=shown.timing, log=options.log)
     return model
 
 

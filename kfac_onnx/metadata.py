@@ -20,6 +20,7 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.draft`      | inserting passes       | what `close-step` still has to assemble       |
 | `kfac.state`      | `close-step`           | list of `State`                               |
 | `kfac.step`       | `close-step`           | `Step`                                        |
+| `kfac.reading`    | frontends              | the passes that the file went through when it was read |
 | `kfac.pipeline`   | the pass manager       | the textual pipeline that made the model      |
 
 On nodes: `kfac.pass`, `kfac.site` (the parameter) and `kfac.phase` (a `Phase`).

@@ -43,8 +43,8 @@ RANDOM: Final = frozenset(
 class FoldConstants(Pass):
     """Make constants of what small constants give, and a Split of a sequence of known parts.
 
-    Float initializers are parameters, and stay; so does what is computed from them. Values that had names
-    keep them. Where a Gradient node names an inner value, which must stay what it is, nothing is folded.
+    Float initializers may be parameters, and stay; so does what is computed from them, unless it is a whole
+    number of a single one. Values that had names keep them. Where a Gradient node names an inner value, which must stay what it is, nothing is folded.
 
     Source  onnxscript.optimizer.fold_constants.
     """
@@ -67,7 +67,7 @@ class FoldConstants(Pass):
 
         def should_fold(node: ir.Node) -> bool | None:
             stays = not node.inputs or len(node.outputs) > 1 or node.outputs[0].is_graph_output()
-            return False if stays or any(value in varying for value in node.inputs) else None
+            return False if stays or _reads(node, varying) else None
 
         try:
             fold_constants(
@@ -124,7 +124,23 @@ def _folds(node: ir.Node, varying: Collection[ir.Value]) -> bool:
     if node.op_type in ALIASES:
         return True
     inputs = [value for value in node.inputs if value is not None]
-    return bool(inputs) and all(_is_constant(value) and value not in varying for value in inputs)
+    return bool(inputs) and all(map(_is_constant, inputs)) and not _reads(node, varying)
+
+
+def _reads(node: ir.Node, varying: Collection[ir.Value]) -> bool:
+    """Say whether a node makes of varying initializers what may vary.
+
+    No gradient passes into whole numbers, so single float numbers that become such are constants: bounds.
+    """
+    whole = len(node.outputs) == 1 and _counts(dtype_of(node.outputs[0]))
+    return any(
+        value in varying and not (whole and _is_number(value)) for value in node.inputs if value is not None
+    )
+
+
+def _is_number(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.size == 1 and tensor.dtype.is_floating_point()
 
 
 def _is_constant(value: ir.Value) -> bool:

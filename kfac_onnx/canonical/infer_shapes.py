@@ -31,6 +31,7 @@ class InferShapes(Pass):
 
     name: ClassVar[str] = "infer-shapes"
     keeps_meaning: ClassVar[bool] = True
+    tells_shapes: ClassVar[bool] = True
     when: Literal["always", "changed", "missing"] = opt(
         "always",
         "changed: only if a pass changed the graph since; missing: if, besides, a value lacks its shape",
@@ -48,7 +49,6 @@ class InferShapes(Pass):
                 _declare_as_stored(value)
         infer_shapes(model)
         after = shapes_of(model)
-        log.stale = False
         edited = sum(after[value] != declared for value, declared in before.items())
         log.count("values", edited)
         return Changes(edited=edited)

@@ -109,8 +109,8 @@ def _presence(value: ir.Value | None) -> bool | None:
 class RequireOptionalInputs(Pass):
     """Make inputs that may be left out inputs that are always given.
 
-    An optional tensor becomes a tensor, OptionalGetElement what it reads, OptionalHasElement true. An optional
-    that the graph itself makes is what is in it.
+    An optional tensor becomes a tensor, OptionalGetElement what it reads, OptionalHasElement true. What the
+    graph itself makes optional is what is in it.
     """
 
     name: ClassVar[str] = "require-optional-inputs"

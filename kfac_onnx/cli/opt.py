@@ -49,7 +49,7 @@ def command(
     from kfac_onnx.graph.invalid import blames_the_graph
     from kfac_onnx.graph.printer import model_text
     from kfac_onnx.graph.verifier import require_sound
-    from kfac_onnx.pipeline.pipeline import parse_pipeline
+    from kfac_onnx.pipeline.pipeline import Trace, parse_pipeline
 
     passes = parse_pipeline(pipeline)
     if output is not None:
@@ -57,7 +57,8 @@ def command(
     if canonical:
         from kfac_onnx.readers import read_training_graph
 
-        loaded = read_training_graph(model)
+        trace = Trace(verify=not no_verify, print_after_change=print_after_change, timing=timing)
+        loaded = read_training_graph(model, trace=trace)
     else:
         loaded = load_model(model)
     if not no_verify:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kfac_onnx.device.providers import GivenProviders, Provider
+    from kfac_onnx.pipeline.pipeline import Trace
 
 __all__ = [
     "BLOCK_OPTIONS",
@@ -32,6 +33,8 @@ __all__ = [
     "provider_option",
     "reading_options",
     "target_of",
+    "trace_of",
+    "trace_options",
 ]
 
 P = ParamSpec("P")
@@ -88,6 +91,33 @@ def reading_options(function: Callable[P, R]) -> Callable[P, R]:
         "their ids; may be given several times.",
     )(function)
     return click.option("--loss", metavar="NAME", help="The graph output that is the loss.")(function)
+
+
+_TRACE: Final = "kfac_onnx.trace"
+
+
+def trace_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `--timing`, `--print-after-change` and `--verify-reading`; `trace_of` reads them."""
+    for name, text in (
+        ("--verify-reading", "Check the graph after each pass that reads it, not only at the end."),
+        ("--print-after-change", "Log the model after each pass that changed it."),
+        ("--timing", "Log seconds and counts of each pass."),
+    ):
+        add = click.option(name, is_flag=True, expose_value=False, callback=_keep_trace, help=text)
+        function = add(function)
+    return function
+
+
+def _keep_trace(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    settings: dict[str, bool] = ctx.meta.setdefault(_TRACE, {})
+    settings["verify" if parameter.name == "verify_reading" else str(parameter.name)] = value
+
+
+def trace_of(ctx: click.Context) -> Trace:
+    """Return what `trace_options` say is to be checked and shown between passes."""
+    from kfac_onnx.pipeline.pipeline import Trace
+
+    return Trace(**ctx.meta.get(_TRACE, {}))
 
 
 def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from kfac_onnx.cli.options import common, gradient_pairs, reading_options
+from kfac_onnx.cli.options import common, gradient_pairs, reading_options, trace_of, trace_options
 from kfac_onnx.cli.output import print_json, print_refusals, print_table, say
 from kfac_onnx.errors import UserError
 
@@ -23,6 +23,7 @@ BUG: Final = 3
 @click.command("scan", short_help="List the embedding tables of a training graph.")
 @click.argument("model", metavar="MODEL|FOLDER")
 @reading_options
+@trace_options
 @common
 @click.pass_context
 def command(
@@ -40,7 +41,7 @@ def command(
             raise UserError("--loss and --gradients are for one model, and this is a folder", place=model)
         _folder(ctx, model, as_json)
         return
-    report = scan(model, loss=loss, gradients=gradient_pairs(gradients))
+    report = scan(model, loss=loss, gradients=gradient_pairs(gradients), trace=trace_of(ctx))
     if as_json:
         print_json(report.to_json())
     else:

@@ -17,6 +17,8 @@ from kfac_onnx.cli.options import (
     optimizer_options,
     parameters_option,
     reading_options,
+    trace_of,
+    trace_options,
 )
 from kfac_onnx.cli.output import print_json, quantity, say
 from kfac_onnx.errors import UserError
@@ -68,6 +70,7 @@ _SETTINGS = (
 @click.option("--pipeline", metavar="TEXT", help="Run these passes instead of the preset's.")
 @parameters_option
 @reading_options
+@trace_options
 @common
 @click.pass_context
 def command(
@@ -121,6 +124,7 @@ def command(
         parameters=None if parameters is None else read_weights(parameters),
         loss=loss,
         gradients=gradient_pairs(gradients),
+        trace=trace_of(ctx),
         **block_settings(ctx),
     )
     made = transform_as(model, options)

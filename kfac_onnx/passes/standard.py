@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kfac_onnx.pipeline.log import Log
+    from kfac_onnx.pipeline.pipeline import Trace
 
 __all__ = ["BLOCK", "METHODS", "PLAIN", "TransformOptions"]
 
@@ -47,6 +48,7 @@ class TransformOptions:
         loss: the scalar output that is the loss, where several qualify.
         gradients: parameter name to the output that is its gradient, where names do not tell.
         log: receives what the passes say.
+        trace: what is checked and shown between passes; those after reading are always checked.
 
     Raises:
         UserError: an unknown preset or optimizer, or an option that the preset does not have.
@@ -77,6 +79,7 @@ class TransformOptions:
     loss: str | None = None
     gradients: Mapping[str, str] | None = None
     log: Log | None = None
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
         from kfac_onnx.fisher.presets import PRESETS  # slow to load, and `BLOCK` is read by each verb

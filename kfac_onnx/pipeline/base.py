@@ -32,6 +32,8 @@ class Pass(ABC):
     """kebab-case; how pipelines call the pass."""
     keeps_meaning: ClassVar[bool] = False
     """Whether the model computes the same outputs from the same inputs afterwards, up to rounding."""
+    tells_shapes: ClassVar[bool] = False
+    """Whether the shapes of all values are inferred when the pass has run."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):

@@ -129,7 +129,7 @@ class Pipeline:
                 log.info(f"after {where}:\n{model_text(model)}")
             if verify:
                 _verify(model, f"after {where}")
-            log.stale = log.stale or bool(changes)
+            log.stale = not item.tells_shapes and (log.stale or bool(changes))
         if self.passes and key is not None:
             before = model.metadata_props.get(key)
             model.metadata_props[key] = f"{before},{self}" if before else str(self)

@@ -20,9 +20,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 import kfac_onnx as kx
 from kfac_onnx import metadata
 from kfac_onnx.autodiff import append_gradients
+from kfac_onnx.canonical.pipelines import CANONICAL
 from kfac_onnx.metadata import Loss, Parameter
+from kfac_onnx.pipeline.pipeline import parse_pipeline
 from kfac_onnx.readers import read_training_graph
-from kfac_onnx.readers.read import make_canonical
 from kfac_onnx.runtime.gradcheck.verify import verify_gradients
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def test_gradients_equal_those_of_the_exporter(name: str) -> None:
         )
         model.graph.append(node)
         model.graph.outputs.append(output)
-    make_canonical(model, None)
+    parse_pipeline(CANONICAL).run(model)
     with np.load(GRAPHS / f"{name}.npz") as arrays:
         ours, theirs = run(model, arrays), run(exported, arrays)
     for item in parameters:

@@ -12,9 +12,10 @@ from autodiff_graphs import run_gradients
 
 from kfac_onnx.autodiff import append_gradients
 from kfac_onnx.autodiff.losses import append_loss
+from kfac_onnx.canonical.pipelines import CANONICAL
 from kfac_onnx.errors import UserError
+from kfac_onnx.pipeline.pipeline import parse_pipeline
 from kfac_onnx.readers.loss import find_reduction
-from kfac_onnx.readers.read import make_canonical
 
 TOLERANCE = 2e-6  # a float32 softmax over 5 classes and a mean of up to 30 terms
 
@@ -22,7 +23,7 @@ TOLERANCE = 2e-6  # a float32 softmax over 5 classes and a mean of up to 30 term
 def logits_model(dims: str, kind: str = "float") -> tuple[ir.Model, ir.Value]:
     text = f'<ir_version: 10, opset_import: ["" : 18]>\ng ({kind}[{dims}] x) => ({kind}[{dims}] logits) {{ logits = Identity(x) }}'
     model = ir.from_proto(onnx.parser.parse_model(text))
-    make_canonical(model, None)
+    parse_pipeline(CANONICAL).run(model)
     return model, model.graph.outputs[0]
 
 

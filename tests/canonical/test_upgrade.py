@@ -7,8 +7,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from kfac_onnx.canonical.upgrade import clean_imports, flatten, upgrade
+from kfac_onnx.canonical.upgrade import InlineFunctions, SortNodes, clean_imports, upgrade
 from kfac_onnx.errors import UserError
+from kfac_onnx.pipeline.log import Log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,7 +128,8 @@ def test_functions_are_inlined_and_nodes_sorted(
     model = build("""<ir_version: 9, opset_import: ["" : 18, "own" : 1, "ai.onnx.ml" : 3]>
         g (float[2] x) => (float[2] y) { y = own.Twice (h)  h = Neg (x) }
         <domain: "own", opset_import: ["" : 18]> Twice (a) => (b) { b = Add (a, a) }""")
-    flatten(model, None)
+    InlineFunctions().run(model, Log())
+    SortNodes().run(model, Log())
     clean_imports(model)
     assert not model.functions
     assert model.opset_imports == {"": 18}
@@ -139,7 +141,7 @@ def test_a_circle_is_refused(build: Callable[[str], ir.Model]) -> None:
     model = build("""<ir_version: 9, opset_import: ["" : 18]>
         g (float[2] x) => (float[2] y) { y = Add (x, z)  z = Neg (y) }""")
     with pytest.raises(UserError, match="the ONNX model is malformed"):
-        flatten(model, None)
+        SortNodes().run(model, Log())
 
 
 def test_the_other_spelling_of_the_standard_domain(build: Callable[[str], ir.Model]) -> None:

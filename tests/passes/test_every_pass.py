@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from golden_models import Part, golden_files, parts_of
 
 from kfac_onnx.api import TransformOptions
+from kfac_onnx.canonical.pipelines import CANONICAL
+from kfac_onnx.disk.models import load_model
 from kfac_onnx.graph.verifier import problems_of
 from kfac_onnx.pipeline.log import Log
-from kfac_onnx.pipeline.pipeline import parse_pipeline
+from kfac_onnx.pipeline.pipeline import Trace, parse_pipeline
 from kfac_onnx.pipeline.registry import BUILT_IN
-from kfac_onnx.readers import read_training_graph
+from kfac_onnx.readers import read_forward_graph, read_training_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +41,51 @@ PIPELINES = {
 }
 
 
-def test_the_pipelines_run_every_pass() -> None:
-    ran = {item.name for text in PIPELINES.values() for item in parse_pipeline(text)}
-    assert ran | {"differentiate"} == set(BUILT_IN)  # for forward-only graphs: test_differentiate.py
+PARTS = [part for path in golden_files() for part in parts_of(path)]
+RAW = [
+    *NAMES[2:],
+    "fwd_dyncore__nplm",
+    "jax2onnx__nplm_take",
+    "tf2onnx_sgd__nplm",
+    "traininginfo_dyncore__twotower_adam",
+]
+
+
+def changes_and_bytes(model: ir.Model, text: str, model_bytes: Callable[[ir.Model], bytes]) -> None:
+    """Run passes one by one; each counts changes just if the written model is another one."""
+    before, log = model_bytes(model), Log()
+    for item in parse_pipeline(text):
+        changes = item.run(model, log)
+        after = model_bytes(model)
+        assert (after != before) == bool(changes), f"{item}: {changes}"
+        before = after
+
+
+def test_every_pass_is_run() -> None:
+    assert {item.name for part in PARTS for item in part.pipeline} == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_a_pass_counts_what_it_changes(
+    part: Part, tmp_path: Path, model_bytes: Callable[[ir.Model], bytes]
+) -> None:
+    changes_and_bytes(load_model(part.write(tmp_path)), str(part.pipeline), model_bytes)
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_the_canonical_passes_count_what_they_change(
+    name: str, model_bytes: Callable[[ir.Model], bytes]
+) -> None:
+    text = CANONICAL.replace("lower-training-operators", "lower-training-operators{keep=[Gradient]}")
+    changes_and_bytes(load_model(GRAPHS / f"{name}.onnx"), text, model_bytes)
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_the_canonical_passes_leave_a_sound_model(name: str) -> None:
+    read = read_forward_graph if name.startswith("fwd") else read_training_graph
+    model = read(GRAPHS / f"{name}.onnx", trace=Trace(verify=True))
+    again = parse_pipeline(model.metadata_props["kfac.reading"])  # its text is a pipeline
+    assert {item.name for item in again} >= {item.name for item in parse_pipeline(CANONICAL)}
 
 
 @pytest.mark.parametrize("pipeline", list(PIPELINES))

@@ -89,7 +89,7 @@ def test_an_unknown_pass_names_the_nearest() -> None:
         parse_pipeline("find-embedings")
     assert caught.value.message == "unknown pass 'find-embedings'; did you mean 'find-embeddings'?"
     assert caught.value.help is not None
-    assert caught.value.help.startswith("the passes are: differentiate, find-embeddings, ")
+    assert caught.value.help.startswith("the passes are: inline-functions, sort-nodes, ")
 
 
 def test_an_unknown_option_names_the_nearest() -> None:
@@ -163,7 +163,9 @@ def test_a_users_error_says_in_which_pass(parse_model: Callable[[str], ir.Model]
 
 
 def test_register_refuses_a_second_class_of_the_same_name() -> None:
-    with pytest.raises(TypeError, match="Other and TestAddNegation both claim the pass name"):
+    with pytest.raises(
+        TypeError, match=r"Other and .*TestAddNegation both claim the pass name 'test-add-negation'"
+    ):
 
         @register
         @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,28 @@ def test_register_refuses_a_second_class_of_the_same_name() -> None:
 
             def run(self, model: ir.Model, log: Log) -> Changes:
                 return NO_CHANGES
+
+
+def test_a_class_of_the_same_name_in_another_module_is_a_second_class() -> None:
+    names = {"__module__": "elsewhere", "__qualname__": TestAddNegation.__qualname__}
+    body = {"__doc__": "Do nothing.", "name": "test-add-negation", "run": TestAddNegation.run, **names}
+    other = dataclass(frozen=True, kw_only=True)(type("TestAddNegation", (Pass,), body))
+    with pytest.raises(TypeError) as caught:
+        register(other)
+    assert str(caught.value) == (
+        f"elsewhere.TestAddNegation and {TestAddNegation.__module__}.TestAddNegation both claim the pass name "
+        "'test-add-negation'"
+    )
+    assert pass_class("test-add-negation") is TestAddNegation
+
+
+def test_a_module_that_does_not_register_its_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILT_IN, "forgotten", "kfac_onnx.pipeline.text")
+    with pytest.raises(TypeError) as caught:
+        parse_pipeline("forgotten")
+    assert str(caught.value) == (
+        "kfac_onnx.pipeline.text does not register 'forgotten': its class needs @register and that name"
+    )
 
 
 def test_register_wants_a_name_and_a_docstring() -> None:

@@ -21,7 +21,7 @@ from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
     import onnx_ir as ir
 
@@ -44,7 +44,8 @@ class FoldConstants(Pass):
     """Make constants of what small constants give, and a Split of a sequence of known parts.
 
     Float initializers may be parameters, and stay; so does what is computed from them, unless it is a whole
-    number of a single one. Values that had names keep them. Where a Gradient node names an inner value, which must stay what it is, nothing is folded.
+    number of a single one. Values that had names keep them. Where a Gradient node names an inner value,
+    which must stay what it is, nothing is folded.
 
     Source  onnxscript.optimizer.fold_constants.
     """
@@ -92,10 +93,10 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-def _varying(model: ir.Model, keep: Collection[str]) -> set[ir.Value]:
-    """Return the initializers that may have other values in another step."""
+def _varying(model: ir.Model, keep: Collection[str]) -> dict[ir.Value, bool]:
+    """Return the initializers that may have other values in another step, and which may be single numbers."""
     return {
-        value
+        value: name not in keep and value.const_value is not None and value.const_value.size == 1
         for graph in all_graphs(model.graph)
         for name, value in graph.initializers.items()
         if name in keep or not _counts(dtype_of(value))
@@ -117,7 +118,7 @@ def _names_inner_values(model: ir.Model) -> bool:
     return bool(named) and any(value.name in named for node in model.graph for value in node.outputs)
 
 
-def _folds(node: ir.Node, varying: Collection[ir.Value]) -> bool:
+def _folds(node: ir.Node, varying: Mapping[ir.Value, bool]) -> bool:
     """Say whether there is a reason to fold because of this node."""
     if node.domain not in ONNX_DOMAINS or node.op_type in RANDOM:
         return False
@@ -127,20 +128,15 @@ def _folds(node: ir.Node, varying: Collection[ir.Value]) -> bool:
     return bool(inputs) and all(map(_is_constant, inputs)) and not _reads(node, varying)
 
 
-def _reads(node: ir.Node, varying: Collection[ir.Value]) -> bool:
+def _reads(node: ir.Node, varying: Mapping[ir.Value, bool]) -> bool:
     """Say whether a node makes of varying initializers what may vary.
 
     No gradient passes into whole numbers, so single float numbers that become such are constants: bounds.
     """
     whole = len(node.outputs) == 1 and _counts(dtype_of(node.outputs[0]))
     return any(
-        value in varying and not (whole and _is_number(value)) for value in node.inputs if value is not None
+        value in varying and not (whole and varying[value]) for value in node.inputs if value is not None
     )
-
-
-def _is_number(value: ir.Value) -> bool:
-    tensor = value.const_value
-    return tensor is not None and tensor.size == 1 and tensor.dtype.is_floating_point()
 
 
 def _is_constant(value: ir.Value) -> bool:

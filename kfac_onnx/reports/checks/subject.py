@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kfac_onnx import metadata
-from kfac_onnx.canonical.upgrade import flatten
 from kfac_onnx.errors import NoGradientsError, UserError
-from kfac_onnx.graph.lifting import lift_constants
-from kfac_onnx.graph.shapes import infer_shapes
 from kfac_onnx.graph.values import all_graphs, static_shape
 from kfac_onnx.metadata import Loss, Parameter, Refusal
 from kfac_onnx.passes.find_embeddings import facts_of, find_tables, values_by_name
 from kfac_onnx.readers import read_forward_graph, read_training_graph
 from kfac_onnx.readers.load import load
+from kfac_onnx.readers.reading import Reading
 from kfac_onnx.tables.facts import Facts, ancestors
 
 if TYPE_CHECKING:
@@ -151,9 +149,7 @@ def read_subject(
     exported = load(source)
     raw = exported.model
     opset = max(raw.opset_imports.get("", 1), raw.opset_imports.get("ai.onnx", 1))
-    flatten(raw, exported.place)
-    lift_constants(raw)
-    infer_shapes(raw)
+    Reading(raw, exported.place, None, None).run("inline-functions,sort-nodes,lift-constants,infer-shapes")
     given = dict(parameters or {})
     try:
         graph = read_training_graph(source, loss=loss, gradients=gradients)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLOCK_OPTIONS",
+    "REST_OPTIONS",
     "block_options",
     "block_settings",
     "chosen_providers",
@@ -121,7 +122,25 @@ def trace_of(ctx: click.Context) -> Trace:
 
 
 def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Add `--preset`, `--lr`, `--rest`, `--rest-lr`: how tables and other parameters are trained."""
+    """Add `--preset`, `--lr`, `--rest`, `--rest-lr`: how tables and other parameters are trained.
+
+    And `REST_OPTIONS`, which `block_settings` reads.
+    """
+    for name, kind, metavar, help_text in reversed(_REST):
+        function = click.option(
+            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, expose_value=False,
+            callback=_keep, help=help_text,
+        )(function)  # fmt: skip
+    function = click.option(
+        "--rule",
+        "rules",
+        metavar="PATTERN=OPTIMIZER{...}",
+        multiple=True,
+        expose_value=False,
+        callback=_keep_rules,
+        help="An optimizer for single parameters, such as 'emb_*=adaptive{lr=0.02}'; the last "
+        "match wins; may be given several times.",
+    )(function)
     function = click.option(
         "--rest-lr", type=float, help="Learning rate of all other parameters (default 0.001)."
     )(function)
@@ -130,7 +149,8 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
         metavar="NAME",
         default="adam",
         show_default=True,
-        help="Optimizer of all other parameters: sgd, momentum, adam, adagrad.",
+        help="Optimizer of all other parameters: sgd, momentum, adam, adamw, adagrad; or muon: Muon on "
+        "hidden matrices, adamw on all else.",
     )(function)
     function = click.option(
         "--lr",
@@ -145,6 +165,23 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
         help=f"How the embedding tables are trained: {PRESETS}.",
     )(function)
 
+
+_REST: Final = (
+    ("hidden_lr", float, "X", "Learning rate of hidden matrices, with --rest muon (default 0.01)."),
+    (
+        "weight_decay",
+        float,
+        "X",
+        "Decoupled decay of other matrices (default: 0.01 for adamw and muon, else 0).",
+    ),
+    ("beta1", float, "X", "Weight kept from the old first moment of --rest (default 0.9)."),
+    ("beta2", float, "X", "Weight kept from the old second moment of --rest (default 0.999)."),
+    ("epsilon", float, "X", "What --rest adds to its root (default 1e-8; 1e-10 for adagrad)."),
+    ("clip_norm", float, "X", "Largest global norm of all gradients; beyond it they are scaled down."),
+    ("clip_value", float, "X", "Largest absolute entry of a gradient; beyond it entries are cut."),
+)
+REST_OPTIONS: Final = (*(name for name, *_ in _REST), "rules")
+"""What `optimizer_options` adds besides preset and rates."""
 
 BLOCK_OPTIONS: Final = (*BLOCK, "padding_idx")
 """What `block_options` adds."""
@@ -184,6 +221,12 @@ def _keep(ctx: click.Context, parameter: click.Parameter, value: float | str | N
         settings[str(parameter.name)] = value
 
 
+def _keep_rules(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> None:
+    if words:
+        settings: dict[str, object] = ctx.meta.setdefault(_BLOCK, {})
+        settings["rules"] = words
+
+
 def _keep_padding(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> None:
     from kfac_onnx.tables.padding import padding_rows
 
@@ -193,7 +236,7 @@ def _keep_padding(ctx: click.Context, parameter: click.Parameter, words: tuple[s
 
 
 def block_settings(ctx: click.Context) -> dict[str, Any]:
-    """Return what was given of `block_options`, by the names that `transform` takes."""
+    """Return what was given of `block_options` and `REST_OPTIONS`, by the names that `transform` takes."""
     return dict(ctx.meta.get(_BLOCK, {}))
 
 

@@ -13,6 +13,7 @@ import click
 
 from kfac_onnx.cli.options import (
     BLOCK_OPTIONS,
+    REST_OPTIONS,
     block_options,
     block_settings,
     chosen_providers,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _log = logging.getLogger(__name__)
-_SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule", "parameters", *BLOCK_OPTIONS)
+_SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule", "parameters", *REST_OPTIONS, *BLOCK_OPTIONS)
 """What a checkpoint already says."""
 
 
@@ -343,7 +344,7 @@ def _prepared(
     model = load_model(path)
     if metadata.read(model, "step", metadata.Step) is None:
         return transform_as(path, settings), None
-    for option in given_options(ctx, ("preset", "rest", "loss", "gradients", *BLOCK_OPTIONS)):
+    for option in given_options(ctx, ("preset", "rest", "loss", "gradients", *REST_OPTIONS, *BLOCK_OPTIONS)):
         raise UserError(
             f"'{path}' is already transformed, so {option} cannot change it",
             help="give the original training graph",

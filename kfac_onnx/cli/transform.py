@@ -8,6 +8,7 @@ import click
 
 from kfac_onnx.cli.options import (
     BLOCK_OPTIONS,
+    REST_OPTIONS,
     block_options,
     block_settings,
     common,
@@ -104,7 +105,7 @@ def command(
 
     refuse_overwrite(output, model, *([parameters] if parameters else []))
     if pipeline is not None:
-        for option in given_options(ctx, (*_SETTINGS, *BLOCK_OPTIONS)):
+        for option in given_options(ctx, (*_SETTINGS, *REST_OPTIONS, *BLOCK_OPTIONS)):
             raise UserError(
                 f"--pipeline says everything, so {option} cannot be given with it",
                 help="write it into the pipeline: `kfac-onnx opt --list` lists the passes and their options",

@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from kfac_onnx.pipeline.log import Log
     from kfac_onnx.pipeline.pipeline import Trace
 
-__all__ = ["BLOCK", "METHODS", "PLAIN", "TransformOptions"]
+__all__ = ["BLOCK", "METHODS", "OPTIMIZER", "PLAIN", "REST", "TransformOptions"]
 
-METHODS: Final = ("sgd", "momentum", "adam", "adagrad")
-"""Optimizers of what is no table."""
-PLAIN: Final = tuple(f"plain-{method}" for method in METHODS)
+METHODS: Final = ("sgd", "momentum", "adam", "adamw", "adagrad")
+"""Methods of `insert-optimizer`."""
+REST: Final = (*METHODS, "muon")
+"""What trains the other parameters; `muon` the hidden matrices, and adamw what they leave."""
+PLAIN: Final = tuple(f"plain-{method}" for method in METHODS if method != "adamw")
 """Presets that train the tables with an ordinary optimizer, for comparison."""
 BLOCK: Final = ("damping", "decay_a", "decay_g", "refresh_every", "g_rows", "g_every", "uses", "tied")
 """Options of `insert-embedding-kfac` that have its own default where they are None."""
+OPTIMIZER: Final = ("weight_decay", "beta1", "beta2", "epsilon")
+"""Options of the `insert-optimizer` of the other parameters, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,15 @@ class TransformOptions:
         preset: `half`, `r1.7`, `adagrad`, `adaptive`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
             `plain-adagrad` for the tables too.
         lr: learning rate of the tables; the preset's own if None.
-        rest: optimizer of the other parameters: sgd, momentum, adam or adagrad.
+        rest: optimizer of the other parameters: sgd, momentum, adam, adamw or adagrad; or muon: Muon on
+            hidden matrices, adamw on all else.
         rest_lr: learning rate of the other parameters.
+        hidden_lr: muon: learning rate of the hidden matrices.
+        weight_decay: decoupled decay of the other parameters' matrices; 0.01 with adamw and muon, else 0.
+        beta1, beta2, epsilon: of the other parameters' optimizer; its own if None.
+        clip_norm: the largest global norm of all gradients together.
+        clip_value: the largest absolute entry of a gradient.
+        rules: optimizers of single parameters, `PATTERN=optimizer{option=value,...}`; the last match wins.
         shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
         target: `cpu` or `cuda`: where the written model runs unaided.
         deterministic: target cuda: sum rows in one order, so that every run gives the same bits.
@@ -59,6 +70,14 @@ class TransformOptions:
     lr: float | None = None
     rest: str = "adam"
     rest_lr: float | None = None
+    hidden_lr: float | None = None
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    epsilon: float | None = None
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    rules: tuple[str, ...] = ()
     shape: str = "rows"
     target: str = "cpu"
     deterministic: bool = False
@@ -90,11 +109,25 @@ class TransformOptions:
                 f"unknown preset '{self.preset}'{did_you_mean(self.preset, presets)}",
                 help="the presets are: " + ", ".join(presets),
             )
-        if self.rest not in METHODS:
+        if self.rest not in REST:
             raise UserError(
-                f"unknown optimizer '{self.rest}'{did_you_mean(self.rest, METHODS)}",
-                help="the optimizers are: " + ", ".join(METHODS),
+                f"unknown optimizer '{self.rest}'{did_you_mean(self.rest, REST)}",
+                help="the optimizers are: " + ", ".join(REST),
             )
+        if self.hidden_lr is not None and self.rest != "muon":
+            raise UserError(
+                f"hidden_lr is the rate of Muon, and the rest is trained by {self.rest}",
+                help="set rest=muon, or give rest_lr",
+            )
+        if self.shape == "dense":
+            given = [
+                name for name in ("hidden_lr", *OPTIMIZER, "rules") if getattr(self, name) not in (None, ())
+            ]
+            if given:
+                raise UserError(
+                    f"shape=dense inserts no optimizer, so {given[0]} cannot be set",
+                    help="leave it to the optimizer that takes the gradients, or set shape=rows",
+                )
         for name in self._block_options() if self.preset in PLAIN else ():
             raise UserError(
                 f"preset '{self.preset}' has no K-FAC block, so {name} cannot be set",
@@ -113,13 +146,22 @@ class TransformOptions:
         """
         if self.pipeline:
             return self.pipeline
+        from kfac_onnx.passes.clip_gradients import ClipGradients
         from kfac_onnx.passes.find_embeddings import FindEmbeddings
         from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
+        from kfac_onnx.passes.insert_muon import InsertMuon
         from kfac_onnx.passes.insert_optimizer import InsertOptimizer
         from kfac_onnx.passes.lower import Lower
+        from kfac_onnx.passes.rules import rule_passes
 
         padding = tuple(f"{name}={row}" for name, row in (self.padding_idx or {}).items())
         passes: list[object] = [FindEmbeddings(padding=padding)]
+        if self.clip_norm is not None or self.clip_value is not None:
+            passes.append(ClipGradients(norm=self.clip_norm, value=self.clip_value))
+        ruled = rule_passes(self.rules)
+        if self.rest == "muon" or any(isinstance(item, InsertMuon) for item in ruled):
+            passes.append("classify")
+        passes += ruled
         if self.preset in PLAIN:
             passes.append(
                 InsertOptimizer(
@@ -140,7 +182,11 @@ class TransformOptions:
                 )
             )
         if self.shape == "rows":
-            passes.append(InsertOptimizer(method=cast("Any", self.rest), **_rate(self.rest_lr)))
+            if self.rest == "muon":
+                passes.append(InsertMuon(**_rate(self.hidden_lr)))
+            method = "adamw" if self.rest == "muon" else self.rest
+            own = {name: getattr(self, name) for name in OPTIMIZER if getattr(self, name) is not None}
+            passes.append(InsertOptimizer(method=cast("Any", method), **_rate(self.rest_lr), **own))
         passes += ["close-step", "dce"]
         target = cast("Literal['cpu', 'cuda']", self.target)
         passes.append(Lower(target=target, deterministic=self.deterministic))

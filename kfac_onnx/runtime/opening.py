@@ -199,10 +199,16 @@ def build_constants(plan: Plan, values: Mapping[str, Array], device: Device) -> 
 
 
 def learning_rates(step: Step, lr: float | None, rest_lr: float | None) -> dict[str, float]:
-    """Return the value of each learning rate by its input: the given one, else the model's."""
+    """Return the value of each learning rate by its input: the given one, else the model's.
+
+    Rates of our own are told by their names: those of rules and of hidden matrices stay as they are. In a
+    model of another maker the first one is that of the tables.
+    """
     rates = {rate.input: rate.default for rate in step.learning_rates}
+    ours = {"kfac/lr": lr, "kfac/rest_lr": rest_lr}
     for index, name in enumerate(rates):
-        given = rest_lr if index > 0 or "rest" in name else lr
+        other = rest_lr if index > 0 or "rest" in name else lr
+        given = ours.get(name) if name.startswith("kfac/") else other
         if given is not None:
             rates[name] = float(given)
     return rates

@@ -13,17 +13,21 @@ match wins.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.pipeline.pipeline import parse_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kfac_onnx.pipeline.base import Pass
 
-__all__ = ["rule_passes"]
+__all__ = ["METHODS", "REST", "rule_passes"]
+
+METHODS: Final = ("sgd", "momentum", "adam", "adamw", "adagrad")
+"""Methods of `insert-optimizer`."""
+REST: Final = (*METHODS, "muon")
+"""What trains the other parameters; `muon` the hidden matrices, and adamw what they leave."""
 
 
 def rule_passes(rules: Sequence[str]) -> list[Pass]:
@@ -36,7 +40,7 @@ def rule_passes(rules: Sequence[str]) -> list[Pass]:
 
 def _rule_pass(rule: str) -> Pass:
     from kfac_onnx.fisher.presets import PRESETS
-    from kfac_onnx.passes.standard import METHODS, REST
+    from kfac_onnx.pipeline.pipeline import parse_pipeline
 
     # A name may hold '='; an optimizer's options may too, but stand in braces.
     head, brace, options = rule.partition("{")

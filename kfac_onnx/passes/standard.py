@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.passes.rules import METHODS, REST, rule_passes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,12 +14,8 @@ if TYPE_CHECKING:
     from kfac_onnx.pipeline.log import Log
     from kfac_onnx.pipeline.pipeline import Trace
 
-__all__ = ["BLOCK", "METHODS", "OPTIMIZER", "PLAIN", "REST", "TransformOptions"]
+__all__ = ["BLOCK", "OPTIMIZER", "PLAIN", "TransformOptions"]
 
-METHODS: Final = ("sgd", "momentum", "adam", "adamw", "adagrad")
-"""Methods of `insert-optimizer`."""
-REST: Final = (*METHODS, "muon")
-"""What trains the other parameters; `muon` the hidden matrices, and adamw what they leave."""
 PLAIN: Final = tuple(f"plain-{method}" for method in METHODS if method != "adamw")
 """Presets that train the tables with an ordinary optimizer, for comparison."""
 BLOCK: Final = ("damping", "decay_a", "decay_g", "refresh_every", "g_rows", "g_every", "uses", "tied")
@@ -152,7 +149,6 @@ class TransformOptions:
         from kfac_onnx.passes.insert_muon import InsertMuon
         from kfac_onnx.passes.insert_optimizer import InsertOptimizer
         from kfac_onnx.passes.lower import Lower
-        from kfac_onnx.passes.rules import rule_passes
 
         padding = tuple(f"{name}={row}" for name, row in (self.padding_idx or {}).items())
         passes: list[object] = [FindEmbeddings(padding=padding)]

@@ -8,8 +8,8 @@ from corpus_cases import GRAPHS
 from kfac_onnx import UserError, metadata, transform
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.metadata import State, Step
-from kfac_onnx.passes.rules import rule_passes
-from kfac_onnx.passes.standard import PLAIN, REST, TransformOptions
+from kfac_onnx.passes.rules import REST, rule_passes
+from kfac_onnx.passes.standard import PLAIN, TransformOptions
 
 NPLM = GRAPHS / "torchjoint_in__nplm.onnx"
 

@@ -13,7 +13,8 @@ import kfac_onnx as kx
 from kfac_onnx.api import TransformOptions, collector_paused
 from kfac_onnx.errors import UserError
 from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
-from kfac_onnx.passes.standard import BLOCK, METHODS, PLAIN
+from kfac_onnx.passes.rules import METHODS
+from kfac_onnx.passes.standard import BLOCK, PLAIN
 from kfac_onnx.pipeline.options import options_of
 from kfac_onnx.pipeline.pipeline import parse_pipeline
 

@@ -58,6 +58,7 @@ __all__ = [
     "Site",
     "State",
     "Step",
+    "StepSettings",
     "Use",
     "read",
     "read_list",
@@ -300,13 +301,19 @@ class RootCheck:
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """Those of a step's settings that are read again; the others are for people."""
+class StepSettings:
+    """What the inserting passes were told, for people and reports; null where no pass said so.
 
-    g_rows: int | None = None
-    g_every: int = 1
+    `g_rows` and `g_every` are those of `insert-embedding-kfac`; `optimizer` holds the method of
+    `insert-optimizer` by which parameters got it (`rest`, `tables`, `all`).
+    """
+
+    preset: str | None = None
     uses: str | None = None
     tied: str | None = None
+    g_rows: int | None = None
+    g_every: int = 1
+    optimizer: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -328,13 +335,9 @@ class Step:
     id_checks: tuple[IdCheck, ...] = ()
     root_checks: tuple[RootCheck, ...] = ()
     shape: Literal["rows", "dense"] = "rows"
-    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    settings: StepSettings = field(default_factory=StepSettings)
     predictions: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
     target: Literal["cpu", "cuda"] | None = None
-
-    def __post_init__(self) -> None:
-        """Raise RecordError where `settings` holds what no writer of this package writes."""
-        build(_Settings, self.settings, "settings")
 
     @property
     def ends(self) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
 """The embedding block of K-FAC: the original's interface over symbolic ONNX tensors, and the presets.
 
 ```python
-collection = LayerCollection()
+collection = LayerCollection(FactorSettings(decay=0.95))
 block = collection.register_embedding(table, ids, outputs)       # ir.Values of a graph under construction
 block.instantiate_factors([[gradients]], damping=1e-3)           # [source][tower]
-session = FisherSession(collection, ema_decay=0.95)
+session = FisherSession(collection)
 session.covariance_update({"ids": ..., "gradients": ...})
 session.inverse_update()
 session.multiply_inverse(block, (indices, values))
@@ -23,19 +23,16 @@ from kfac_onnx.fisher.errors import FisherIndexError, FisherKeyError, FisherType
 from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor
 from kfac_onnx.fisher.layer_collection import AUTO_REUSE, LayerCollection
 from kfac_onnx.fisher.output_factor import FullyConnectedKroneckerFactor
-from kfac_onnx.fisher.presets import ADAGRAD, ADAPTIVE, HALF, PRESETS, R17, Damping, Preset, find_preset
+from kfac_onnx.fisher.presets import DEFAULT_PRESET, PRESETS, Preset, find_preset
 from kfac_onnx.fisher.session import FisherSession
-from kfac_onnx.fisher.settings import FactorSettings, settings_of
-from kfac_onnx.graph.symbols import HostPower, SparseRows, Update, Variable, constant, placeholder
+from kfac_onnx.fisher.settings import Average, FactorSettings, settings_of
+from kfac_onnx.fisher.symbols import SparseRows, Update, placeholder
 
 __all__ = [
-    "ADAGRAD",
-    "ADAPTIVE",
     "AUTO_REUSE",
-    "HALF",
+    "DEFAULT_PRESET",
     "PRESETS",
-    "R17",
-    "Damping",
+    "Average",
     "EmbeddingInputKroneckerFactor",
     "EmbeddingKFACFB",
     "EmbeddingKFACMultiIndepFB",
@@ -47,14 +44,11 @@ __all__ = [
     "FisherTypeError",
     "FisherValueError",
     "FullyConnectedKroneckerFactor",
-    "HostPower",
     "KroneckerProductFB",
     "LayerCollection",
     "Preset",
     "SparseRows",
     "Update",
-    "Variable",
-    "constant",
     "find_preset",
     "placeholder",
     "settings_of",

@@ -1,122 +1,167 @@
 """The input factor of an embedding: diagonal, because a one-hot input has a diagonal second moment.
 
-Held as A = gain · Ã with a running scale, so that an update costs as much as its lookups (spec section 2),
-except for decays below 0.5, where the scale would vanish and all V entries are averaged.
+    A ← decay·A + (1 − decay)·counts (divided by the number of lookups, or not)       A = gain·Ã
+
+Held as Ã with a running scale, so that an update costs as much as its lookups, except for decays below 0.5,
+where the scale would vanish and all V entries are averaged, and where projections count too, which reach all
+V rows anyway. Source: Martens & Grosse 2015 (https://arxiv.org/abs/1503.05671), section 5;
+docs/mathematics.md.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import onnx_ir as ir
 
-from kfac_onnx.fisher.errors import FisherTypeError, FisherValueError
+from kfac_onnx.fisher.errors import FisherValueError
+from kfac_onnx.fisher.lookups import Lookups, as_towers, tower_lookups
 from kfac_onnx.fisher.settings import FactorSettings
-from kfac_onnx.graph.symbols import SparseRows, Update, apply, call, constant, ints, variable
+from kfac_onnx.fisher.symbols import SparseRows, Update
+from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.metadata import Phase
+from kfac_onnx.step.draft import BOOL, DOUBLE, FLOAT, INT64, Renormalization, Undo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kfac_onnx.graph.symbols import Variable
+    import onnx_ir as ir
 
-__all__ = ["EmbeddingInputKroneckerFactor", "as_towers", "row_count"]
+    from kfac_onnx.fisher.place import Place
+    from kfac_onnx.fisher.settings import Average
 
-SMALLEST_SCALE: Final = 2.0**-20
-"""Below this running scale Ã takes the scale in, so that it never overflows."""
+__all__ = ["EmbeddingInputKroneckerFactor", "Reading", "running_scale"]
 
-_FLOAT: Final = int(ir.DataType.FLOAT)
-_DOUBLE: Final = int(ir.DataType.DOUBLE)
-_INT: Final = int(ir.DataType.INT64)
+RENORMALIZE_BELOW: Final = 2.0**-20
+"""Below this running scale the vector takes the scale in, so that it never overflows."""
 
-
-def as_towers(
-    tensors: ir.Value | Sequence[ir.Value | Sequence[ir.Value]],
-) -> tuple[tuple[ir.Value, ...], ...]:
-    """Return tensors as towers of uses: a single tensor, or one per tower, or several uses per tower."""
-    if isinstance(tensors, ir.Value):
-        return ((tensors,),)
-    return tuple((tower,) if isinstance(tower, ir.Value) else tuple(tower) for tower in tensors)
+PLAIN_DECAY: Final = 0.5
+"""Below this decay the running scale would vanish at once: A is averaged over the whole vocabulary."""
 
 
-def row_count(value: ir.Value) -> ir.Value:
-    """Return the size of the first dimension, float32 scalar."""
-    return call("Cast", call("Squeeze", call("Shape", value, start=0, end=1)), to=_FLOAT)
+@dataclass(frozen=True)
+class Reading:
+    """The factor as it is read: A = gain·stored, float32[V], and ΣA, float32 scalar."""
+
+    stored: ir.Value
+    gain: ir.Value
+    total: ir.Value
+
+
+def running_scale(place: Place, old: ir.Value, new: ir.Value, vector: ir.Value) -> ir.Value:
+    """Keep a running scale, float64; where it becomes small, `vector` takes it in and it starts again at 1.
+
+    Returns the scale that is kept.
+    """
+    draft, emit = place.draft, place.emitter(Phase.GRADIENTS)
+    least = emit.constant(np.float64(RENORMALIZE_BELOW), "renormalize_below")
+    one = emit.constant(np.float64(1.0), "one64")
+    due = emit.node("Less", [new, least], name="renormalize_now", dtype=BOOL, shape=[])
+    scale = emit.node("Where", [due, one, new], name="scale_kept", dtype=DOUBLE, shape=[])
+    factor = emit.node("Cast", [new], attributes={"to": FLOAT}, name="scale_float32", dtype=FLOAT, shape=[])
+    draft.keep(old, scale, Phase.GRADIENTS)
+    draft.remember(due, factor)
+    name = str(vector.name)
+    draft.renormalizations[name] = Renormalization(name, str(due.name), str(factor.name))
+    return scale
 
 
 class EmbeddingInputKroneckerFactor:
-    """Averaged counts of lookups per row, divided by the rows of the batch.
+    """Averaged counts of lookups per row.
 
-    `input_ids` integer [B] or [B, K], per tower, or per tower and use. Ids outside [0, V) count in B
-    only. State `<name>/A` float32[V] and five scalars.
+    `input_ids` are integer [B] or [B, K] per tower, or per tower and use (ids outside [0, V) count in
+    the divisor only), or the `Lookups` of a training step. `share` divides counts by the number of
+    lookups. State `<prefix>/A` float32[V], and scalars.
     """
 
     def __init__(
         self,
-        input_ids: ir.Value | Sequence[ir.Value | Sequence[ir.Value]],
+        input_ids: Lookups | ir.Value | Sequence[ir.Value | Sequence[ir.Value]],
         vocab_size: int,
+        average: Average | None = None,
         *,
+        place: Place,
         settings: FactorSettings | None = None,
-        name: str = "input_factor",
+        share: bool = True,
     ) -> None:
-        self._towers = as_towers(input_ids)
         self._settings = FactorSettings() if settings is None else settings
+        self._ids = input_ids if isinstance(input_ids, Lookups) else as_towers(input_ids)
+        self._average = self._settings.average if average is None else average
+        self._place = place
+        self._share = share
         self.vocab_size = vocab_size
-        start = 0.0 if self._settings.start_at_zero else 1.0
-        unknown = self._settings.unknown_before_first
-        shown = np.nan if unknown else 1.0
-        total = np.nan if unknown else start * vocab_size
-        self._A = variable(f"{name}/A", np.full(vocab_size, start, np.float32))
-        self._scale = variable(f"{name}/scale", np.array(1.0))
-        self._total = variable(f"{name}/total", np.array(start * vocab_size))
-        self._count = variable(f"{name}/count", np.array(0, np.int64))
-        self._gain = variable(f"{name}/gain", np.array(shown, np.float32))
-        self._total_a = variable(f"{name}/total_a", np.array(total, np.float32))
+        start = self._average.start
+        self._A = place.state("A", FLOAT, [vocab_size], {0.0: "zeros", 1.0: "ones"}.get(start, start))
+        soft = isinstance(input_ids, Lookups) and bool(input_ids.soft)
+        self._scale = self._total = self._count = None
+        if self._average.decay >= PLAIN_DECAY and not soft:
+            self._scale = place.counter("A.scale", DOUBLE, 1.0)
+            self._total = place.counter("A.total", DOUBLE, start * vocab_size)
+            self._count = place.counter("A.count")
+        elif self._average.debias:
+            self._count = place.counter("A.count")
+        self._reading: Reading | None = None
 
     @property
-    def variables(self) -> tuple[Variable, ...]:
+    def states(self) -> tuple[ir.Value, ...]:
         """All state of the factor."""
-        return (self._A, self._scale, self._total, self._count, self._gain, self._total_a)
+        states = (self._A, self._scale, self._total, self._count)
+        return tuple(state for state in states if state is not None)
 
     @property
-    def stored(self) -> ir.Value:
-        """Ã, float32[V]; A = gain·Ã."""
-        return self._A.value
-
-    @property
-    def gain(self) -> ir.Value:
-        """The scalar that Ã is multiplied by."""
-        return self._gain.value
+    def reading(self) -> Reading:
+        """The factor as it is: from its states, or after the update that `follow` was told of."""
+        if self._reading is None:
+            self._reading = self._read_states()
+        return self._reading
 
     def total(self) -> ir.Value:
         """Return the trace of the factor, ΣA, float32 scalar."""
-        return self._total_a.value
+        return self.reading.total
 
     def get_cov_var(self) -> ir.Value:
         """Return the diagonal A, float32[V]."""
-        return call("Mul", self.stored, self.gain)
+        reading = self.reading
+        return self._node("Mul", [reading.stored, reading.gain], shape=[self.vocab_size])
 
     def get_cov(self) -> ir.Value:
         """Return diag(A), float32[V, V]; for tests, it costs V² memory."""
-        column = call("Unsqueeze", self.get_cov_var(), ints(1))
-        shape = ints(self.vocab_size, self.vocab_size)
-        eye = call("EyeLike", call("Expand", constant(0.0), shape))
-        return call("Where", call("Cast", eye, to=int(ir.DataType.BOOL)), column, constant(0.0))
+        V, diagonal = self.vocab_size, self.get_cov_var()
+        column = self._node("Unsqueeze", [diagonal, self._ints(1)], shape=[V, 1])
+        zero = self._place.number(0.0)
+        square = self._node("Expand", [zero, self._ints(V, V)], shape=[V, V])
+        eye = self._node("EyeLike", [square], shape=[V, V])
+        eye = self._place.emitter(Phase.GRADIENTS).node("Cast", [eye], attributes={"to": BOOL}, dtype=BOOL)
+        return self._node("Where", [eye, column, zero], shape=[V, V])
 
     def rows(self, indices: ir.Value) -> ir.Value:
-        """Return A at the indices, float32[N]."""
-        return call("Mul", call("Gather", self.stored, call("Cast", indices, to=_INT)), self.gain)
+        """Return A at the indices, float32[N]; they may be any integers inside the table."""
+        emit = self._place.emitter(Phase.PRECONDITION)
+        if indices.dtype != INT64:
+            indices = emit.node("Cast", [indices], attributes={"to": INT64}, dtype=INT64, shape=indices.shape)
+        reading = self.reading
+        counts = emit.node(
+            "GatherElements", [reading.stored, indices], name="A.after", dtype=FLOAT, shape=[None]
+        )
+        draft, name = self._place.draft, str(self._A.name)
+        undo = draft.undo.get(name)
+        if undo is not None and undo.ids == indices.name:
+            draft.remember(counts)
+            draft.undo[name] = Undo(name, undo.ids, undo.before, str(counts.name))
+        return emit.node("Mul", [counts, reading.gain], name="a", dtype=FLOAT, shape=[None])
 
     def left_power(
         self, x: ir.Value | SparseRows, damping: ir.Value, exponent: float
     ) -> ir.Value | SparseRows:
         """Return (A + damping)^exponent times the rows of x."""
         a = self.rows(x.indices) if isinstance(x, SparseRows) else self.get_cov_var()
-        weight = call("Pow", call("Add", a, damping), constant(exponent))
-        column = call("Unsqueeze", weight, ints(1))
+        damped = self._node("Add", [a, damping], shape=[None])
+        weight = self._node("Pow", [damped, self._place.number(exponent)], shape=[None])
+        column = self._node("Unsqueeze", [weight, self._ints(1)], shape=[None, 1])
         if isinstance(x, SparseRows):
-            return SparseRows(x.indices, call("Mul", column, x.values), x.dense_shape)
-        return call("Mul", column, x)
+            return SparseRows(x.indices, self._node("Mul", [column, x.values]), x.dense_shape)
+        return self._node("Mul", [column, x])
 
     def left_multiply(self, x: ir.Value | SparseRows, damping: ir.Value) -> ir.Value | SparseRows:
         """Return (A + damping) times the rows of x."""
@@ -126,135 +171,206 @@ class EmbeddingInputKroneckerFactor:
         """Return 1/(A + damping) times the rows of x; live, nothing is stored."""
         return self.left_power(x, damping, -1.0)
 
-    def register_damped_inverse(self, damping: ir.Value) -> None:
+    def register_damped_inverse(self, damping: object) -> None:
         """Do nothing: a diagonal is inverted where it is read."""
 
     def make_inverse_update_ops(self) -> list[Update]:
         """Return no update: a diagonal is inverted where it is read."""
         return []
 
-    def make_covariance_update_op(self, ema_decay: float) -> Update:
-        """Return the update that averages in a batch; raises for ids that are not integer [B] or [B, K]."""
-        if not 0.0 <= ema_decay <= 1.0:
-            raise FisherValueError(f"the decay of an average must be between 0 and 1, not {ema_decay:g}")
-        ids, weights, lookups = self._batch()
-        # How much a row counts on average; an empty batch changes nothing.
-        some = call("Greater", lookups, constant(0.0))
-        share = call("Div", call("ReduceSum", weights, keepdims=0), lookups)
-        share = call("Where", some, share, constant(1.0))
-        start_A, start_total = self._A.value, self._total.value
-        if self._settings.zero_debias and not self._settings.start_at_zero:
-            first = call("Equal", self._count.value, constant(0, np.int64))
-            start_A = call("Where", first, constant(0.0), start_A)
-            start_total = call("Where", first, constant(0.0, np.float64), start_total)
-        share64 = call("Cast", share, to=_DOUBLE)
-        if ema_decay >= 0.5:
-            return self._scaled(ema_decay, ids, weights, lookups, share64, start_A, start_total)
-        return self._averaged(ema_decay, ids, weights, lookups, share64, start_A, start_total)
+    def make_covariance_update_op(self, ema_decay: float | None = None) -> Update:
+        """Return the update that averages in a batch; `ema_decay`, where given, must be the factor's own.
 
-    def _batch(self) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Return all ids inside the table int64[N], their weights float32[N], and what divides them."""
-        separate = self._settings.towers == "separate"
-        flat: list[ir.Value] = []
-        weights: list[ir.Value] = []
-        total: ir.Value | None = None
-        for tower in self._towers:
-            rows: ir.Value | None = None
-            for use in tower:
-                rows = row_count(use) if rows is None else call("Add", rows, row_count(use))
-            if rows is None:
-                raise FisherValueError("a tower was registered without any ids")
-            total = rows if total is None else call("Add", total, rows)
-            for use in tower:
-                ids, inside = self._flat(use)
-                flat.append(ids)
-                weight = call("Mul", rows, constant(float(len(self._towers))))
-                weights.append(call("Div", inside, weight) if separate else inside)
-        if total is None:
-            raise FisherValueError("the input factor has no ids")
-        lookups = constant(1.0) if separate else total
-        return call("Concat", *flat, axis=0), call("Concat", *weights, axis=0), lookups
+        Raises FisherTypeError or FisherValueError for ids that are no integers [B] or [B, K].
+        """
+        update, _ = self._averaged_in(ema_decay)
+        return update
 
-    def _flat(self, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-        if ids.dtype is not None and not ids.dtype.is_integer():
-            raise FisherTypeError(f"ids '{ids.name}' must be integers, not {ids.dtype.name}")
-        if ids.shape is None:
-            raise FisherValueError(f"ids '{ids.name}' must have a known rank, 1 or 2")
-        if ids.shape.rank() not in (1, 2):
-            raise FisherValueError(f"ids '{ids.name}' must have rank 1 or 2, not {ids.shape.rank()}")
-        flat = call("Reshape", call("Cast", ids, to=_INT), ints(-1))
-        last = constant(self.vocab_size - 1, np.int64)
-        clipped = call("Clip", flat, constant(0, np.int64), last)
-        return clipped, call("Cast", call("Equal", clipped, flat), to=_FLOAT)
+    def take_in(self) -> None:
+        """Average in the batch of a training step; from here on the factor is read as it is after that."""
+        _, self._reading = self._averaged_in(None)
+
+    def _averaged_in(self, ema_decay: float | None) -> tuple[Update, Reading]:
+        check_decay(ema_decay, self._average.decay)
+        towers, strategy = self._ids, self._settings.towers
+        if isinstance(towers, Lookups):
+            lookups = towers
+        else:
+            lookups = tower_lookups(towers, self.vocab_size, strategy, self._place)
+        if self._scale is None or self._total is None or self._count is None:
+            return self._plain(lookups)
+        return self._scaled(lookups, self._scale, self._total, self._count)
 
     def _scaled(
-        self,
-        decay: float,
-        ids: ir.Value,
-        weights: ir.Value,
-        lookups: ir.Value,
-        share: ir.Value,
-        start_A: ir.Value,
-        start_total: ir.Value,
-    ) -> Update:
-        debias = int(self._settings.zero_debias)
-        state = (self._scale.value, start_total, self._count.value, lookups)
-        scale, total, count, increment, gain, _ = apply(
-            "InputFactorDecay", *state, decay=decay, debias=debias, normalize=1
+        self, lookups: Lookups, scale: ir.Value, total: ir.Value, count: ir.Value
+    ) -> tuple[Update, Reading]:
+        place, draft, phase = self._place, self._place.draft, Phase.GRADIENTS
+        start, start_total = self._A, total
+        if self._average.forgets_its_start:
+            start = self._where_first(count, place.number(0.0), self._A, FLOAT, [self.vocab_size])
+            nothing = place.emitter(phase).constant(np.float64(0.0), "nothing64")
+            start_total = self._where_first(count, nothing, total, DOUBLE, [])
+        new_scale, new_total, new_count, increment, gain, total_a = self._advanced(
+            scale, start_total, count, lookups.number
         )
-        (A,) = apply("InputFactorUpdate", start_A, ids, call("Mul", increment, weights))
-        # The operator counts every lookup once; here a row may hold K ids, or ids outside the table.
-        one = constant(1.0, np.float64)
-        excess = call("Mul", constant(1.0 - decay, np.float64), call("Sub", share, one))
-        total = call("Add", total, excess)
-        small = call("Less", scale, constant(SMALLEST_SCALE, np.float64))
-        fold = call("Where", small, scale, one)
-        fold32 = call("Cast", fold, to=_FLOAT)
-        shown = call("Div", gain, fold32)
-        correction = call("Div", call("Cast", gain, to=_DOUBLE), scale)
-        return self._assign(
-            call("Mul", A, fold32),
-            call("Div", scale, fold),
-            total,
-            count,
-            shown,
-            call("Mul", total, correction),
+        if lookups.share is not None:
+            new_total, total_a = self._shared(lookups.share, new_scale, new_total, gain)
+        draft.keep(total, new_total, phase)
+        draft.keep(count, new_count, phase)
+        scale_after = running_scale(place, scale, new_scale, self._A)
+        before = place.emitter(phase).node(
+            "GatherElements", [start, lookups.ids], name="A.before", dtype=FLOAT, shape=[None]
+        )
+        draft.remember(before)
+        increments = self._increments(lookups, increment, before)
+        (counted,) = place.op(
+            "InputFactorUpdate",
+            [start, lookups.ids, increments],
+            [Out("A", FLOAT, [self.vocab_size])],
+            Phase.COUNT,
+        )
+        draft.write(self._A, counted, Phase.COUNT)
+        name = str(self._A.name)
+        draft.undo[name] = Undo(name, str(lookups.ids.name), str(before.name))
+        pairs = ((self._A, counted), (scale, scale_after), (total, new_total), (count, new_count))
+        return Update(pairs), Reading(counted, gain, total_a)
+
+    def _advanced(
+        self, scale: ir.Value, total: ir.Value, count: ir.Value, lookups: ir.Value
+    ) -> tuple[ir.Value, ...]:
+        """Return scale, total and count after `lookups` more, the increment of one, gain and ΣA."""
+        outs = [
+            Out("A.scale", DOUBLE, []),
+            Out("A.total", DOUBLE, []),
+            Out("A.count", INT64, []),
+            Out("increment", FLOAT, []),
+            Out("gain", FLOAT, []),
+            Out("total_a", FLOAT, []),
+        ]
+        return self._place.op(
+            "InputFactorDecay",
+            [scale, total, count, lookups],
+            outs,
+            decay=self._average.decay,
+            debias=int(self._average.debias),
+            normalize=int(self._share),
         )
 
-    def _averaged(
-        self,
-        decay: float,
-        ids: ir.Value,
-        weights: ir.Value,
-        lookups: ir.Value,
-        share: ir.Value,
-        start_A: ir.Value,
-        start_total: ir.Value,
-    ) -> Update:
-        unscaled = call("Mul", start_A, call("Cast", self._scale.value, to=_FLOAT))
-        (A,) = apply("InputFactorAverage", unscaled, ids, weights, lookups, decay=decay)
-        one, rho = constant(1.0, np.float64), constant(decay, np.float64)
-        kept = call("Mul", rho, start_total)
-        total = call("Add", kept, call("Mul", constant(1.0 - decay, np.float64), share))
-        some = call("Greater", lookups, constant(0.0))
-        total = call("Where", some, total, start_total)
-        count = call("Add", self._count.value, call("Cast", some, to=_INT))
-        correction = one
-        if self._settings.zero_debias:
-            weight = call("Sub", one, call("Pow", rho, call("Cast", count, to=_DOUBLE)))
-            never = call("Equal", count, constant(0, np.int64))
-            correction = call("Where", never, one, call("Div", one, weight))
-        gain = call("Cast", correction, to=_FLOAT)
-        return self._assign(A, one, total, count, gain, call("Mul", total, correction))
+    def _increments(self, lookups: Lookups, increment: ir.Value, before: ir.Value) -> ir.Value:
+        """Return the increment of each lookup plus 0·before: counts written in place are read before that."""
+        emit = self._place.emitter(Phase.COUNT)
+        if lookups.weights is not None:
+            increment = lookups.weighted(increment, self._place)
+        nothing = emit.node(
+            "Mul", [before, self._place.number(0.0)], name="nothing", dtype=FLOAT, shape=[None]
+        )
+        return emit.node("Add", [nothing, increment], name="increments", dtype=FLOAT, shape=[None])
 
-    def _assign(
-        self,
-        A: ir.Value,
-        scale: ir.Value,
-        total: ir.Value,
-        count: ir.Value,
-        gain: ir.Value,
-        total_a: ir.Value,
-    ) -> Update:
-        values = (A, scale, total, count, gain, call("Cast", total_a, to=_FLOAT))
-        return Update(assignments=tuple(zip(self.variables, values, strict=True)))
+    def _shared(
+        self, share: ir.Value, scale: ir.Value, total: ir.Value, gain: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """Return total and ΣA where counts do not add up to the number of lookups, as the operator has it."""
+        emit = self._place.emitter(Phase.GRADIENTS)
+        one = emit.constant(np.float64(1.0), "one64")
+        fresh = emit.constant(np.float64(1.0 - self._average.decay), "fresh")
+        excess = emit.node("Sub", [share, one], dtype=DOUBLE, shape=[])
+        excess = emit.node("Mul", [fresh, excess], dtype=DOUBLE, shape=[])
+        total = emit.node("Add", [total, excess], name="A.total", dtype=DOUBLE, shape=[])
+        gain64 = emit.node("Cast", [gain], attributes={"to": DOUBLE}, dtype=DOUBLE, shape=[])
+        correction = emit.node("Div", [gain64, scale], dtype=DOUBLE, shape=[])
+        total_a = emit.node("Mul", [total, correction], dtype=DOUBLE, shape=[])
+        return total, emit.node(
+            "Cast", [total_a], attributes={"to": FLOAT}, name="total_a", dtype=FLOAT, shape=[]
+        )
+
+    def _plain(self, lookups: Lookups) -> tuple[Update, Reading]:
+        place, draft, phase = self._place, self._place.draft, Phase.GRADIENTS
+        emit, one, number = place.emitter(phase), place.number(1.0), lookups.number
+        start = self._A
+        if self._average.forgets_its_start and self._count is not None:
+            start = self._where_first(self._count, place.number(0.0), start, FLOAT, [self.vocab_size])
+        divisor = (
+            number if self._share else emit.node("Min", [number, one], name="any", dtype=FLOAT, shape=[])
+        )
+        ids, weights = lookups.with_soft_counts(self.vocab_size, place)
+        (averaged,) = place.op(
+            "InputFactorAverage",
+            [start, ids, weights, divisor],
+            [Out("A", FLOAT, [self.vocab_size])],
+            decay=self._average.decay,
+        )
+        draft.keep(self._A, averaged, phase)
+        pairs = [(self._A, averaged)]
+        new_count: ir.Value | None = None
+        if self._count is not None:
+            some = emit.node("Cast", [number], attributes={"to": BOOL}, name="any", dtype=BOOL, shape=[])
+            step = emit.node("Cast", [some], attributes={"to": INT64}, name="any", dtype=INT64, shape=[])
+            new_count = emit.node("Add", [self._count, step], name="A.count", dtype=INT64, shape=[])
+            draft.keep(self._count, new_count, phase)
+            pairs.append((self._count, new_count))
+        return Update(tuple(pairs)), self._plain_reading(averaged, new_count)
+
+    def _plain_reading(self, stored: ir.Value, count: ir.Value | None) -> Reading:
+        emit = self._place.emitter(Phase.GRADIENTS)
+        gain = self._place.number(1.0)
+        if count is not None:
+            # As the operator rounds the decay to float32, so does the correction; the rest is exact enough.
+            one64 = emit.constant(np.float64(1.0), "one64")
+            n = emit.node("Cast", [count], attributes={"to": DOUBLE}, name="n", dtype=DOUBLE, shape=[])
+            n = emit.node("Max", [n, one64], name="n", dtype=DOUBLE, shape=[])
+            rho = emit.constant(np.float64(np.float32(self._average.decay)), "decay_a")
+            power = emit.node("Pow", [rho, n], name="bias", dtype=DOUBLE, shape=[])
+            seen = emit.node("Sub", [one64, power], name="bias", dtype=DOUBLE, shape=[])
+            seen = emit.node("Reciprocal", [seen], name="gain", dtype=DOUBLE, shape=[])
+            gain = emit.node("Cast", [seen], attributes={"to": FLOAT}, name="gain", dtype=FLOAT, shape=[])
+        total = emit.node(
+            "ReduceSum", [stored], attributes={"keepdims": 0}, name="total_a", dtype=FLOAT, shape=[]
+        )
+        total = emit.node("Mul", [total, gain], name="total_a", dtype=FLOAT, shape=[])
+        return Reading(stored, gain, total)
+
+    def _read_states(self) -> Reading:
+        """Return the factor as its states have it: a batch without lookups changes nothing."""
+        average, V = self._average, self.vocab_size
+        if self._scale is None or self._total is None or self._count is None:
+            reading = self._plain_reading(self._A, self._count)
+        else:
+            nothing = self._place.number(0.0)
+            advanced = self._advanced(self._scale, self._total, self._count, nothing)
+            reading = Reading(self._A, advanced[4], advanced[5])
+        if self._count is None or not (average.forgets_its_start or average.unknown_before_first):
+            return reading
+        shown = np.nan if average.unknown_before_first else 1.0
+        gain = self._where_first(self._count, self._place.number(shown), reading.gain, FLOAT, [])
+        start = self._place.number(shown * average.start * V)
+        return Reading(self._A, gain, self._where_first(self._count, start, reading.total, FLOAT, []))
+
+    def _where_first(
+        self, count: ir.Value, first: ir.Value, later: ir.Value, dtype: ir.DataType, shape: list[int]
+    ) -> ir.Value:
+        """Return `first` as long as there was no batch, then `later`."""
+        emit = self._place.emitter(Phase.GRADIENTS)
+        zero = emit.constant(np.asarray(0, np.int64), "zero")
+        none = emit.node("Equal", [count, zero], name="no_batch", dtype=BOOL, shape=[])
+        return emit.node("Where", [none, first, later], dtype=dtype, shape=shape)
+
+    def _node(
+        self, op_type: str, inputs: Sequence[ir.Value], shape: Sequence[int | None] | None = None
+    ) -> ir.Value:
+        return self._place.emitter(Phase.GRADIENTS).node(op_type, inputs, dtype=FLOAT, shape=shape)
+
+    def _ints(self, *numbers: int) -> ir.Value:
+        return self._place.emitter(Phase.GRADIENTS).constant(np.asarray(numbers, np.int64), "numbers")
+
+
+def check_decay(asked: float | None, own: float) -> None:
+    """Raise FisherValueError for a decay out of range, or another than the factor's own."""
+    if asked is None:
+        return
+    if not 0.0 <= asked <= 1.0:
+        raise FisherValueError(f"the decay of an average must be between 0 and 1, not {asked:g}")
+    if asked != own:
+        raise FisherValueError(
+            f"the factor averages with decay {own:g}, not {asked:g}",
+            help="give the collection its decay: LayerCollection(FactorSettings(decay=...))",
+        )

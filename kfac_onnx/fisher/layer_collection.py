@@ -8,12 +8,15 @@ import onnx_ir as ir
 
 from kfac_onnx.fisher.blocks import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, FisherBlock
 from kfac_onnx.fisher.errors import FisherKeyError, FisherTypeError, FisherValueError
+from kfac_onnx.fisher.place import Place
 from kfac_onnx.fisher.settings import FactorSettings
+from kfac_onnx.graph.rewriter import Emitter
+from kfac_onnx.step.draft import Draft
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
-    from kfac_onnx.graph.symbols import Variable
+    from kfac_onnx.fisher.presets import Preset
 
 __all__ = ["AUTO_REUSE", "LayerCollection", "Reuse"]
 
@@ -31,11 +34,23 @@ LayerKey = ir.Value | tuple[ir.Value, ...]
 class LayerCollection:
     """Registered parameters with their blocks; factors are shared between equal requests.
 
-    Parameters, ids and outputs are symbolic tensors (`ir.Value`); `settings` are the factors' switches.
+    Parameters, ids and outputs are symbolic tensors (`ir.Value`). Alone (a `FisherSession` runs it) its
+    blocks are updated when asked, with `settings` as the factors' switches. In a training step, which is
+    `draft`, they do what `preset` says.
     """
 
-    def __init__(self, settings: FactorSettings | None = None) -> None:
+    def __init__(
+        self,
+        settings: FactorSettings | None = None,
+        *,
+        preset: Preset | None = None,
+        draft: Draft | None = None,
+    ) -> None:
+        if (preset is None) != (draft is None):
+            raise FisherValueError("a training step needs both a preset and a draft of the step")
         self.settings = FactorSettings() if settings is None else settings
+        self.preset = preset
+        self.draft = _alone() if draft is None else draft
         self._blocks: dict[LayerKey, FisherBlock] = {}
         self._factors: dict[tuple[type[Any], tuple[Hashable, ...]], Any] = {}
         self._linked: dict[frozenset[ir.Value], str | None] = {}
@@ -142,18 +157,32 @@ class LayerCollection:
                     f"parameter {_quoted(layer_key)} is linked with others as {_quoted(tuple(group))}"
                 )
 
-    def make_or_get_factor(self, cls: type[F], args: tuple[Hashable, ...]) -> F:
-        """Return the factor `cls(*args)`, one object for equal arguments; tensors are equal by identity."""
+    def place(self, block: FisherBlock) -> Place:
+        """Return where a block's nodes and states go: in a step, under its parameter's name."""
+        for key, registered in self._blocks.items():
+            if registered is block and self.preset is not None:
+                name = "+".join(str(param.name) for param in _members(key))
+                return Place(self.draft, f"kfac/{name}", name)
+        return Place(self.draft, "kfac/block", None)
+
+    def make_or_get_factor(
+        self, cls: type[F], args: tuple[Hashable, ...], *, place: Place | None = None, **options: Any
+    ) -> F:
+        """Return the factor `cls(*args)`, one object for equal arguments; tensors are equal by identity.
+
+        A factor at a `place` is one for that place: its states carry the names of its parameter.
+        """
+        key = (cls, args if place is None else (*args, place.prefix))
         try:
-            known = self._factors.get((cls, args))
+            factor = self._factors.get(key)
         except TypeError as error:
             raise FisherTypeError(f"the arguments of a {cls.__name__} must be hashable: {error}") from error
-        if known is None:
+        if factor is None:
             make: Any = cls
-            name = f"kfac/{len(self._factors)}/{cls.__name__}"
-            known = make(*args, settings=self.settings, name=name)
-            self._factors[(cls, args)] = known
-        return known
+            alone = Place(self.draft, f"kfac/{len(self._factors)}/{cls.__name__}", None)
+            factor = make(*args, place=place or alone, settings=self.settings, **options)
+            self._factors[key] = factor
+        return factor
 
     def define_linked_parameters(
         self, params: ir.Value | Iterable[ir.Value], approximation: str | None = None
@@ -204,9 +233,9 @@ class LayerCollection:
         """Return all factors, in the order of their making."""
         return list(self._factors.values())
 
-    def get_variables(self) -> list[Variable]:
+    def get_states(self) -> list[ir.Value]:
         """Return all state of all factors."""
-        return [variable for factor in self._factors.values() for variable in factor.variables]
+        return [state for factor in self._factors.values() for state in factor.states]
 
     def _approximation(
         self, params: ir.Value, approx: str | None, default: str, known: tuple[str, ...]
@@ -215,6 +244,13 @@ class LayerCollection:
             linked = self._linked.get(frozenset((params,)))
             approx = default if linked is None else linked
         _known_approximation(approx, known)
+
+
+def _alone() -> Draft:
+    """Return the draft of blocks alone: an empty model, whose nodes a session takes pieces of."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 18}, name="kfac_blocks")
+    model = ir.Model(graph, ir_version=9)
+    return Draft(model, Emitter(model, "block"), {})
 
 
 def _known_approximation(value: str, known: tuple[str, ...]) -> str:

@@ -12,9 +12,10 @@ as a lookup spread over the vocabulary, with gradient row √m·h_p:
     counts of position p = δ_p² / m        (their mean sum over the vocabulary is 1)
     row of position p    = √m · h_p
 
-All lookups and positions are then stacked, M + P in number, as several uses of a table are (spec section 1,
-"later versions"): A takes Σ counts, G = (gᵀg + m·hᵀh) / (M + P). A constant factor of the loss changes A
-and G as it does without a projection. A batch where δ is all zero has no positions. Cost: O(V·P).
+All lookups and positions are then stacked, M + P in number, as several uses of a table are: A takes Σ
+counts, G = (gᵀg + m·hᵀh) / (M + P). A constant factor of the loss changes A and G as it does without a
+projection. A batch where δ is all zero has no positions. Cost: O(V·P).
+Source: Grosse & Martens 2016 (https://arxiv.org/abs/1602.01407), section 3, for uses that are taken together.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ from kfac_onnx.step.draft import BOOL, FLOAT, INT64
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.graph.rewriter import Emitter
+    from kfac_onnx.fisher.place import Place
     from kfac_onnx.metadata import Projection, Site
-    from kfac_onnx.step.draft import Draft
 
 __all__ = ["Positions", "emit_positions"]
 
@@ -46,12 +46,12 @@ class Positions:
     number: ir.Value
 
 
-def emit_positions(projection: Projection, site: Site, draft: Draft, emitter: Emitter) -> Positions:
+def emit_positions(projection: Projection, site: Site, place: Place) -> Positions:
     """Emit the statistics of one projection, in the phase of the gradients."""
-    emit = emitter.derive(phase=Phase.GRADIENTS)
+    emit = place.emitter(Phase.GRADIENTS)
     V, D = site.vocab_size, site.embedding_dim
-    left = _as_float(emit, draft.value(projection.left))
-    right = _as_float(emit, draft.value(projection.right))
+    left = place.float32(place.draft.value(projection.left))
+    right = place.float32(place.draft.value(projection.right))
     rank = len(left.shape or ())
     others = [axis for axis in range(rank) if axis != projection.left_axis]
     squares = emit.node(
@@ -86,13 +86,5 @@ def emit_positions(projection: Projection, site: Site, draft: Draft, emitter: Em
     scale = emit.node("Sqrt", [scale], name="root_m", dtype=FLOAT, shape=[])
     rows = emit.node("Mul", [right, scale], name="position_rows", dtype=FLOAT, shape=[None, D])
     number = emit.node("Where", [some, size, nothing], name="positions", dtype=FLOAT, shape=[])
-    draft.flag(counts)
+    place.flag(counts)
     return Positions(counts, rows, number)
-
-
-def _as_float(emit: Emitter, value: ir.Value) -> ir.Value:
-    if value.dtype == FLOAT:
-        return value
-    return emit.node(
-        "Cast", [value], attributes={"to": FLOAT}, name="float32", dtype=FLOAT, shape=value.shape
-    )

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from kfac_onnx import dialect
 from kfac_onnx.device.providers import on_cuda, provider_list, require_providers
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.graph.symbols import Array, HostPower, SparseRows, Update, Variable, placeholder
+from kfac_onnx.fisher.symbols import SparseRows, Update, placeholder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kfac_onnx.dialect import Variant
     from kfac_onnx.fisher.blocks import FisherBlock
     from kfac_onnx.fisher.layer_collection import LayerCollection
+    from kfac_onnx.fisher.symbols import Array, StoredPower
+    from kfac_onnx.metadata import State
 
 __all__ = ["FisherSession", "build_model", "host_power"]
 
@@ -45,12 +47,10 @@ class FisherSession:
         self,
         layer_collection: LayerCollection,
         *,
-        ema_decay: float = 0.95,
         threads: int | None = None,
         providers: GivenProviders = ("CPUExecutionProvider",),
     ) -> None:
         self._collection = layer_collection
-        self._ema_decay = ema_decay
         self._threads = threads
         self._providers = provider_list(providers)
         self._variant: Variant = "atomic" if on_cuda(self._providers) else "safe"
@@ -58,26 +58,27 @@ class FisherSession:
         self._expressions: dict[tuple[object, ...], Any] = {}
         self._state: dict[str, Array] = {}
         self.paths: dict[str, str] = {}
-        """How each stored power was made at the last inverse update, by the name of its variable."""
+        """How each stored power was made at the last inverse update, by the name of its state."""
 
     @property
     def state(self) -> dict[str, Array]:
         """A copy of every state tensor, by name."""
-        return {variable.name: self._read(variable).copy() for variable in self._collection.get_variables()}
+        return {name: self._read(name).copy() for name in self._state_names()}
 
     def covariance_update(self, feeds: Mapping[str, Array]) -> None:
         """Let every factor average in the batch that is fed."""
         updates = self._once(
             ("covariance",),
             lambda: [
-                factor.make_covariance_update_op(self._ema_decay) for factor in self._collection.get_factors()
+                self._renormalized(factor.make_covariance_update_op())
+                for factor in self._collection.get_factors()
             ],
         )
         self.apply(updates, feeds)
 
     def inverse_update(self, feeds: Mapping[str, Array] | None = None) -> None:
         """Recompute every stored inverse and power from the factors as they are now."""
-        registered = len(self._collection.get_variables())
+        registered = len(self._collection.get_states())
         updates = self._once(
             ("inverse", registered),
             lambda: [
@@ -142,11 +143,27 @@ class FisherSession:
             fetches += [power.factor, power.damping]
             fetches += [value for value in (power.candidate, power.residual) if value is not None]
         unique = list(dict.fromkeys(fetches))
-        found = dict(zip(unique, self.run(unique, feeds), strict=True)) if unique else {}
-        for variable, value in assignments:
-            self._state[variable.name] = found[value]
+        arrays = dict(zip(unique, self.run(unique, feeds), strict=True)) if unique else {}
+        for state, value in assignments:
+            self._state[str(state.name)] = arrays[value]
         for power in powers:
-            self._state[power.variable.name], self.paths[power.variable.name] = _settle(power, found)
+            name = str(power.state.name)
+            self._state[name], self.paths[name] = _settle(power, arrays)
+
+    def _renormalized(self, update: Update) -> Update:
+        """Return an update after which a vector has taken in its running scale where that became small."""
+        draft = self._collection.draft
+        emit = draft.outer.derive()
+        assignments: list[tuple[ir.Value, ir.Value]] = []
+        for state, new in update.assignments:
+            entry = draft.renormalizations.get(str(state.name))
+            if entry is not None:
+                now, factor = draft.value(entry.now), draft.value(entry.factor)
+                one = emit.constant(np.float32(1.0), "one")
+                scale = emit.node("Where", [now, factor, one], dtype=ir.DataType.FLOAT, shape=[])
+                new = emit.node("Mul", [new, scale], dtype=ir.DataType.FLOAT, shape=new.shape)
+            assignments.append((state, new))
+        return Update(tuple(assignments), update.powers)
 
     def run(self, fetches: Sequence[ir.Value], feeds: Mapping[str, Array]) -> list[Array]:
         """Return the values of symbolic tensors; raises UserError for a missing feed or a failing run."""
@@ -154,13 +171,13 @@ class FisherSession:
         if key not in self._sessions:
             self._sessions[key] = self._open(key, feeds)
         session, names = self._sessions[key]
-        variables = {variable.name: variable for variable in self._collection.get_variables()}
+        states = self._state_names()
         values: dict[str, Array] = {}
         for name in names:
             if name in feeds:
                 values[name] = np.asarray(feeds[name])
-            elif name in variables:
-                values[name] = self._read(variables[name])
+            elif name in states:
+                values[name] = self._read(name)
             else:
                 raise UserError(f"the tensor '{name}' is needed but was not fed")
         try:
@@ -189,8 +206,14 @@ class FisherSession:
         require_providers(session, self._providers)
         return session, [value.name for value in model.graph.inputs if value.name is not None]
 
-    def _read(self, variable: Variable) -> Array:
-        return self._state.get(variable.name, variable.initial)
+    def _state_names(self) -> list[str]:
+        return [str(state.name) for state in self._collection.get_states()]
+
+    def _read(self, name: str) -> Array:
+        if name not in self._state:
+            state = next(state for state in self._collection.draft.states if state.input == name)
+            self._state[name] = _initial(state)
+        return self._state[name]
 
     def _once(self, key: tuple[object, ...], make: Any) -> Any:
         if key not in self._expressions:
@@ -203,8 +226,9 @@ def build_model(fetches: Sequence[ir.Value], fed: set[str], variant: Variant = "
     copies: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
     nodes: list[ir.Node] = []
+    constants: list[ir.Value] = []
     for fetch in fetches:
-        _copy(fetch, fed, copies, inputs, nodes)
+        _copy(fetch, fed, copies, inputs, constants, nodes)
     outputs: list[ir.Value] = []
     for index, fetch in enumerate(fetches):
         node = ir.node("Identity", [copies[fetch]])
@@ -212,6 +236,8 @@ def build_model(fetches: Sequence[ir.Value], fed: set[str], variant: Variant = "
         nodes.append(node)
         outputs.append(node.outputs[0])
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": OPSET}, name="kfac_block")
+    for value in constants:
+        graph.register_initializer(value)
     model = ir.Model(graph, ir_version=IR_VERSION)
     dialect.attach(model, variant)
     return model
@@ -222,6 +248,7 @@ def _copy(
     fed: set[str],
     copies: dict[ir.Value, ir.Value],
     inputs: list[ir.Value],
+    constants: list[ir.Value],
     nodes: list[ir.Node],
 ) -> None:
     pending = [root]
@@ -232,7 +259,11 @@ def _copy(
             pending.pop()
         elif node is None or (value.name is not None and value.name in fed):
             copies[value] = ir.Value(name=value.name, shape=value.shape, type=value.type)
-            inputs.append(copies[value])
+            if value.const_value is None:
+                inputs.append(copies[value])
+            else:
+                copies[value].const_value = value.const_value
+                constants.append(copies[value])
         else:
             missing = [source for source in node.inputs if source is not None and source not in copies]
             if missing:
@@ -254,11 +285,22 @@ def host_power(factor: Array, damping: float, exponent: float) -> Array:
         return ((Q * (np.maximum(w, 0.0) + damping) ** exponent) @ Q.T).astype(np.float32)
 
 
-def _settle(power: HostPower, found: Mapping[ir.Value, Array]) -> tuple[Array, str]:
-    residual = 0.0 if power.residual is None else float(found[power.residual])
+def _initial(state: State) -> Array:
+    """Return what a state starts from."""
+    match state.initial:
+        case "identity":
+            return np.eye(*state.shape, dtype=state.dtype)
+        case "zeros" | "ones":
+            return np.full(state.shape, float(state.initial == "ones"), state.dtype)
+        case number:
+            return np.full(state.shape, number, state.dtype)
+
+
+def _settle(power: StoredPower, arrays: Mapping[ir.Value, Array]) -> tuple[Array, str]:
+    residual = 0.0 if power.residual is None else float(arrays[power.residual])
     if power.candidate is not None and residual <= power.tolerance:
-        return found[power.candidate], power.path
-    return host_power(found[power.factor], float(found[power.damping]), power.exponent), "host-eigh"
+        return arrays[power.candidate], power.path
+    return host_power(arrays[power.factor], float(arrays[power.damping]), power.exponent), "host-eigh"
 
 
 def _power_of(block: FisherBlock, vector: Array | tuple[Array, Array], exponent: float) -> ir.Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class CloseStep(Pass):
     Reads   what the inserting passes drafted (`kfac.draft`, `kfac.draft_states`).
     Adds    output kfac/ok bool, and one output per state: its value after the step
     Writes  `kfac.state` with the outputs' names, and `kfac.step`.
-    Source  DESIGN sections 6 and 7: where anything is not finite, nothing of the step is kept.
+    Where anything is not finite, nothing of the step is kept.
     """
 
     name: ClassVar[str] = "close-step"
@@ -52,7 +52,7 @@ class CloseStep(Pass):
                 context=self.name,
                 help="export the model together with its loss, or name a scalar output: --loss NAME",
             )
-        if draft.settings.get("shape") != "dense":
+        if draft.shape != "dense":
             for name in metadata.read_strings(model, "orphans"):
                 drop_gradient(draft, name)
         for name in loss.predictions if loss.value is None else [loss.value]:
@@ -112,15 +112,17 @@ class CloseStep(Pass):
         """Write back what the count phase changed, exactly; return the restored vectors by state."""
         restored: dict[str, ir.Value] = {}
         states = {state.input: state for state in draft.states}
-        for entry in draft.settings.get("undo", []):
-            state = states[entry["state"]]
+        for entry in draft.undo.values():
+            if entry.after is None:
+                raise AssertionError(f"nothing reads '{entry.state}' after it is written")
+            state = states[entry.state]
             emit = emitter.derive(site=state.parameter, phase=Phase.UNDO)
-            after, before = draft.value(entry["after"]), draft.value(entry["before"])
+            after, before = draft.value(entry.after), draft.value(entry.before)
             chosen = emit.node("Where", [ok, after, before], name="counts", dtype=FLOAT, shape=after.shape)
             with draft.at(emit):
                 (value,) = draft.op(
                     "WriteRows",
-                    [draft.value(state.candidate), draft.value(entry["ids"]), chosen],
+                    [draft.value(state.candidate), draft.value(entry.ids), chosen],
                     [Out("restored", FLOAT, state.shape)],
                     Phase.UNDO,
                 )
@@ -133,13 +135,13 @@ class CloseStep(Pass):
         """Fold a running scale into its vector when it has become small; return each vector's last values."""
         finals = {name: [value] for name, value in restored.items()}
         states = {state.input: state for state in draft.states}
-        for entry in draft.settings.get("renormalize", []):
-            state = states[entry["state"]]
+        for entry in draft.renormalizations.values():
+            state = states[entry.state]
             emit = emitter.derive(site=state.parameter, phase=Phase.RENORMALIZE)
             vector = finals[state.input][-1] if state.input in finals else draft.value(state.candidate)
             due = emit.node(
                 "And",
-                [ok, draft.value(entry["now"])],
+                [ok, draft.value(entry.now)],
                 name="renormalize",
                 phase=Phase.PRECONDITION,
                 dtype=BOOL,
@@ -147,7 +149,7 @@ class CloseStep(Pass):
             )
             then, other = emit.branch("renormalize"), emit.branch("keep")
             scaled = then.node(
-                "Mul", [vector, draft.value(entry["factor"])], name="scaled", dtype=FLOAT, shape=state.shape
+                "Mul", [vector, draft.value(entry.factor)], name="scaled", dtype=FLOAT, shape=state.shape
             )
             then.graph.outputs.append(scaled)
             same = other.node("Identity", [vector], name="same", dtype=FLOAT, shape=state.shape)
@@ -214,8 +216,6 @@ class CloseStep(Pass):
         taken.update(item.name for item in metadata.read_list(model, "parameters", Parameter))
         others = [str(value.name) for value in model.graph.inputs if value.name not in taken]
         held = model.graph.initializers
-        shown = ("preset", "uses", "tied", "g_rows", "g_every", "optimizer")
-        settings: dict[str, Any] = {key: draft.settings[key] for key in shown if key in draft.settings}
         return Step(
             loss=loss.value,
             predictions=loss.predictions if loss.value is None else {},
@@ -225,8 +225,8 @@ class CloseStep(Pass):
             learning_rates=tuple(draft.rates),
             id_checks=tuple(metadata.read_list(model, "id_checks", IdCheck)),
             root_checks=tuple(draft.roots),
-            shape=draft.settings.get("shape", "rows"),
-            settings=settings,
+            shape=draft.shape,
+            settings=draft.settings,
         )
 
 

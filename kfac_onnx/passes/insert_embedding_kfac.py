@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.fisher.presets import PRESETS, Preset
+from kfac_onnx.fisher import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, LayerCollection
+from kfac_onnx.fisher.presets import DEFAULT_PRESET, PRESETS
+from kfac_onnx.fisher.projections import emit_positions
+from kfac_onnx.fisher.sampling import Sample
 from kfac_onnx.graph.rewriter import Emitter, Out
-from kfac_onnx.metadata import Loss, Phase, Refusal, Site
+from kfac_onnx.metadata import Loss, Phase, Refusal, Site, StepSettings
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
-from kfac_onnx.passes.insertion.table import RowUpdate, TableBlock, from_rows
-from kfac_onnx.passes.insertion.writing import drop_gradient, takes_steps, write_table
+from kfac_onnx.passes.insertion.writing import drop_gradient, from_rows, takes_steps, to_rows, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
 from kfac_onnx.step.draft import FLOAT, Draft
 
 if TYPE_CHECKING:
+    from kfac_onnx.fisher.blocks import FisherBlock
+    from kfac_onnx.fisher.presets import Preset
+    from kfac_onnx.fisher.row_scales import RowUpdate
     from kfac_onnx.pipeline.log import Log
 
-__all__ = ["LEARNING_RATES", "InsertEmbeddingKfac"]
-
-LEARNING_RATES: Final = {"half": 0.01, "r1.7": 0.01, "adagrad": 0.1, "adaptive": 0.01}
-"""Starting points: near the table's tuned Adam rate; Adagrad's for `adagrad`."""
+__all__ = ["InsertEmbeddingKfac"]
 
 
 @register
@@ -43,13 +45,14 @@ class InsertEmbeddingKfac(Pass):
             state kfac/<table>/root   float32[D, D]  (G + damping)^exponent as of the last refresh
     Shape   `rows` updates each table in place and removes its dense gradient; `dense` replaces the
             gradient output (a tensor, or rows and their ids) by the preconditioned one, under its own name.
-    Source  spec sections 1 to 4; Martens & Grosse 2015, sections 5 and 6.3.
+    Source  Martens & Grosse 2015 (https://arxiv.org/abs/1503.05671), sections 5 and 6.3;
+            docs/mathematics.md has every preset's formulas.
     """
 
     name: ClassVar[str] = "insert-embedding-kfac"
-    preset: Literal["half", "r1.7", "adagrad", "adaptive"] = opt("half", "named settings of the block")
+    preset: str = opt(DEFAULT_PRESET, "named settings of the block", choices=tuple(PRESETS))
     lr: float | None = opt(None, "learning rate of the tables; the preset's own if none", lo=0.0)
-    damping: float | None = opt(None, "damping: λ of r1.7, ρ of the others; the preset's if none", lo=1e-30)
+    damping: float | None = opt(None, "damping, λ (pi) or ρ (relative); the preset's if none", lo=1e-30)
     decay_a: float | None = opt(
         None, "weight kept from the old counts at each update; the preset's if none", lo=0.0, hi=0.9999999
     )
@@ -62,7 +65,9 @@ class InsertEmbeddingKfac(Pass):
     g_rows: int | None = opt(None, "rows of a batch that G takes, evenly spread; all if none", lo=1)
     g_every: int = opt(1, "committed steps between updates of G (steps 1, 2, 4 and 8 are too)", lo=1)
     grad_scale: float | None = opt(
-        None, "r1.7: examples that a mean loss divides by; found in the graph if none", lo=1e-30
+        None,
+        "examples that a mean loss divides by, for presets that need it; found in the graph if none",
+        lo=1e-30,
     )
     shape: Literal["rows", "dense"] = opt("rows", "update tables in place, or replace their gradients")
     uses: Literal["stack", "multi-indep"] = opt(
@@ -76,72 +81,112 @@ class InsertEmbeddingKfac(Pass):
     def settings(self) -> Preset:
         """Return the preset with this pass's options in place."""
         preset = PRESETS[self.preset]
-        given = {
-            "damping": None if self.damping is None else replace(preset.damping, value=self.damping),
-            "input_decay": self.decay_a,
-            "output_decay": self.decay_g,
-            "refresh_every": self.refresh_every,
-            "g_rows": self.g_rows,
-            "g_every": self.g_every,
-        }
-        return replace(preset, **{key: value for key, value in given.items() if value is not None})
+        if self.damping is not None:
+            preset = replace(preset, damping=preset.damping.with_value(self.damping))
+        if self.decay_a is not None:
+            preset = preset.with_input_decay(self.decay_a)
+        if self.decay_g is not None:
+            preset = replace(preset, output=replace(preset.output, decay=self.decay_g))
+        if self.refresh_every is not None:
+            preset = replace(preset, refresh_every=self.refresh_every)
+        rows = preset.sample.rows if self.g_rows is None else self.g_rows
+        return replace(preset, sample=Sample(rows=rows, every=self.g_every))
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place.
 
         Raises UserError for a table that was refused and is not in `allow-fallback`, when there is no
-        table at all, for r1.7 where the divisor of the loss is unknown, and for a divisor that is not used.
+        table at all, where a preset needs the divisor of the loss and it is unknown, and for an option that
+        means nothing for the preset.
         """
         sites, refused = self._trained_sites(model)
         preset = self.settings()
-        if self.grad_scale is not None and not preset.scale_gradients:
+        if self.grad_scale is not None and not preset.per_example:
+            takers = " or ".join(name for name, other in PRESETS.items() if other.per_example)
             raise UserError(
                 f"grad-scale has no meaning for preset '{preset.name}', whose update does not depend on it",
-                help="leave it out, or take preset r1.7",
+                help=f"leave it out, or take preset {takers}",
             )
         emitter = Emitter(model, self.name)
         if len(sites) < len(metadata.read_list(model, "sites", Site)):
             emitter.metadata("sites", sites)
             emitter.metadata("refused", refused)
         draft = Draft(model, emitter, values_by_name(model))
-        scale = self._gradient_scale(model, emitter, draft) if preset.scale_gradients else None
+        scale = self._gradient_scale(model, emitter, draft) if preset.per_example else None
+        collection = LayerCollection(preset=preset, draft=draft)
         for site in sites:
-            self._insert(site, preset, draft, scale, log)
+            self._insert(site, preset, collection, scale, log)
         if self.shape == "dense":
             drop_tensors(draft)
             close_updates(draft)
-        draft.settings["preset"] = preset.name
-        draft.settings["shape"] = self.shape
-        draft.settings |= {"uses": self.uses, "tied": self.tied}
-        draft.settings |= {"g_rows": self.g_rows, "g_every": self.g_every}
+        draft.shape = self.shape
+        draft.settings = StepSettings(
+            preset=preset.name,
+            uses=self.uses,
+            tied=self.tied,
+            g_rows=preset.sample.rows,
+            g_every=preset.sample.every,
+            optimizer=draft.settings.optimizer,
+        )
         draft.save()
         return emitter.changes
 
-    def _insert(self, site: Site, preset: Preset, draft: Draft, scale: ir.Value | None, log: Log) -> None:
-        both = site.projections if self.tied == "both" else ()
-        uses = len(site.uses) + len(both) if self.uses == "multi-indep" else 1
+    def _insert(
+        self, site: Site, preset: Preset, collection: LayerCollection, scale: ir.Value | None, log: Log
+    ) -> None:
+        draft = collection.draft
         rate: ir.Value | None = None
         if self.shape == "rows":
-            default = LEARNING_RATES[preset.name] if self.lr is None else self.lr
-            rate = draft.learning_rate("kfac/lr", default)
-        block = TableBlock(site, preset.for_uses(uses), draft, scale, both)
-        result = block.update(rate if takes_steps(site, draft) else None)
+            rate = draft.learning_rate("kfac/lr", preset.lr if self.lr is None else self.lr)
+        block = self._block(site, collection, scale)
         with draft.at(draft.emitter.derive(site=site.parameter)):
-            if rate is None:
-                pair = row_gradient_of(draft.model, site.parameter)
-                update = host_update_of(draft.model, site.parameter)
-                if pair is not None:
-                    replace_rows(pair, result, draft)
-                elif update is None:
-                    self._replace_gradient(site, result, draft)
-                else:
-                    source = draft.value(update.source)
-                    gradient = None if update.rows else self._replace_gradient(site, result, draft)
-                    replace_source(update, source, site, result, gradient, draft)
-            else:
+            dense: ir.Value | None = None
+            if site.dense is not None:
+                emit = draft.emitter.derive(phase=Phase.PRECONDITION)
+                dense = to_rows(emit, draft.value(site.dense), site)
+            result = block.update(dense, rate if takes_steps(site, draft) else None)
+            if rate is not None:
                 drop_gradient(draft, site.gradient)
                 write_table(site, result, rate, draft)
+            else:
+                self._hand_out(site, result, draft)
         log.count("tables")
+
+    def _block(self, site: Site, collection: LayerCollection, scale: ir.Value | None) -> FisherBlock:
+        """Register a table's block, whose factors take in the lookups of the step."""
+        draft = collection.draft
+        if site.ids is None or site.rows is None:
+            raise AssertionError("find-embeddings marks the ids and rows of every site")
+        both = site.projections if self.tied == "both" else ()
+        uses = len(site.uses) + len(both) if self.uses == "multi-indep" else 1
+        block = (
+            EmbeddingKFACFB(collection, site.vocab_size)
+            if uses == 1
+            else EmbeddingKFACMultiIndepFB(collection, site.vocab_size, uses)
+        )
+        collection.register_block(draft.value(site.parameter), block)
+        rows = draft.value(site.rows)
+        block.register_additional_minibatch(draft.value(site.ids), rows)
+        block.register_step(
+            keep=None if site.keep is None else draft.value(site.keep),
+            positions=[emit_positions(projection, site, block.place) for projection in both],
+            scale=scale,
+        )
+        block.instantiate_factors([[rows]])
+        return block
+
+    def _hand_out(self, site: Site, result: RowUpdate, draft: Draft) -> None:
+        """Give the preconditioned gradient to whoever takes the gradient in the exporter's graph."""
+        pair = row_gradient_of(draft.model, site.parameter)
+        update = host_update_of(draft.model, site.parameter)
+        if pair is not None:
+            replace_rows(pair, result, draft)
+        elif update is None:
+            self._replace_gradient(site, result, draft)
+        else:
+            source = draft.value(update.source)
+            gradient = None if update.rows else self._replace_gradient(site, result, draft)
+            replace_source(update, source, site, result, gradient, draft)
 
     def _replace_gradient(self, site: Site, result: RowUpdate, draft: Draft) -> ir.Value:
         emit = draft.emitter.derive(phase=Phase.PRECONDITION)
@@ -231,7 +276,7 @@ class InsertEmbeddingKfac(Pass):
             loss = metadata.read(model, "loss", Loss)
             named = "the loss" if loss is None or loss.value is None else f"the loss '{loss.value}'"
             raise UserError(
-                f"preset r1.7 needs the number of examples that {named} divides by, "
+                f"preset {self.preset} needs the number of examples that {named} divides by, "
                 "and the graph does not show it",
                 context=self.name,
                 help="give it: grad-scale=N, or 1 for a loss that is a sum",

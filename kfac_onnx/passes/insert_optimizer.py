@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kfac_onnx import metadata
+from kfac_onnx.fisher.row_scales import RowUpdate
 from kfac_onnx.graph.rewriter import Emitter, Out
 from kfac_onnx.metadata import Parameter, Phase, Site
 from kfac_onnx.passes.find_embeddings import values_by_name
-from kfac_onnx.passes.insertion.table import RowUpdate
 from kfac_onnx.passes.insertion.writing import as_float32, drop_gradient, keep_parameter, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -90,7 +90,8 @@ class InsertOptimizer(Pass):
                         parameter.name, draft.value(parameter.gradient), rate, draft, table=site is not None
                     )
             log.count("parameters")
-        draft.settings.setdefault("optimizer", {})[self.parameters] = self.method
+        methods = draft.settings.optimizer | {self.parameters: self.method}
+        draft.settings = replace(draft.settings, optimizer=methods)
         draft.save()
         return emitter.changes
 

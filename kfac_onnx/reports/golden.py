@@ -7,7 +7,7 @@ with inf and NaN in the same places.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from kfac_onnx.errors import UserError
 from kfac_onnx.fisher.layer_collection import LayerCollection
 from kfac_onnx.fisher.session import FisherSession
-from kfac_onnx.graph.symbols import placeholder
+from kfac_onnx.fisher.symbols import placeholder
 from kfac_onnx.reference import BlockReference, BlockSettings
 from kfac_onnx.reports.golden_file import GoldenFile, read_golden
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.device.providers import GivenProviders
     from kfac_onnx.fisher.blocks import EmbeddingKFACFB
-    from kfac_onnx.graph.symbols import Array
+    from kfac_onnx.fisher.symbols import Array
 
 __all__ = ["TOLERANCE", "GoldenRow", "relative_error", "verify_golden"]
 
@@ -80,9 +80,7 @@ class _Runs:
         self.uses = 1 if golden.num_uses is None else golden.num_uses
         self.fed_damping = golden.damping_is_tensor or bool(golden.overrides)
         self.block = self._make_block()
-        self.session = FisherSession(
-            self.collection, ema_decay=golden.ema_decay, threads=1, providers=providers
-        )
+        self.session = FisherSession(self.collection, threads=1, providers=providers)
         settings = golden.settings
         self.reference = BlockReference(
             golden.vocab_size,
@@ -101,7 +99,7 @@ class _Runs:
 
     def _make_block(self) -> EmbeddingKFACFB:
         golden = self.golden
-        self.collection = LayerCollection(golden.settings)
+        self.collection = LayerCollection(replace(golden.settings, decay=golden.ema_decay))
         table = placeholder("table", ir.DataType.FLOAT, [golden.vocab_size, golden.embedding_dim])
         block: EmbeddingKFACFB | None = None
         first = next((batch for verb, batch in golden.schedule if verb == "cov"), "0")
@@ -170,7 +168,7 @@ class _Runs:
             "output_damping": lambda: (one(block.dampings[1]), np.array(dampings[1]), "onnx"),
             "pi": lambda: (one(block.pi()), np.array(reference.pi()), "onnx"),
             "output_inverse": lambda: (
-                one(block.output_factor.get_damped_inverse(block.dampings[1])),
+                one(block.output_factor.get_damped_inverse(block.output_damping)),
                 reference.stored[-1.0],
                 self._stored_path(-1.0),
             ),
@@ -208,7 +206,7 @@ class _Runs:
     def _stored_path(self, exponent: float) -> str:
         if exponent == 1:
             return "onnx"
-        stored = self.block.output_factor.get_matpower(exponent, self.block.dampings[1])
+        stored = self.block.output_factor.get_matpower(exponent, self.block.output_damping)
         return self.session.paths.get(stored.name or "", "initial")
 
 

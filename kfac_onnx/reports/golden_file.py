@@ -14,7 +14,7 @@ from kfac_onnx.fisher.settings import FactorSettings, settings_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kfac_onnx.graph.symbols import Array
+    from kfac_onnx.fisher.symbols import Array
 
 __all__ = ["GoldenFile", "read_golden"]
 

@@ -18,7 +18,7 @@ from kfac_onnx import dialect
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.verifier import require_sound
-from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, read, read_list
+from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, StepSettings, read, read_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -131,7 +131,7 @@ class Inspection:
 
     pipeline: str | None
     shape: str | None
-    settings: Mapping[str, Any]
+    settings: StepSettings
     sites: tuple[SiteReport, ...]
     others: tuple[ParameterReport, ...]
     refused: tuple[Refusal, ...]
@@ -165,13 +165,12 @@ def inspect(model: ir.Model) -> Inspection:
     nodes = list(model.graph.all_nodes())
     sites = read_list(model, "sites", Site)
     tables = {site.parameter for site in sites}
+    settings = StepSettings() if step is None else step.settings
     return Inspection(
         pipeline=model.metadata_props.get("kfac.pipeline"),
         shape=None if step is None else step.shape,
-        settings={} if step is None else step.settings,
-        sites=tuple(
-            _site(site, model, nodes, states, {} if step is None else step.settings) for site in sites
-        ),
+        settings=settings,
+        sites=tuple(_site(site, model, nodes, states, settings) for site in sites),
         others=tuple(
             _other(parameter, nodes, states)
             for parameter in read_list(model, "parameters", Parameter)
@@ -197,25 +196,25 @@ def _name(node: ir.Node) -> str:
     return node.name or next((str(value.name) for value in node.outputs if value.name), node.op_type)
 
 
-def _statistics(site: Site, settings: Mapping[str, Any]) -> str:
+def _statistics(site: Site, settings: StepSettings) -> str:
     """Return in words what the factors of a table take in, and how its uses are put together."""
     return "; ".join(part for part in (_uses(site, settings), _sample(settings)) if part)
 
 
-def _sample(settings: Mapping[str, Any]) -> str:
+def _sample(settings: StepSettings) -> str:
     """Return in words which rows G takes in, and when; empty where it is all rows of each step."""
-    rows, every = settings.get("g_rows"), settings.get("g_every", 1)
+    rows, every = settings.g_rows, settings.g_every
     if rows is None and every == 1:
         return ""
     of = "G from all rows" if rows is None else f"G from at most {rows} rows"
     return of if every == 1 else f"{of}, in steps 1, 2, 4, 8 and multiples of {every}"
 
 
-def _uses(site: Site, settings: Mapping[str, Any]) -> str:
-    both = settings.get("tied") == "both" and bool(site.projections)
+def _uses(site: Site, settings: StepSettings) -> str:
+    both = settings.tied == "both" and bool(site.projections)
     count = len(site.uses) + (len(site.projections) if both else 0)
     of = "lookups and projection" if both else "lookups"
-    if settings.get("uses") != "multi-indep" or count == 1:
+    if settings.uses != "multi-indep" or count == 1:
         return of if count == 1 else f"{of}, {count} uses stacked"
     return f"{of}, {count} independent uses: damping λ/{count}, coefficient {count}"
 
@@ -225,15 +224,15 @@ def _site(
     model: ir.Model,
     nodes: Iterable[ir.Node],
     states: Iterable[State],
-    settings: Mapping[str, Any],
+    settings: StepSettings,
 ) -> SiteReport:
     mine = [state for state in states if state.parameter == site.parameter and state.role != "parameter"]
     groups = _groups(
         [node for node in nodes if node.metadata_props.get("kfac.site") == site.parameter],
         site,
-        settings.get("g_rows"),
+        settings.g_rows,
     )
-    rare = _STATISTICS if settings.get("g_every", 1) > 1 else ()
+    rare = _STATISTICS if settings.g_every > 1 else ()
     return SiteReport(
         parameter=site.parameter,
         vocab_size=site.vocab_size,
@@ -242,7 +241,7 @@ def _site(
         layout=site.layout,
         tied=bool(site.dense_uses),
         uses=len(site.uses),
-        statistics=_statistics(site, settings) if "preset" in settings else "none",
+        statistics=_statistics(site, settings) if settings.preset is not None else "none",
         lookups=_lookups(site, model),
         factors={state.input: state.shape for state in mine if state.role == "factor"},
         states={state.input: state.shape for state in mine},

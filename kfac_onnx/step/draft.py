@@ -17,14 +17,14 @@ import onnx_ir as ir
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.values import static_shape
-from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State
+from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State, StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from kfac_onnx.graph.rewriter import Emitter, Out
 
-__all__ = ["DOMAIN", "EARLY_REFRESHES", "GUARD", "Draft"]
+__all__ = ["DOMAIN", "EARLY_REFRESHES", "GUARD", "Draft", "Renormalization", "Undo"]
 
 DOMAIN = "ai.kfac"
 GUARD = "kfac.guard"
@@ -37,13 +37,41 @@ FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """The entry `kfac.draft`."""
+class Undo:
+    """How a skipped step restores a vector that was written in place: `before` goes back to its `ids`.
+
+    `after` names the entries as they were written; null as long as nothing has read them.
+    """
+
+    state: str
+    ids: str
+    before: str
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Renormalization:
+    """A vector under a running scale: where `now` is true it is multiplied by `factor`, the scale's value."""
+
+    state: str
+    now: str
+    factor: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The entry `kfac.draft`: everything but the states, all values by name."""
 
     flags: tuple[str, ...] = ()
     learning_rates: tuple[LearningRate, ...] = ()
     root_checks: tuple[RootCheck, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    undo: tuple[Undo, ...] = ()
+    renormalizations: tuple[Renormalization, ...] = ()
+    step_number: str | None = None
+    due: dict[str, str] = field(default_factory=dict[str, str])
+    """Whether this is a step of a schedule, by its period."""
+    shape: Literal["rows", "dense"] = "rows"
+    settings: StepSettings = field(default_factory=StepSettings)
 
 
 class Draft:
@@ -51,21 +79,38 @@ class Draft:
 
     def __init__(self, model: ir.Model, emitter: Emitter, values: dict[str, ir.Value]) -> None:
         self.model = model
+        self.outer = emitter
+        """The pass's own emitter, without a site: for what all tables share."""
         self.emitter = emitter
         self.values = values
         self.states = metadata.read_list(model, "draft_states", State)
         self._places = {state.input: index for index, state in enumerate(self.states)}
-        kept = metadata.read(model, "draft", _Kept) or _Kept()
-        self.flags = list(kept.flags)
-        self.rates = list(kept.learning_rates)
-        self.roots = list(kept.root_checks)
-        self.settings = kept.settings
+        record = metadata.read(model, "draft", _Record) or _Record()
+        self.flags = list(record.flags)
+        self.rates = list(record.learning_rates)
+        self.roots = list(record.root_checks)
+        self.undo = {entry.state: entry for entry in record.undo}
+        self.renormalizations = {entry.state: entry for entry in record.renormalizations}
+        self.shape: Literal["rows", "dense"] = record.shape
+        self.settings = record.settings
+        self._step_number = record.step_number
+        self._due = dict(record.due)
 
     def save(self) -> None:
         """Write the draft back into the model's metadata."""
         self.emitter.metadata("draft_states", self.states)
-        kept = _Kept(tuple(self.flags), tuple(self.rates), tuple(self.roots), self.settings)
-        self.emitter.metadata("draft", kept)
+        record = _Record(
+            flags=tuple(self.flags),
+            learning_rates=tuple(self.rates),
+            root_checks=tuple(self.roots),
+            undo=tuple(self.undo.values()),
+            renormalizations=tuple(self.renormalizations.values()),
+            step_number=self._step_number,
+            due=self._due,
+            shape=self.shape,
+            settings=self.settings,
+        )
+        self.emitter.metadata("draft", record)
 
     @contextmanager
     def at(self, emitter: Emitter) -> Generator[None]:
@@ -182,22 +227,22 @@ class Draft:
 
     def step_number(self) -> ir.Value:
         """Return t, the number of the step being made (int64 scalar, 1 first)."""
-        known = self.settings.get("t")
-        if known is not None:
-            return self.values[known]
-        old = self.state("kfac/t", INT64, [], 0.0, "counter")
-        one = self.emitter.constant(np.asarray(1, np.int64), "one")
-        new = self.emitter.node("Add", [old, one], name="t", phase=Phase.GRADIENTS, dtype=INT64, shape=[])
-        self.keep(old, new, Phase.GRADIENTS)
-        self.settings["t"] = str(new.name)
+        if self._step_number is not None:
+            return self.values[self._step_number]
+        with self.at(self.outer):
+            old = self.state("kfac/t", INT64, [], 0.0, "counter")
+            one = self.emitter.constant(np.asarray(1, np.int64), "one")
+            new = self.emitter.node("Add", [old, one], name="t", phase=Phase.GRADIENTS, dtype=INT64, shape=[])
+            self.keep(old, new, Phase.GRADIENTS)
+        self._step_number = str(new.name)
         return new
 
     def due(self, every: int) -> ir.Value:
         """Return whether this is a step of a schedule: steps 1, 2, 4, 8 and multiples of `every`."""
-        known = self.settings.setdefault("due", {}).get(str(every))
-        if known is not None:
-            return self.values[known]
-        t, emit = self.step_number(), self.emitter.derive(phase=Phase.GRADIENTS)
+        shared = self._due.get(str(every))
+        if shared is not None:
+            return self.values[shared]
+        t, emit = self.step_number(), self.outer.derive(phase=Phase.GRADIENTS)
         after = max(EARLY_REFRESHES) + 1
         early = emit.constant(np.isin(np.arange(after + 1), EARLY_REFRESHES), "early_refreshes")
         late = emit.constant(np.asarray(after, np.int64), "after_early_refreshes")
@@ -209,7 +254,7 @@ class Draft:
         due = emit.node("Equal", [rest, zero], name="due", dtype=BOOL, shape=[])
         now = emit.node("Or", [hit, due], name="due_now", dtype=BOOL, shape=[])
         self.remember(now)
-        self.settings["due"][str(every)] = str(now.name)
+        self._due[str(every)] = str(now.name)
         return now
 
     def guard(self, node: ir.Node, index: int, fallback: ir.Value | None = None) -> None:

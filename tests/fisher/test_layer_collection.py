@@ -240,8 +240,21 @@ def test_ids_are_checked_when_the_covariance_update_is_built() -> None:
         with pytest.raises(kind) as caught:
             block.input_factor.make_covariance_update_op(0.95)
         assert str(caught.value) == message
-    with pytest.raises(ValueError, match=r"decay of an average must be between 0 and 1, not 1.5"):
+    with pytest.raises(ValueError, match=r"^the decay of an average must be between 0 and 1, not 1.5$"):
         block.output_factor.make_covariance_update_op(1.5)
+
+
+def test_a_factor_has_one_decay() -> None:
+    block = LayerCollection().register_embedding(table(), ids(), rows())
+    block.instantiate_factors([[rows("g")]], 0.1)
+    assert len(block.input_factor.make_covariance_update_op(0.95).assignments) == 4
+    for factor in (block.input_factor, block.output_factor):
+        with pytest.raises(ValueError, match="averages with decay") as caught:
+            factor.make_covariance_update_op(0.9)
+        assert str(caught.value) == (
+            "the factor averages with decay 0.95, not 0.9\n"
+            "  help: give the collection its decay: LayerCollection(FactorSettings(decay=...))"
+        )
 
 
 def test_factors_are_shared_between_equal_requests() -> None:
@@ -251,8 +264,8 @@ def test_factors_are_shared_between_equal_requests() -> None:
     assert collection.make_or_get_factor(EmbeddingInputKroneckerFactor, ((two,), 9)) is not first
     assert collection.make_or_get_factor(FullyConnectedKroneckerFactor, ((rows(),),)) is not first
     assert len(collection.get_factors()) == 3
-    names = [variable.name for variable in collection.get_variables()]
-    assert len(set(names)) == len(names) == 6 + 6 + 3
+    names = [state.name for state in collection.get_states()]
+    assert len(set(names)) == len(names) == 4 + 4 + 2
 
 
 def test_linked_approximations_and_defaults_are_used() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.fisher import damping, output_factor
+from kfac_onnx.graph.rewriter import Emitter
 from kfac_onnx.reference import BlockReference
 from kfac_onnx.reports import golden
 from kfac_onnx.reports.golden import relative_error, verify_golden
@@ -110,20 +111,20 @@ def test_numbers_scaled_by_one_percent_fail(name: str, tmp_path: Path) -> None:
 
 
 def wrong(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
-    apply = output_factor.apply
+    right = Emitter.node
 
-    def mistaken(op_type: str, *inputs: Any, **attributes: Any) -> Any:
+    def mistaken(self: Emitter, op_type: str, inputs: Any, **options: Any) -> Any:
         if mistake == "decay" and op_type == "OutputFactorUpdate":
-            attributes["decay"] = 1 - attributes["decay"]
+            options["attributes"] = {"decay": 1 - options["attributes"]["decay"]}
         if mistake == "not-averaged" and op_type == "OutputFactorUpdate":
-            inputs = (*inputs[:3], output_factor.constant(1.0), inputs[4])
+            inputs = [*inputs[:3], self.constant(np.float32(1.0)), inputs[4]]
         if mistake == "undamped" and op_type == "FactorInverse":
-            inputs = (output_factor.call("Identity", inputs[2]), *inputs[1:])
-        return apply(op_type, *inputs, **attributes)
+            inputs = [inputs[2], *inputs[1:]]
+        return right(self, op_type, inputs, **options)
 
     if mistake == "pi":
         monkeypatch.setattr(damping, "_MODES", {"tracenorm": 0, "guarded": 0, "off": 1})
-    monkeypatch.setattr(output_factor, "apply", mistaken)
+    monkeypatch.setattr(Emitter, "node", mistaken)
 
 
 @pytest.mark.parametrize("mistake", ["decay", "not-averaged", "undamped", "pi"])

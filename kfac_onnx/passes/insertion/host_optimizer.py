@@ -21,7 +21,7 @@ from kfac_onnx.step.draft import FLOAT, INT64
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.insertion.table import RowUpdate
+    from kfac_onnx.fisher.row_scales import RowUpdate
     from kfac_onnx.step.draft import Draft
 
 __all__ = ["close_updates", "host_update_of", "replace_source"]

@@ -2,7 +2,7 @@
 
 The canonical graph has one tensor per gradient. Where the exporter gave rows and ids, the drop-in graph does
 too: the pair holds the preconditioned rows with the ids that they belong to. Repeated ids add up, as
-before; presets `adagrad` and `adaptive`, which square, give each id once.
+before; presets that square rows give each id once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kfac_onnx.metadata import Phase, RowGradient
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.passes.insertion.table import RowUpdate
+    from kfac_onnx.fisher.row_scales import RowUpdate
     from kfac_onnx.step.draft import Draft
 
 __all__ = ["drop_tensors", "replace_rows", "row_gradient_of"]

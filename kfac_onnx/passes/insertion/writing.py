@@ -9,15 +9,23 @@ import numpy as np
 from kfac_onnx import metadata
 from kfac_onnx.graph.rewriter import Out
 from kfac_onnx.metadata import Phase, RowGradient, Site
-from kfac_onnx.passes.insertion.table import RowUpdate, from_rows, to_rows
 from kfac_onnx.step.draft import FLOAT, INT64, Draft
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from kfac_onnx.fisher.row_scales import RowUpdate
     from kfac_onnx.graph.rewriter import Emitter
 
-__all__ = ["as_float32", "drop_gradient", "keep_parameter", "takes_steps", "write_table"]
+__all__ = [
+    "as_float32",
+    "drop_gradient",
+    "from_rows",
+    "keep_parameter",
+    "takes_steps",
+    "to_rows",
+    "write_table",
+]
 
 _APPLY = {"rows": "ApplyRows", "columns": "ApplyColumns", "flat": "ApplyFlat"}
 
@@ -116,6 +124,35 @@ def write_table(site: Site, result: RowUpdate, rate: ir.Value, draft: Draft) -> 
         "WriteRows", [weight, ids, rounded], [Out("written", weight.dtype, weight.shape)], Phase.COMMIT
     )
     _in_place(draft, weight, written, before)
+
+
+def to_rows(emit: Emitter, gradient: ir.Value, site: Site) -> ir.Value:
+    """Return a gradient in the parameter's layout as float32[V, D]."""
+    if gradient.dtype != FLOAT:
+        gradient = emit.node("Cast", [gradient], attributes={"to": FLOAT}, name="gradient", dtype=FLOAT)
+    shape = [site.vocab_size, site.embedding_dim]
+    if site.layout == "columns":
+        return emit.node(
+            "Transpose", [gradient], attributes={"perm": [1, 0]}, name="gradient", dtype=FLOAT, shape=shape
+        )
+    if site.layout == "flat":
+        target = emit.constant(np.asarray(shape, np.int64), "table_shape")
+        return emit.node("Reshape", [gradient, target], name="gradient", dtype=FLOAT, shape=shape)
+    return gradient
+
+
+def from_rows(emit: Emitter, table: ir.Value, site: Site) -> ir.Value:
+    """Return float32[V, D] in the parameter's layout."""
+    if site.layout == "columns":
+        shape = [site.embedding_dim, site.vocab_size]
+        return emit.node(
+            "Transpose", [table], attributes={"perm": [1, 0]}, name="stored", dtype=FLOAT, shape=shape
+        )
+    if site.layout == "flat":
+        flat = emit.constant(np.asarray([-1], np.int64), "flat")
+        size = site.vocab_size * site.embedding_dim
+        return emit.node("Reshape", [table, flat], name="stored", dtype=FLOAT, shape=[size])
+    return table
 
 
 def takes_steps(site: Site, draft: Draft) -> bool:

@@ -30,8 +30,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kfac_onnx.fisher.presets import PRESETS as REGISTRY
+
 ROOT = Path(__file__).resolve().parents[1]
-PRESETS = ("half", "adagrad", "adaptive", "r1.7")
+PRESETS = tuple(REGISTRY)
 LOOKUPS, WIDTH, LM_EXAMPLES = 65_536, 128, 1_024
 VOCABULARIES = (100_000, 1_000_000, 10_000_000, 20_000_000)
 ARMS = ("plain-sgd", "half", "adagrad", "plain-adagrad")

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from kfac_onnx import TrainingSession, transform
+from kfac_onnx.fisher.presets import PRESETS as REGISTRY
 
 FOLDER = Path(__file__).parent
 VOCABULARIES = (10_000, 100_000, 1_000_000)
-PRESETS = ("plain-sgd", "half", "adagrad", "adaptive")
+PRESETS = ("plain-sgd", *(name for name, preset in REGISTRY.items() if not preset.per_example))
 LOOKUPS, WIDTH = 4096, 64
 
 

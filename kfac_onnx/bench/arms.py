@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from kfac_onnx.bench.place import HOST
 from kfac_onnx.bench.rates import REST_LR
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.fisher.presets import PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -91,16 +92,18 @@ class Arm:
 _SGD = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _ADAM = (0.005, 0.01, 0.02, 0.05, 0.1)
 _ADAGRAD = (0.05, 0.1, 0.2, 0.5, 1.0)
-_BLOCK = (0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+def _around(lr: float) -> tuple[float, ...]:
+    """Return the rates to try for a preset: half its own to ten times that."""
+    return tuple(round(factor * lr, 6) for factor in (0.5, 1.0, 2.0, 5.0, 10.0))
+
 
 ARMS: Final = {
     arm.name: arm
     for arm in (
         Arm("plain-sgd", 1.0, _SGD),
-        Arm("half", 1.1, _BLOCK),
-        Arm("adagrad", 1.1, _ADAGRAD),
-        Arm("adaptive", 1.1, _BLOCK),
-        Arm("r1.7", 1.1, _BLOCK),
+        *(Arm(name, 1.1, _around(preset.lr)) for name, preset in PRESETS.items()),
         Arm("plain-adam", 14.0, _ADAM, dense=True),
         Arm("plain-adagrad", 3.0, _ADAGRAD),
         Arm("fbgemm-sgd", 2.0, _SGD),
@@ -115,7 +118,12 @@ ARMS: Final = {
 }
 """All arms; the first is what ratios are to."""
 
-DEFAULT_ARMS: Final = ("plain-sgd", "half", "adagrad", "adaptive", "plain-adam", "plain-adagrad")
+DEFAULT_ARMS: Final = (
+    "plain-sgd",
+    *(name for name, preset in PRESETS.items() if not preset.per_example),
+    "plain-adam",
+    "plain-adagrad",
+)
 FBGEMM_ARMS: Final = tuple(name for name, arm in ARMS.items() if arm.fbgemm)
 TORCH_ARMS: Final = tuple(name for name, arm in ARMS.items() if arm.torch and name != "torch-fused-adam")
 GPU_TORCH_ARMS: Final = (*(name for name in TORCH_ARMS if name != "torch-adam"), "torch-fused-adam")

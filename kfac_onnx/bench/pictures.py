@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.bench.arms import ARMS
 from kfac_onnx.disk.models import atomic_path
+from kfac_onnx.fisher.presets import PRESETS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,10 +19,7 @@ __all__ = ["can_draw", "draw"]
 
 _COLORS: Final = {
     "plain-sgd": "#333333",
-    "half": "#d62728",
-    "adagrad": "#ff7f0e",
-    "adaptive": "#e377c2",
-    "r1.7": "#8c564b",
+    **dict(zip(PRESETS, itertools.cycle(("#8c564b", "#d62728", "#ff7f0e", "#e377c2")), strict=False)),
     "plain-adam": "#9467bd",
     "plain-adagrad": "#bcbd22",
     "fbgemm-sgd": "#c49c94",

@@ -41,8 +41,6 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PRESETS = "half, adagrad, adaptive, r1.7, or plainly: plain-sgd, plain-momentum, plain-adam, plain-adagrad"
-
 
 def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
     def callback(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -126,6 +124,11 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
 
     And `REST_OPTIONS`, which `block_settings` reads.
     """
+    from kfac_onnx.fisher.presets import PRESETS
+    from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
+    from kfac_onnx.passes.standard import PLAIN
+
+    rates = ", ".join(f"{preset.lr:g} for {name}" for name, preset in PRESETS.items())
     for name, kind, metavar, help_text in reversed(_REST):
         function = click.option(
             f"--{name.replace('_', '-')}", type=kind, metavar=metavar, expose_value=False,
@@ -155,14 +158,14 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
     function = click.option(
         "--lr",
         type=float,
-        help="Learning rate of the embedding tables (default: the preset's, 0.01; 0.1 for adagrad).",
+        help=f"Learning rate of the embedding tables (default: the preset's; {rates}).",
     )(function)
     return click.option(
         "--preset",
         metavar="NAME",
-        default="half",
+        default=DEFAULT_PRESET,
         show_default=True,
-        help=f"How the embedding tables are trained: {PRESETS}.",
+        help=f"How the embedding tables are trained: {', '.join(PRESETS)}, or plainly: {', '.join(PLAIN)}.",
     )(function)
 
 

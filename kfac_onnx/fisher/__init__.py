@@ -23,14 +23,13 @@ from kfac_onnx.fisher.errors import FisherIndexError, FisherKeyError, FisherType
 from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor
 from kfac_onnx.fisher.layer_collection import AUTO_REUSE, LayerCollection
 from kfac_onnx.fisher.output_factor import FullyConnectedKroneckerFactor
-from kfac_onnx.fisher.presets import DEFAULT_PRESET, PRESETS, Preset, find_preset
+from kfac_onnx.fisher.presets import PRESETS, Preset, find_preset
 from kfac_onnx.fisher.session import FisherSession
 from kfac_onnx.fisher.settings import Average, FactorSettings, settings_of
 from kfac_onnx.fisher.symbols import SparseRows, Update, placeholder
 
 __all__ = [
     "AUTO_REUSE",
-    "DEFAULT_PRESET",
     "PRESETS",
     "Average",
     "EmbeddingInputKroneckerFactor",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kfac_onnx.fisher.damping import Damping
     from kfac_onnx.fisher.row_scales import RowScale
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "find_preset"]
+__all__ = ["PRESETS", "Preset", "find_preset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +140,6 @@ _DECLARED: Final = (
 )
 
 PRESETS: Final[Mapping[str, Preset]] = {preset.name: preset for preset in _DECLARED}
-
-DEFAULT_PRESET: Final = "half"
 
 
 def find_preset(name: str) -> Preset:

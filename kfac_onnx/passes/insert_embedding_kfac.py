@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.fisher import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, LayerCollection
-from kfac_onnx.fisher.presets import DEFAULT_PRESET, PRESETS
+from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.fisher.projections import emit_positions
 from kfac_onnx.fisher.sampling import Sample
 from kfac_onnx.graph.rewriter import Emitter, Out
@@ -20,6 +20,7 @@ from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
 from kfac_onnx.passes.insertion.writing import drop_gradient, from_rows, takes_steps, to_rows, write_table
+from kfac_onnx.passes.standard import DEFAULT_PRESET
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register

@@ -98,7 +98,7 @@ class InsertMuon(Pass):
         for stack in stacks.values():
             self._stack(stack, rate, draft)
             log.count("batched products")
-        draft.settings.setdefault("optimizer", {})["hidden"] = "muon"
+        draft.set_optimizer("hidden", "muon")
         draft.save()
         return emitter.changes
 

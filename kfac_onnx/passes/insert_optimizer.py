@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kfac_onnx import metadata
@@ -90,8 +90,7 @@ class InsertOptimizer(Pass):
                         parameter.name, draft.value(parameter.gradient), rate, draft, table=site is not None
                     )
             log.count("parameters")
-        methods = draft.settings.optimizer | {self.parameters: self.method}
-        draft.settings = replace(draft.settings, optimizer=methods)
+        draft.set_optimizer(self.parameters, self.method)
         draft.save()
         return emitter.changes
 

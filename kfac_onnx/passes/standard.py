@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.passes.rules import METHODS, REST, rule_passes
 
@@ -29,7 +30,7 @@ class TransformOptions:
     """What a training graph is transformed into.
 
     Args:
-        preset: `half`, `r1.7`, `adagrad`, `adaptive`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
+        preset: one of `kfac_onnx.fisher.PRESETS`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
             `plain-adagrad` for the tables too.
         lr: learning rate of the tables; the preset's own if None.
         rest: optimizer of the other parameters: sgd, momentum, adam, adamw or adagrad; or muon: Muon on
@@ -46,7 +47,7 @@ class TransformOptions:
         deterministic: target cuda: sum rows in one order, so that every run gives the same bits.
         damping, decay_a, decay_g, refresh_every, g_rows, g_every, uses, tied: of the block
             (`insert-embedding-kfac`); the preset's own if None.
-        grad_scale: r1.7: the number of examples that a mean loss divides by.
+        grad_scale: the number of examples that a mean loss divides by, for presets that need it.
         allow_fallback: refused tables that the ordinary optimizer may train.
         padding_idx: table to the row that is padding, where the exporter lost it: not counted, not updated.
         pipeline: a textual pipeline that replaces all of the above.
@@ -63,7 +64,7 @@ class TransformOptions:
 
     """
 
-    preset: str = "half"
+    preset: str = DEFAULT_PRESET
     lr: float | None = None
     rest: str = "adam"
     rest_lr: float | None = None

@@ -1,4 +1,4 @@
-"""The embedding block of the original, in float64 (spec section 1 and its "later versions").
+"""The embedding block of the original, in float64 (docs/mathematics.md, "The original").
 
     A_new[v] = #{ids equal to v} / B        G_new = Σ_sources sym(gᵀ g) / B
     X ← ρ X + (1−ρ) X_new                   with debias Z ← ρ Z + (1−ρ) X_new from 0, X = Z/(1−ρⁿ)

@@ -1,9 +1,9 @@
-"""One table's training step under a preset, in float64: the oracle of training (DESIGN section 6).
+"""One table's training step under a preset, in float64: the oracle of training (docs/mathematics.md).
 
     a ← running average of lookup counts per row        G ← running average of gᵀg over lookups
     at refresh steps: P = (Ĝ + damping_g·I)^exponent
-    r1.7, half          update[u] = (â_u + damping_a)^exponent · (Grad[u] · P)
-    adagrad, adaptive   update[u] = (Grad[u] · P) / √(history of mean squares of that row)
+    scaled by counts    update[u] = (â_u + damping_a)^input_exponent · (Grad[u] · P)
+    by squares          update[u] = (Grad[u] · P) / √(history of mean squares of that row)
     W ← W − lr·update
 
 `rows` are dL/d(looked-up row), one per lookup, all uses of the table stacked.
@@ -32,10 +32,13 @@ __all__ = ["SETTINGS", "TableReference", "TableSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class TableSettings:
-    """The settings of a preset, as spec sections 1 to 4 give them."""
+    """The settings of a preset, as docs/mathematics.md gives them."""
 
     row_scale: Literal["factor", "adagrad", "window"]
     exponent: float = -0.5
+    """Power of the damped G."""
+    input_exponent: float = -0.5
+    """Power of the damped A (`factor`)."""
     damping_kind: Literal["relative", "pi"] = "relative"
     damping: float = 0.01
     input_decay: float = 0.99
@@ -59,6 +62,7 @@ SETTINGS: Final[Mapping[str, TableSettings]] = {
     "r1.7": TableSettings(
         row_scale="factor",
         exponent=-1.0,
+        input_exponent=-1.0,
         damping_kind="pi",
         damping=1e-3,
         input_decay=0.95,
@@ -213,7 +217,7 @@ class TableReference:
         match self.settings.row_scale:
             case "factor":
                 damping_a, _ = self.damping()
-                weight = (self.num_uses * (self.a_hat() + damping_a)) ** self.settings.exponent
+                weight = (self.num_uses * (self.a_hat() + damping_a)) ** self.settings.input_exponent
                 return weight[:, None] * turned
             case "adagrad":
                 self.history = self.history + squares

@@ -215,6 +215,11 @@ class Draft:
             self.remember(found)
             self.flags.append(str(found.name))
 
+    def set_optimizer(self, parameters: str, method: str) -> None:
+        """Say, for reports, which optimizer some parameters got (`rest`, `tables`, `all`, `hidden`)."""
+        optimizer = self.settings.optimizer | {parameters: method}
+        self.settings = replace(self.settings, optimizer=optimizer)
+
     def learning_rate(self, name: str, default: float) -> ir.Value:
         """Return the learning-rate input of this name, made on first use."""
         if name in self.values:

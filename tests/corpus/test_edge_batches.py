@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from corpus_cases import Case, MarkedGraph, StepReference
+from preset_names import ALL
 
 from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
-PRESETS = ["half", "r1.7", "adagrad", "adaptive"]
+PRESETS = ALL
 TOLERANCE = 4e-6  # a few units in the last place of float32, relative to the largest weight
 ROOT = 5e-4  # of the largest movement: the float32 root of a rank-deficient factor, 2·eps·(1 + D/ρ) = 4e-4
 

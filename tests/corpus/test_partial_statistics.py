@@ -15,6 +15,7 @@ import pytest
 from corpus_cases import StepReference, initial_state, marked
 from corpus_steps import compare, rest_of
 from plain_host import Host
+from preset_names import ALL, COUNTING, INVARIANT
 
 from kfac_onnx import metadata
 from kfac_onnx.api import transform
@@ -34,7 +35,7 @@ BOTH: dict[str, Any] = {"g_rows": 6, "g_every": 3}
 
 
 @pytest.mark.parametrize("options", [FEW, RARE, BOTH], ids=str)
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", ALL)
 def test_twenty_steps_equal_the_reference(preset: str, options: dict[str, Any]) -> None:
     compare(PLAIN, preset, threads=2, steps=20, **options)
 
@@ -46,7 +47,7 @@ def test_masks_bags_and_several_uses(name: str, threads: int) -> None:
     compare(name, "half", threads=threads, steps=12, rest=rest_of(name), **BOTH)
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7"])
+@pytest.mark.parametrize("preset", COUNTING)
 def test_independent_uses(preset: str) -> None:
     compare(TWICE, preset, threads=2, steps=12, rest="sgd", uses="multi-indep", **BOTH)
 
@@ -165,7 +166,7 @@ def test_a_plain_host_gets_the_same_numbers() -> None:
     states = metadata.read_list(model, "state", State)
     step = metadata.read(model, "step", Step)
     assert step is not None
-    assert (step.settings["g_rows"], step.settings["g_every"]) == (6, 3)
+    assert (step.settings.g_rows, step.settings.g_every) == (6, 3)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 4
     host = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
@@ -198,7 +199,7 @@ def test_the_dense_shape() -> None:
         weights[name] = (weights[name] - 0.01 * found).astype(np.float32)
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7"])
+@pytest.mark.parametrize("preset", COUNTING)
 @pytest.mark.parametrize("name", [PLAIN, *PADDED[:2]])
 def test_the_expectation_of_g_is_the_full_statistic(name: str, preset: str) -> None:
     """At fixed weights, with decay 0, G is the batch's own: its mean over steps tends to the one of all rows."""
@@ -218,7 +219,7 @@ def test_the_expectation_of_g_is_the_full_statistic(name: str, preset: str) -> N
     assert not np.allclose(1.05 * found[1], found[0], rtol=0, atol=0.02 * np.abs(found[0]).max())
 
 
-@pytest.mark.parametrize("preset", ["half", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", INVARIANT)
 def test_a_table_waits_while_its_sample_is_zero(preset: str) -> None:
     """The one row taken at step 1 has no gradient, since its label is ignored: G is 0, the update has no scale."""
     case, graph = marked("ortart_dynloss__nplm_ignore")

@@ -13,6 +13,7 @@ import pytest
 from corpus_cases import StepReference, initial_state, marked
 from corpus_steps import compare, rest_of
 from corpus_table import ROWS, names
+from preset_names import ALL
 
 from kfac_onnx import metadata
 from kfac_onnx.api import transform
@@ -42,7 +43,7 @@ def test_adaptive_on_four_threads(name: str) -> None:
     compare(name, "adaptive", threads=4, steps=12, rest=rest_of(name))
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", ALL)
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if max(t.uses for t in ROWS[name].tables.values()) > 1]
 )
@@ -53,7 +54,7 @@ def test_several_uses_as_independent(name: str, preset: str) -> None:
 TIED = [name for name in NAMES if any(t.tied for t in ROWS[name].tables.values())]
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", ALL)
 @pytest.mark.parametrize("name", TIED)
 def test_tied_tables_with_statistics_of_both_sides(name: str, preset: str) -> None:
     compare(name, preset, threads=2, steps=12, rest="sgd", tied="both")

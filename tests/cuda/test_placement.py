@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from corpus_cases import marked
+from preset_names import ALL
 
 from kfac_onnx.api import transform
 from kfac_onnx.bench.workloads import cases
@@ -28,7 +29,7 @@ def placed(place: Place, graph: Any, **options: Any) -> Placement:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive", "plain-adam"])
+@pytest.mark.parametrize("preset", [*ALL, "plain-adam"])
 @pytest.mark.parametrize("workload", ["mf", "lm"])
 def test_what_was_inserted_is_on_the_gpu(
     place: Place, workload: str, preset: str, deterministic: bool

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from corpus_steps import compare, rest_of
 from corpus_table import names
+from preset_names import ALL as ALL_PRESETS
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -21,7 +22,7 @@ SOME = [
     "ortart_dyncore__bert_sum", "tf2onnx_in__nplm", "jax2onnx__nplm_onehot", "ortart_legcore__siamese",
 ]  # fmt: skip
 """One of each kind, for what every machine runs."""
-PRESETS = ["half", "r1.7", "adagrad", "adaptive"]
+PRESETS = ALL_PRESETS
 
 
 def check(place: Place, name: str, preset: str, **lowered: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kfac_onnx.fisher.presets import HALF
+from kfac_onnx.fisher.damping import Relative
+from kfac_onnx.fisher.roots import InverseRoot
 from kfac_onnx.reference.operators import power
 
 Runner = Callable[..., list[Any]]
@@ -56,14 +57,15 @@ def test_inverse_equals_eigh(D: int, condition: float, run_operator: Runner) -> 
 def test_a_batch_of_one_is_within_the_presets_iterations_and_tolerance(D: int, run_operator: Runner) -> None:
     row = np.random.default_rng(D).normal(size=(1, D)).astype(np.float32) * np.float32(1e-3)
     G = row.T @ row
-    damping = HALF.damping.value * np.trace(G) / D
-    attributes = {"iterations": HALF.iterations(D)}
+    rho = 0.01
+    method, damping = InverseRoot.of(D, Relative(rho).condition(D)), rho * np.trace(G) / D
+    attributes = {"iterations": method.iterations}
     root, residual = run_operator("FactorInverseRoot", (G, damping, np.eye(D)), attributes)
     exact = power(G.astype(np.float64) + np.float64(np.float32(damping)) * np.eye(D), -0.5)
-    assert residual <= HALF.tolerance(D)
+    assert residual <= method.tolerance
     # Entries of an inverse root carry half of the relative error eps·(1 + D/ρ) of the eigenvalues.
-    assert np.abs(root - exact).max() <= HALF.tolerance(D) * np.abs(exact).max()
-    assert not np.abs(root * 1.01 - exact).max() <= min(HALF.tolerance(D), 1e-3) * np.abs(exact).max()
+    assert np.abs(root - exact).max() <= method.tolerance * np.abs(exact).max()
+    assert not np.abs(root * 1.01 - exact).max() <= min(method.tolerance, 1e-3) * np.abs(exact).max()
 
 
 def test_too_few_iterations_show_in_the_residual(run_operator: Runner) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from kfac_onnx.disk.records import RecordError, build, names_of, parse
-from kfac_onnx.metadata import LearningRate, Phase, State, Step
+from kfac_onnx.metadata import LearningRate, Phase, State, Step, StepSettings
 
 
 class Colour(enum.StrEnum):
@@ -121,12 +121,12 @@ def test_settings_that_are_read_again_have_their_types(settings: dict[str, objec
     with pytest.raises(RecordError) as caught:
         build(Step, data)
     assert str(caught.value) == said
-    data["settings"] = {"preset": [1], "mine": {"g_rows": {}}}
-    assert build(Step, data).settings == data["settings"]
+    data["settings"] = {"preset": "half", "mine": {"g_rows": {}}}
+    assert build(Step, data).settings == StepSettings(preset="half")
 
 
 def test_the_records_of_models_come_back() -> None:
     state = State("i", "o", (2, 3), "float32", 0.5, Phase.COUNT, "double", "c", "factor", aliases=("i", "o"))
     assert build(State, json.loads(json.dumps(dataclasses.asdict(state)))) == state
-    step = Step("loss", "ok", ("ids",), (LearningRate("lr", 0.01),), settings={"preset": "half"})
+    step = Step("loss", "ok", ("ids",), (LearningRate("lr", 0.01),), settings=StepSettings(preset="half"))
     assert build(Step, json.loads(json.dumps(dataclasses.asdict(step)))) == step

@@ -6,8 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from preset_names import ALL, COUNTING, INVARIANT
 
-from kfac_onnx.fisher.presets import PRESETS
+from kfac_onnx.fisher.damping import Pi, Relative
+from kfac_onnx.fisher.presets import PRESETS, Preset
+from kfac_onnx.fisher.row_scales import Counts, RowScale, SquareSum, Window
+from kfac_onnx.fisher.sampling import Sample
+from kfac_onnx.fisher.settings import Average
 from kfac_onnx.reference import SETTINGS, BlockReference, BlockSettings, TableReference
 from kfac_onnx.reference.operators import sample_rows
 
@@ -149,7 +154,7 @@ def test_a_batch_without_a_lookup_is_a_step_without_an_update(preset: str) -> No
     np.testing.assert_array_equal(reference.input_factor, A)
 
 
-@pytest.mark.parametrize("preset", ["half", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", INVARIANT)
 def test_gradients_that_are_all_zero_keep_the_root_and_the_table(preset: str) -> None:
     reference = TableReference(preset, V, D, LR)
     ids, rows = batch(1)
@@ -180,15 +185,25 @@ def test_negative_ids_count_from_the_end_and_lr_may_change() -> None:
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_settings_are_those_of_the_presets(name: str) -> None:
     preset, settings = PRESETS[name], SETTINGS[name]
-    assert settings.row_scale == preset.row_scale
-    assert settings.exponent == preset.exponent
-    assert (settings.damping_kind, settings.damping) == (preset.damping.kind, preset.damping.value)
-    assert preset.input_decay in (None, settings.input_decay)
-    for field in ("output_decay", "debias", "normalize_counts", "scale_gradients", "start_input"):
-        assert getattr(settings, field) == getattr(preset, field), field
-    for field in ("refresh_every", "g_rows", "g_every", "epsilon", "window_power"):
-        assert getattr(settings, field) == getattr(preset, field), field
-    assert settings.start_output == (1.0 if preset.start_output == "identity" else 0.0)
+    damping = Pi(settings.damping) if settings.damping_kind == "pi" else Relative(settings.damping)
+    average = Average(decay=settings.input_decay, start=settings.start_input, debias=settings.debias)
+    rows: dict[str, RowScale] = {
+        "factor": Counts(average=average, share=settings.normalize_counts),
+        "adagrad": SquareSum(epsilon=settings.epsilon),
+        "window": Window(power=settings.window_power),
+    }
+    counting = settings.row_scale == "factor"
+    assert preset == Preset(
+        name=name,
+        powers=((("A", settings.input_exponent),) if counting else ()) + (("G", settings.exponent),),
+        rows=rows[settings.row_scale],
+        output=Average(decay=settings.output_decay, start=settings.start_output, debias=settings.debias),
+        damping=damping,
+        lr=preset.lr,
+        refresh_every=settings.refresh_every,
+        sample=Sample(rows=settings.g_rows, every=settings.g_every),
+        per_example=settings.scale_gradients,
+    )
 
 
 @pytest.mark.parametrize("uses", [1, 2, 3])
@@ -209,7 +224,7 @@ def test_independent_uses_are_the_originals_multi_use_block(uses: int) -> None:
         np.testing.assert_allclose(W, want, atol=1e-10)
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7"])
+@pytest.mark.parametrize("preset", COUNTING)
 def test_independent_uses_at_an_equal_damping_only_scale_the_update(preset: str) -> None:
     """c = U alone: with λ·U (ρ·√U) given, U uses move the table U^exponent as far."""
     ids, rows = batch(3)
@@ -221,7 +236,7 @@ def test_independent_uses_at_an_equal_damping_only_scale_the_update(preset: str)
     np.testing.assert_allclose(other, 4.0**plain.settings.exponent * one, atol=ATOL)
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", ALL)
 def test_a_projection_of_one_hot_rows_is_a_lookup(preset: str) -> None:
     """x·W with one-hot x has the left vectors of a lookup, so its statistics and its update are the same."""
     lookup, product = TableReference(preset, V, D, LR), TableReference(preset, V, D, LR)
@@ -234,7 +249,7 @@ def test_a_projection_of_one_hot_rows_is_a_lookup(preset: str) -> None:
         np.testing.assert_allclose(W, want, atol=ATOL)
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7"])
+@pytest.mark.parametrize("preset", COUNTING)
 def test_a_factor_of_the_loss_changes_both_sides_as_it_changes_one(preset: str) -> None:
     """Half does not see it; r1.7 with gradients 10 times as large is r1.7 with c = 10, times 10."""
     ids, rows = batch(0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from preset_names import ALL
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime import TrainingSession
@@ -85,7 +86,7 @@ def test_dropout_is_live_and_follows_the_seed(graph_case: Callable[..., Any]) ->
     assert session.evaluate(case.batches[:1]) == session.evaluate(case.batches[:1])
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive", "plain-adam", "plain-sgd"])
+@pytest.mark.parametrize("preset", [*ALL, "plain-adam", "plain-sgd"])
 def test_presets_resume_exactly(graph_case: Callable[..., Any], tmp_path: Path, preset: str) -> None:
     case = graph_case(GRAPHS[0], preset=preset)
     session = case.open()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from preset_names import ALL
 
 from kfac_onnx.runtime import TrainingSession
 from kfac_onnx.runtime.feed.data import Batches
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 STEPS = 50
 PRESETS = [
-    "half",
-    "adagrad",
-    "adaptive",
-    "r1.7",
+    *ALL,
     "plain-sgd",
     "plain-momentum",
     "plain-adam",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 import pytest
+from preset_names import INVARIANT
 
 from kfac_onnx import metadata, transform
 from kfac_onnx.errors import VerifyError
@@ -113,7 +114,7 @@ def test_what_only_the_refresh_needs_runs_with_it(toy: ModuleType) -> None:
     assert operators(stage(watched, Slot.GRADIENTS)).count("DampingRelative") == 2
 
 
-@pytest.mark.parametrize("preset", ["half", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", INVARIANT)
 def test_steps_without_a_refresh_do_no_work_for_one(preset: str) -> None:
     plan = partition(transform(GRAPHS / "ortart_legcore__twotower.onnx", preset=preset))
     refresh, rest = stage(plan, Slot.REFRESH), [s for s in plan.stages if s.slot != Slot.REFRESH]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 import pytest
+from preset_names import ALL
 
 from kfac_onnx import transform
 from kfac_onnx.step import short_cut as partition_short_cut
@@ -65,7 +66,7 @@ def test_none_in_large_graphs(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     assert partition(toy.whole_step(ordered=True)).short is None
 
 
-@pytest.mark.parametrize("preset", ["half", "adaptive", "adagrad", "r1.7"])
+@pytest.mark.parametrize("preset", ALL)
 @pytest.mark.parametrize("name", ["torchjoint_in__nplm", "ortart_dyncore__twotower"])
 def test_every_preset_has_one_on_real_graphs(name: str, preset: str) -> None:
     plan = partition(transform(GRAPHS / f"{name}.onnx", preset=preset))

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from corpus_cases import Case, MarkedGraph, StepReference, initial_state, marked
+from preset_names import ALL
 
 from kfac_onnx import metadata
 from kfac_onnx.api import TransformOptions, scan, transform
@@ -56,7 +57,7 @@ def padded_lookups(graph: MarkedGraph, case: Case, table: str) -> tuple[int, int
     return ids.size, int((ids == 0).sum())
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", ALL)
 @pytest.mark.parametrize("name", LOST)
 def test_a_lost_padding_row_is_given_back(name: str, preset: str) -> None:
     case, table = Case(name), LOST[name]

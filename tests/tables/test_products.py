@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from preset_names import COUNTING
 
 from kfac_onnx.api import scan, transform, why
 from kfac_onnx.errors import UserError
@@ -127,7 +128,7 @@ def start(columns: bool = False) -> dict[str, np.ndarray]:
     return {"W": np.ascontiguousarray(W.T) if columns else W}
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7"])
+@pytest.mark.parametrize("preset", COUNTING)
 @pytest.mark.parametrize("case", list(CASES))
 def test_three_steps_take_in_both_sides(case: str, preset: str) -> None:
     model = CASES[case]

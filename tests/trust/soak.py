@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from preset_names import ALL
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -40,15 +41,16 @@ if __name__ == "__main__":
 from corpus_cases import Case, MarkedGraph, StepReference
 
 from kfac_onnx.api import transform
+from kfac_onnx.fisher.presets import PRESETS as REGISTRY
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GRAPH: Final = "ortart_legcore__twotower"
-PRESETS: Final = ("half", "r1.7", "adagrad", "adaptive")
+PRESETS: Final = tuple(ALL)
 TABLES: Final = ("user_emb.weight", "item_emb.weight")
-LEARNING_RATES: Final = {"half": 0.003, "r1.7": 0.003, "adagrad": 0.03, "adaptive": 0.003}
+LEARNING_RATES: Final = {name: 0.3 * preset.lr for name, preset in REGISTRY.items()}
 EPS: Final = float(np.finfo(np.float32).eps)
 NAN_EVERY, HUGE_EVERY, ONE_EVERY, SAME_EVERY = 97, 211, 13, 17
 

@@ -6,6 +6,7 @@ Same machine, same versions, same number of threads. (Another number of threads 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -15,17 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 from corpus_cases import Case, MarkedGraph
+from preset_names import ALL
 
 from kfac_onnx.api import transform
 from kfac_onnx.runtime import TrainingSession
 
 STEPS = 22  # roots are refreshed at steps 1, 2, 4, 8, 10 and 20
 SETTINGS: dict[str, dict[str, Any]] = {
-    "half": {"preset": "half"},
+    **{
+        name: {"preset": name, "rest": rest}
+        for name, rest in zip(ALL, itertools.cycle(("adam", "momentum", "adagrad")), strict=False)
+    },
     "half, renormalized": {"preset": "half", "decay_a": 0.5},
-    "r1.7": {"preset": "r1.7"},
-    "adagrad": {"preset": "adagrad", "rest": "adagrad"},
-    "adaptive": {"preset": "adaptive", "rest": "momentum"},
     "plain-sgd": {"preset": "plain-sgd"},
     "plain-adam": {"preset": "plain-adam"},
     "plain-adagrad": {"preset": "plain-adagrad"},
@@ -117,8 +119,6 @@ if __name__ == "__main__":
 
     logging.getLogger("kfac_onnx").setLevel(logging.ERROR)
     everything = {
-        f"{setting} {threads}": run(TWOTOWER, setting, threads)
-        for setting in ("half", "r1.7", "adagrad", "adaptive")
-        for threads in (1, 4)
+        f"{setting} {threads}": run(TWOTOWER, setting, threads) for setting in ALL for threads in (1, 4)
     }
     sys.stdout.write(json.dumps(everything))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from preset_names import ALL
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,7 +31,7 @@ def soak() -> ModuleType:
     return sys.modules[name]
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", ALL)
 def test_some_hundred_steps_on_hostile_data(soak: ModuleType, preset: str) -> None:
     run = soak.Soak(preset)
     lines = list(run.run(450, 225))

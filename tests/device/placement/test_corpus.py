@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 from corpus_cases import GRAPHS, Case
+from preset_names import ALL, PER_EXAMPLE
 
 from kfac_onnx.api import transform
 from kfac_onnx.device.placement import Placement, measure, predict
 from kfac_onnx.device.placement.records import CUDA
+from kfac_onnx.passes.standard import DEFAULT_PRESET
 from kfac_onnx.step.plan import partition
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "half": {},
+    DEFAULT_PRESET: {},
     "sampled": {"g_rows": 8, "g_every": 4},
     "every": {"g_every": 4},
     "short decay": {"decay_a": 0.3},
     "dense": {"shape": "dense"},
-    "adagrad": {"preset": "adagrad"},
-    "adaptive": {"preset": "adaptive"},
-    "r1.7": {"preset": "r1.7"},
+    **{name: {"preset": name} for name in ALL if name != DEFAULT_PRESET},
     "plain-sgd": {"preset": "plain-sgd", "rest": "sgd"},
     "plain-momentum": {"preset": "plain-momentum", "rest": "momentum"},
     "plain-adam": {"preset": "plain-adam"},
@@ -48,7 +48,7 @@ CASES = [
 
 def stages_of(name: str, options: dict[str, Any], **more: Any) -> list[tuple[str, Any]]:
     settings = {"target": "cuda"} | options | more
-    if settings.get("preset") == "r1.7" and name == "ortart_legcore__lookup_reshape":
+    if settings.get("preset") in PER_EXAMPLE and name == "ortart_legcore__lookup_reshape":
         settings["grad_scale"] = 4.0
     model = transform(Case(name).path, **settings)
     return [(stage.name, stage.model) for stage in partition(model, sequential=False).stages]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from preset_names import ALL
 
 from kfac_onnx.runtime import TrainingSession
 from kfac_onnx.runtime.health import RootHealth
@@ -206,7 +207,7 @@ def test_without_any_root_the_step_is_skipped(values: dict[str, Any]) -> None:
 # --- health -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["half", "r1.7", "adagrad", "adaptive"])
+@pytest.mark.parametrize("preset", ALL)
 def test_health_equals_numpy(graph_case: Callable[..., Any], preset: str) -> None:
     case = graph_case(GRAPH, preset=preset)
     session = case.open()

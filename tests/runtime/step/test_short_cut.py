@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from preset_names import ALL
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.step import probe
@@ -60,7 +61,7 @@ def broken(text: str = "out of memory") -> RuntimeError:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("preset", ["half", "adaptive", "adagrad", "r1.7"])
+@pytest.mark.parametrize("preset", ALL)
 @pytest.mark.parametrize(
     "name",
     [

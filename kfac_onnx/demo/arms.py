@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.demo.curves import Curve
 from kfac_onnx.fisher.presets import PRESETS
-from kfac_onnx.passes.standard import DEFAULT_PRESET
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

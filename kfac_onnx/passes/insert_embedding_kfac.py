@@ -17,10 +17,10 @@ from kfac_onnx.fisher.sampling import Sample
 from kfac_onnx.graph.rewriter import Emitter, Out
 from kfac_onnx.metadata import Loss, Phase, Refusal, Site, StepSettings
 from kfac_onnx.passes.find_embeddings import values_by_name
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
 from kfac_onnx.passes.insertion.writing import drop_gradient, from_rows, takes_steps, to_rows, write_table
-from kfac_onnx.passes.standard import DEFAULT_PRESET
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register

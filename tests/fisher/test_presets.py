@@ -16,7 +16,7 @@ from kfac_onnx.fisher.roots import Inverse, InverseRoot, step_root
 from kfac_onnx.fisher.row_scales import Counts, SquareSum, Window
 from kfac_onnx.fisher.sampling import Sample
 from kfac_onnx.fisher.settings import Average
-from kfac_onnx.passes.standard import DEFAULT_PRESET
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 
 HALF, R17 = PRESETS["half"], PRESETS["r1.7"]
 

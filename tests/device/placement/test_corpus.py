@@ -15,7 +15,7 @@ from preset_names import ALL, PER_EXAMPLE
 from kfac_onnx.api import transform
 from kfac_onnx.device.placement import Placement, measure, predict
 from kfac_onnx.device.placement.records import CUDA
-from kfac_onnx.passes.standard import DEFAULT_PRESET
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.step.plan import partition
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.passes.rules import METHODS, REST, rule_passes
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ class FoldConstants(Pass):
             _folds(node, varying) for graph in all_graphs(model.graph) for node in graph
         ):
             return NO_CHANGES
-        from onnxscript.optimizer import fold_constants
+        from onnxscript.optimizer import fold_constants  # pyright: ignore[reportUnknownVariableType]
 
         census = Census(model)
         before = {value: value.name for graph in all_graphs(model.graph) for value in _values(graph)}

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.autodiff.gradient_nodes import hold_losses
+from kfac_onnx.canonical.lowering.optimizers import GROUPS
 from kfac_onnx.canonical.pipelines import FINISH, PLAIN, PREPARE, STANDARD
 from kfac_onnx.canonical.row_gradients import ScatterRowGradients
 from kfac_onnx.errors import NoGradientsError, UserError
@@ -192,7 +193,8 @@ def _with_derivatives(exported: Exported, training: Training, reading: Reading) 
             f"{training.steps} consecutive training steps are one: every gradient is taken at the same values"
         )
     hold_losses(exported.model)
-    reading.run(STANDARD.replace("lower-training-operators", "lower-training-operators{keep=[Gradient]}"))
+    kept = "[Gradient," + ",".join(GROUPS) + "]"  # the reader reads optimizers as what they are
+    reading.run(STANDARD.replace("lower-training-operators", f"lower-training-operators{{keep={kept}}}"))
     reading.run("expand-gradients,infer-shapes")
     told = metadata.read(exported.model, "loss", metadata.Loss)
     return exported if told is None else replace(exported, loss=told.value)

@@ -189,6 +189,71 @@ def test_gradients_written_out_need_no_gradient_node() -> None:
     check(model_with(body, held=held))
 
 
+STATES = f"float[5, 3] mW = {{{', '.join('0' * 15)}}}, float[3, 1] mv = {{0, 0, 0}}"
+MOMENTUM = (
+    f"W_new, v_new, mW_new, mv_new = {DOMAIN}.Momentum<alpha = 0.9, beta = 1.0, norm_coefficient = 0.0, "
+    'mode = "standard">(lr, t, W, v, gW, gv, mW, mv)'
+)
+KEPT = {**BOTH, "mW": "mW_new", "mv": "mv_new"}
+NEWS = "float loss, float[5, 3] W_new, float[3, 1] v_new, float[5, 3] mW_new, float[3, 1] mv_new"
+HELD = f"float lr = {{0.1}}, int64 t = {{0}}, float one = {{1}}, {STATES}"
+
+
+@pytest.mark.parametrize(
+    ("between", "optimizer", "said"),
+    [
+        ("gW = Identity(dW) gv = Identity(dv)", MOMENTUM, "momentum, learning rate 0.1"),
+        ("aW = Neg(dW) gW = Neg(aW) gv = Identity(dv)", MOMENTUM, "momentum, learning rate 0.1"),
+        (
+            "gW = Identity(dW) gv = Identity(dv)",
+            MOMENTUM.replace("norm_coefficient = 0.0", "norm_coefficient = 0.01"),
+            "momentum, learning rate 0.1, with weight decay",
+        ),
+        (
+            "low = Neg(one) gW = Clip(dW, low, one) gv = Clip(dv, low, one)",
+            MOMENTUM,
+            "momentum, learning rate 0.1, with gradients clipped",
+        ),
+        (
+            "gW = Identity(dW) gv = Identity(dv)",
+            MOMENTUM.replace("Momentum", "Adagrad")
+            .replace("alpha = 0.9, beta = 1.0, ", "")
+            .replace(', mode = "standard"', ""),
+            "adagrad, learning rate 0.1",
+        ),
+    ],
+)
+def test_an_optimizer_node_is_read_as_what_it_is(between: str, optimizer: str, said: str) -> None:
+    """Its gradient input goes back to the derivative, whatever is done to that on the way."""
+    notes = check(model_with(f"{LOSS} {GRADIENT} {between} {optimizer}", NEWS, KEPT, held=HELD))
+    assert f"the graph's own optimizer is taken out ({said}): 2 parameters" in notes
+
+
+def test_an_optimizer_node_that_stays_is_lowered() -> None:
+    body = f"{LOSS} {GRADIENT} gW = Identity(dW) gv = Identity(dv) {MOMENTUM}"
+    canonical = read_training_graph(model_with(body, NEWS, KEPT, held=HELD), keep_optimizer=True)
+    assert not [node for node in canonical.graph if node.domain]
+    updates = {item.parameter: item for item in metadata.read_list(canonical, "updates", metadata.HostUpdate)}
+    assert {name: (item.output, item.negative, item.problem) for name, item in updates.items()} == {
+        "W": ("W_new", False, None),
+        "v": ("v_new", False, None),
+    }
+    states = {
+        item.input: item.output
+        for item in metadata.read_list(canonical, "optimizer_states", metadata.OptimizerState)
+    }
+    assert states == {"mW": "mW_new", "mv": "mv_new"}
+
+
+def test_an_optimizer_node_without_its_inputs_is_refused() -> None:
+    body = f"{LOSS} {GRADIENT} gW = Identity(dW) gv = Identity(dv) {MOMENTUM.replace(', mW, mv)', ', mW)')}"
+    error = refused(model_with(body, NEWS, KEPT, held=HELD))
+    assert error.message == (
+        "'W_new' is the new value of 'W', but its gradient cannot be told: the inputs of Momentum are not R, T and "
+        "as many tensors as gradients and states"
+    )
+
+
 def test_a_running_average_is_no_parameter() -> None:
     body = f"{LOSS} {GRADIENT} {SGD} t_new = Add(t, one)"
     outputs = "float loss, float[5, 3] W_new, float[3, 1] v_new, float t_new"

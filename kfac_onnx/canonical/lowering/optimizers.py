@@ -25,7 +25,7 @@ from kfac_onnx.graph.values import dtype_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RULES", "TRAINING_DOMAIN", "tensors_of"]
+__all__ = ["GROUPS", "RULES", "TRAINING_DOMAIN", "tensors_of"]
 
 TRAINING_DOMAIN: Final = "ai.onnx.preview.training"
 GROUPS: Final = {"Momentum": 3, "Adagrad": 3, "Adam": 4}

@@ -13,6 +13,7 @@ from kfac_onnx.readers.optimizer_inside.added_terms import Spine, Term, spine_of
 from kfac_onnx.readers.optimizer_inside.find_gradient import Found, find_gradient
 from kfac_onnx.readers.optimizer_inside.flow import operands
 from kfac_onnx.readers.optimizer_inside.gradient_sign import polarity_of
+from kfac_onnx.readers.optimizer_inside.optimizer_nodes import NodeUpdate, node_update
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -67,8 +68,17 @@ def find_updates(
     `known` are values that are gradients for sure.
     """
     drafts: list[_Draft] = []
+    stated: list[Update] = []
     misses: dict[ir.Value, Miss] = {}
     for parameter, new in pairs.items():
+        step = node_update(new, parameter)
+        if step is not None:
+            outcome = step if isinstance(step, Miss) else _of_node(step, parameter, new, flow, known)
+            if isinstance(outcome, Miss):
+                misses[parameter] = outcome
+            else:
+                stated.append(outcome)
+            continue
         spine = spine_of(new, parameter, flow)
         if isinstance(spine, Miss):
             misses[parameter] = spine
@@ -80,7 +90,33 @@ def find_updates(
             drafts.append(_Draft(parameter, new, spine, found))
     plain = [item for draft in drafts for _, item in draft.found if not item.held and not item.rated]
     peel = bool(plain) and all(item.inner is not None for item in plain)
-    return [_update(draft, flow, peel) for draft in drafts], misses
+    return [*stated, *(_update(draft, flow, peel) for draft in drafts)], misses
+
+
+def _of_node(
+    step: NodeUpdate, parameter: ir.Value, new: ir.Value, flow: Flow, known: Collection[ir.Value]
+) -> Update | Miss:
+    """Return what an optimizer node does; its gradient may be clipped or scaled on the way into the node."""
+    found = find_gradient([step.gradient], static_shape(step.gradient), flow, known)
+    if isinstance(found, Miss):
+        return found
+    if found.value in flow.forward or found.value not in flow.batch:
+        return Miss(f"'{found.value.name}', which {step.kind} takes as its gradient, is no gradient")
+    against = polarity_of(step.gradient, found.value, flow) == "against"
+    value = found.value
+    if against and (inner := _negated(value)) is not None:
+        value, against = inner, False
+    return Update(
+        parameter=parameter,
+        new=new,
+        parts=(Part(value, found.views, None, against),),
+        kind=step.kind,
+        rate=flow.number(step.rate),
+        decayed=step.decayed,
+        clipped=found.clipped,
+        states=step.states,
+        sure=True,
+    )
 
 
 def _of_terms(

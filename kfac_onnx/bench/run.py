@@ -16,6 +16,7 @@ from kfac_onnx.bench.results import CaseResult, Memory, Profile, Results, Settin
 from kfac_onnx.bench.workloads import cases, write_parameters
 from kfac_onnx.device.providers import provider_list
 from kfac_onnx.errors import UserError
+from kfac_onnx.errors.arguments import thread_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,8 +64,7 @@ def check(settings: Settings) -> None:
                 )
     elif settings.cuda_graph or settings.provider_options:
         raise UserError("CUDA graphs and options are for the CUDA provider", help="give --provider cuda")
-    if settings.threads is not None and settings.threads < 1:
-        raise UserError(f"threads must be at least 1, not {settings.threads}")
+    thread_count(settings.threads)
 
 
 def run(

@@ -211,10 +211,11 @@ def _make(folder: Path) -> None:
 def _write(results: Results, folder: Path) -> None:
     from kfac_onnx.bench.pictures import can_draw, draw
     from kfac_onnx.bench.report import markdown
+    from kfac_onnx.disk.json_lines import plain_json
     from kfac_onnx.disk.models import atomic_path
 
     texts = {
-        "results.json": json.dumps(results.to_json(), indent=1) + "\n",
+        "results.json": json.dumps(plain_json(results.to_json()), indent=1, allow_nan=False) + "\n",
         "results.md": markdown(results),
     }
     made: list[Path] = []

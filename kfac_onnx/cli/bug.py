@@ -10,7 +10,7 @@ import platform
 import tempfile
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kfac_onnx.cli.output import say
 
@@ -28,7 +28,7 @@ def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> 
     The file holds the command, the versions, the traceback and the sizes and SHA-256 sums of the files
     that the command names; not their contents, which may be private.
     """
-    details = {
+    details: dict[str, Any] = {
         "command": ["kfac-onnx", *arguments],
         "files": [_described(Path(word)) for word in arguments if os.path.isfile(word)],  # noqa: PTH113  it never raises
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -36,15 +36,20 @@ def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> 
         "system": platform.platform(),
         "traceback": traceback.format_exception(error),
     }
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="kfac-onnx-bug-", suffix=".json", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(details, file, indent=2)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="kfac-onnx-bug-", suffix=".json", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(details, file, indent=2)
+        remedy = f"report it with the file {file.name}"
+    except OSError as e:  # no room, or no folder for temporary files
+        say("".join(details["traceback"]), err=True)
+        remedy = f"report it with the lines above; no file can be written for it: {e.strerror or e}"
     what = "a pass left a broken model behind" if broken_pass else "something went wrong inside kfac-onnx"
     say(f"error: {what}; this is a bug, not your mistake", err=True)
     for line in f"{type(error).__name__}: {error}".splitlines():
         say(f"  {line}", err=True)
-    say(f"  help: report it with the file {file.name}", err=True)
+    say(f"  help: {remedy}", err=True)
 
 
 def _version(package: str) -> str:

@@ -14,7 +14,7 @@ from typing import Final
 
 import click
 
-from kfac_onnx.cli.output import say
+from kfac_onnx.cli.output import discard_output, say, show_every_sign
 from kfac_onnx.errors import UserError, VerifyError, did_you_mean, safe_line
 
 __all__ = ["VERBS", "cli", "main"]
@@ -24,6 +24,9 @@ USER: Final = 1
 CHECK_FAILED: Final = 2
 BUG: Final = 3
 INTERRUPTED: Final = 130
+
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""What writing to standard output may raise."""
 
 VERBS: Final[dict[str, str]] = {
     "scan": "List the embedding tables of a training graph, and what was refused and why.",
@@ -107,8 +110,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]  `>&-` in a shell
+        say("error: standard output is closed, so that no result can be written", err=True)
+        say("  help: `>/dev/null` takes what nobody wants to see", err=True)
+        return USER
+    show_every_sign()
     try:
         result = cli.main(arguments, prog_name="kfac-onnx", standalone_mode=False)
+        sys.stdout.flush()
     except UserError as e:
         say(f"error: {e}", err=True)
         return USER
@@ -123,14 +132,19 @@ def _run(arguments: list[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left; there is nobody to tell
-        return FINE
+    except SystemExit:
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":  # by which click marks a broken pipe
+            raise
+        return FINE  # the reader of our output has seen enough
     except MemoryError:
         say("error: the memory ran out", err=True)
         say("  help: a smaller batch, or more memory; `inspect` says what a model's states take", err=True)
         return USER
     except OSError as e:
+        if e.errno in _NO_ROOM and e.filename is None:  # files of ours have their own sentences
+            discard_output()
+            say(f"error: the result cannot be written to standard output: {e.strerror}", err=True)
+            return USER
         if e.errno != errno.ENAMETOOLONG:
             return _bug(e, arguments)
         say(safe_line(f"error: '{e.filename}' is too long for the name of a file"), err=True)

@@ -1,12 +1,19 @@
-"""How commands print: JSON for programs, tables for people, both on stdout."""
+"""How commands print: JSON for programs, tables for people, both on stdout.
+
+A terminal that cannot show a sign gets one that is near, or its number: printing never fails for that.
+"""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
 import json
+import os
 import re
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,11 +26,59 @@ if TYPE_CHECKING:
 
     from kfac_onnx.metadata import Refusal
 
-__all__ = ["console", "print_json", "print_refusals", "print_table", "quantity", "say"]
+__all__ = [
+    "console",
+    "discard_output",
+    "print_json",
+    "print_refusals",
+    "print_table",
+    "quantity",
+    "say",
+    "show_every_sign",
+]
 
 _UNLIMITED = 10_000
 _NOT_SHOWN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What JSON leaves as it is, and a terminal may act on; inside of JSON strings an escape means the same."""
+
+
+_NEAR = {
+    "–": "-",
+    "—": "-",
+    "×": "x",
+    "·": ".",
+    "…": "...",
+    "→": "->",
+    "≤": "<=",
+    "≥": ">=",
+    "±": "+-",
+    "√": "sqrt",
+}
+"""What stands for signs of our own texts where a terminal does not have them."""
+
+
+def _near_sign(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    near = "".join(_NEAR.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in signs)
+    return near, error.end
+
+
+def show_every_sign() -> None:
+    """Let stdout and stderr write what their encoding lacks as a sign that is near, or as its number."""
+    codecs.register_error("kfac-onnx", _near_sign)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="kfac-onnx")
+
+
+def discard_output() -> None:
+    """Send what stdout still holds to nowhere, so that Python does not fail over it again when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -33,18 +88,12 @@ def say(text: str, *, err: bool = False) -> None:
 
 def print_json(data: object) -> None:
     """Print JSON data, readable and in a stable order; numbers that are not finite become null."""
-    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+    from kfac_onnx.disk.json_lines import plain_json
+
+    text = json.dumps(plain_json(data), indent=2, ensure_ascii=False, allow_nan=False)
+    if not (sys.stdout.encoding or "utf-8").lower().startswith("utf"):
+        text = json.dumps(plain_json(data), indent=2, allow_nan=False)
     click.echo(_NOT_SHOWN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {str(key): _plain(value) for key, value in data.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  any JSON object
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]  # pyright: ignore[reportUnknownVariableType]  any JSON list
-    if isinstance(data, float) and data - data != 0.0:
-        return None
-    return data
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -24,6 +24,7 @@ from kfac_onnx.demo.curves import check_plot, draw_png, draw_text
 from kfac_onnx.demo.model import initial_parameters
 from kfac_onnx.device.providers import provider_list
 from kfac_onnx.errors import UserError
+from kfac_onnx.errors.arguments import thread_count
 from kfac_onnx.runtime.step.tensors import device_of
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ def run(
         if steps < 2:
             raise UserError(f"the demo needs at least 2 steps, not {steps}")
         scale = _Scale(steps, max(1, min(scale.every, steps // 2)), scale.held_out)
-    if threads is not None and threads < 1:
-        raise UserError(f"threads must be at least 1, got {threads}")
+    threads = thread_count(threads)
     working = provider_list(providers)
     if plot is not None:
         check_plot(Path(plot))

@@ -3,6 +3,9 @@
 A file is written in a folder of its own beside its place (`.<name>.<random>.tmp`), synced, renamed into its
 place, and then the folder that holds the name is synced. Its writer holds a lock on that temporary folder as
 long as it lives, so that the next write of the same name knows the folder of a killed run, and removes it.
+
+What is replaced gives its rights to what takes its place, and to the files that come with it: private weights
+stay private. A symbolic link is written through: the file that it leads to is replaced, or made.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,7 +29,7 @@ except ImportError:  # Windows: the folders of killed runs stay
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["atomic_path", "remove_stale", "require_file", "sync", "unwritable"]
+__all__ = ["atomic_path", "link_target", "remove_stale", "require_file", "sync", "unwritable"]
 
 _TRIES: Final = 10
 """How often a temporary folder is made anew that another process took for that of a killed run."""
@@ -37,10 +41,11 @@ def atomic_path(path: str | Path) -> Generator[Path]:
 
     Whatever else the block writes beside the temporary path moves too, and before it.
 
-    Raises UserError when `path` is something else than a file (a device would be replaced), or its folder
-    is missing or cannot be written, or the disk is full; then nothing is left behind and `path` is as it was.
+    Raises UserError when `path` is something else than a file (a device would be replaced), or links in a
+    circle, or its folder is missing or cannot be written, or the disk is full; then nothing is left behind
+    and `path` is as it was.
     """
-    target = Path(path)
+    target = link_target(path)
     require_file(target)
     try:
         remove_stale(target.parent, re.escape(target.name))
@@ -51,7 +56,9 @@ def atomic_path(path: str | Path) -> Generator[Path]:
         yield folder / target.name
         items = sorted(folder.iterdir(), key=lambda item: item.name == target.name)  # the data first
         for item in items:
-            sync(item)
+            sync(item)  # before it has its rights: it may be one that nobody may read
+            if (rights := _rights(item, target)) is not None:
+                item.chmod(rights)
         for item in items:
             os.replace(item, target.parent / item.name)  # noqa: PTH105  as the module says
         sync(target.parent)
@@ -61,6 +68,28 @@ def atomic_path(path: str | Path) -> Generator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def link_target(path: str | Path) -> Path:
+    """Return the file that a symbolic link leads to, also one that is not there yet; else the path itself.
+
+    Raises UserError for links in a circle.
+    """
+    place = Path(path)
+    if not place.is_symlink():
+        return place
+    target = Path(os.path.realpath(place))
+    if target.is_symlink():
+        raise UserError(f"'{path}' cannot be written: it is a symbolic link in a circle")
+    return target
+
+
+def _rights(item: Path, target: Path) -> int | None:
+    """Return the rights of the file that a new one replaces, or of the target that it comes with."""
+    for old in (target.parent / item.name, target):
+        with contextlib.suppress(FileNotFoundError):
+            return stat.S_IMODE(old.stat().st_mode)
+    return None
 
 
 def sync(path: Path) -> None:

@@ -36,7 +36,7 @@ def check_external(proto: onnx.ModelProto, path: str | Path) -> None:
     """
     import onnx
 
-    root = _folder(path).resolve()
+    root = _folder(proto, path).resolve()
     total = 0
     for tensor in all_tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -44,8 +44,22 @@ def check_external(proto: onnx.ModelProto, path: str | Path) -> None:
     require_memory(total, f"the external data of '{path}'")
 
 
-def _folder(path: str | Path) -> Path:
-    return Path.cwd() if str(path) == "-" else Path(path).parent
+def _folder(proto: onnx.ModelProto, path: str | Path) -> Path:
+    """Return the folder of a model's data: that of a link to the model, or else that of the model itself."""
+    if str(path) == "-":
+        return Path.cwd()
+    place = Path(path)
+    if place.is_symlink() and not any((place.parent / name).is_file() for name in _locations(proto)):
+        return place.resolve().parent
+    return place.parent
+
+
+def _locations(proto: onnx.ModelProto) -> set[str]:
+    """Return where the tensors of a model have their data, as it says itself."""
+    import onnx
+
+    external = (t for t in all_tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL)
+    return {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
 
 
 def _check(tensor: onnx.TensorProto, root: Path, path: str | Path) -> int:
@@ -103,7 +117,7 @@ def load_external(proto: onnx.ModelProto, path: str | Path) -> None:
     import onnx.external_data_helper
 
     try:
-        onnx.external_data_helper.load_external_data_for_model(proto, str(_folder(path)))
+        onnx.external_data_helper.load_external_data_for_model(proto, str(_folder(proto, path)))
     except (OSError, ValueError, onnx.checker.ValidationError) as e:
         raise UserError(f"the external data of '{path}' cannot be read: {first_line(e)}") from e
 
@@ -117,15 +131,15 @@ def data_names(model: str | Path) -> set[str]:
         proto = onnx.ModelProto.FromString(Path(model).read_bytes())
     except (OSError, DecodeError):
         return set()
-    external = (t for t in all_tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL)
-    return {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    return _locations(proto)
 
 
 def belonging(path: str | Path) -> set[Path]:
     """Return the files that reading a file reads too, where they are there."""
     place = Path(path)
     if place.suffix in _MODELS:
-        found = {place.parent / name for name in data_names(place)}
+        folders = {place.parent, place.resolve().parent}  # a link, and where it leads
+        found = {folder / name for name in data_names(place) for folder in folders}
     else:
         found = {place.with_name(f"{place.name}.data")}
     return {item for item in found if item.is_file()}

@@ -1,20 +1,37 @@
-"""JSON lines that are added to a file one by one: a line is whole, or it is not there."""
+"""JSON lines that are added to a file one by one: a line is whole, or it is not there.
+
+JSON (RFC 8259, section 6, https://www.rfc-editor.org/rfc/rfc8259#section-6) has no NaN and no infinity: such
+numbers are null.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator
 
-__all__ = ["json_lines"]
+__all__ = ["json_lines", "plain_json"]
+
+
+def plain_json(data: Any) -> Any:
+    """Return data as JSON has them: keys are texts, numbers that are not finite are null."""
+    if isinstance(data, Mapping):
+        return {str(key): plain_json(value) for key, value in data.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  any JSON object
+    if isinstance(data, (list, tuple)):
+        return [plain_json(value) for value in data]  # pyright: ignore[reportUnknownVariableType]  any JSON list
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
 
 
 @contextlib.contextmanager
@@ -38,7 +55,7 @@ def json_lines(path: str | Path, what: str) -> Generator[Callable[[Mapping[str, 
 
         def write(row: Mapping[str, object]) -> None:
             try:
-                _add(file, f"{json.dumps(row)}\n".encode())
+                _add(file, f"{json.dumps(plain_json(row), allow_nan=False)}\n".encode())
             except OSError as e:
                 raise refusal(e) from e
 

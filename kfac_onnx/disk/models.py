@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kfac_onnx.disk.atomic import atomic_path, require_file
+from kfac_onnx.disk.atomic import atomic_path, link_target, require_file
 from kfac_onnx.disk.external import belonging, check_external, load_external, pair
 from kfac_onnx.errors import UserError, first_line
 
@@ -99,8 +99,8 @@ def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:
 
     Links of either kind are seen through.
     """
-    target = Path(output)
-    written = [place for place in (target, Path(f"{output}.data"), Path(f"{output}.data2")) if place.exists()]
+    target = link_target(output)
+    written = [place for place in (target, Path(f"{target}.data"), Path(f"{target}.data2")) if place.exists()]
     if not written:
         return
     for item in (Path(item) for item in inputs if str(item) != "-"):
@@ -120,7 +120,7 @@ def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:
 def require_writable(path: str | Path) -> None:
     """Raise UserError for a place that `atomic_path` could not write to: sooner than after hours of work."""
     require_file(Path(path))
-    folder = Path(path).absolute().parent
+    folder = link_target(path).absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"'{path}' cannot be written: its folder does not exist or is read-only")
 
@@ -162,7 +162,8 @@ def save_model(model: ir.Model, path: str | Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    with pair(path) as data, atomic_path(path) as temporary:
+    place = link_target(path)  # its data lie beside the file itself, not beside a link to it
+    with pair(place) as data, atomic_path(place) as temporary:
         if str(path).endswith(TEXT_SUFFIXES):
             temporary.write_text(ir.to_onnx_text(model))
         elif size > LARGEST_FILE:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Final
+from typing import Any, Final
 
 from kfac_onnx.errors import UserError
 
 __all__ = [
     "LARGEST",
+    "LARGEST_RATE",
     "LARGEST_SEED",
     "MOST_THREADS",
     "finite_number",
+    "plain",
     "shown",
     "thread_count",
     "truth",
@@ -26,6 +28,8 @@ LARGEST: Final = (1 << 63) - 1
 """The largest count: it fits into int64."""
 LARGEST_SEED: Final = (1 << 128) - 1
 """NumPy's own seeds have 128 bits; Python's JSON reads no number of more than 4,300 digits."""
+LARGEST_RATE: Final = 3.4028235e38
+"""The largest learning rate: it is handed to the graph as float32, whose largest number rounds to this."""
 MOST_THREADS: Final = 1024
 """Threads of a session: ONNX Runtime starts them all at once, and 100,000 of them never end."""
 
@@ -77,6 +81,12 @@ def finite_number(
     if number > most:
         raise UserError(f"{what} must be at most {most:g}, got {number:g}", help=help)
     return number
+
+
+def plain(value: Any) -> Any:
+    """Return a scalar of NumPy's as Python's, and everything else as it is."""
+    numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if numpy_scalar else value
 
 
 def truth(value: object, what: str) -> bool:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from kfac_onnx import dialect
 from kfac_onnx.device.providers import on_cuda, provider_list, require_providers
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.errors.arguments import thread_count
 from kfac_onnx.fisher.symbols import SparseRows, Update, placeholder
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class FisherSession:
         providers: GivenProviders = ("CPUExecutionProvider",),
     ) -> None:
         self._collection = layer_collection
-        self._threads = threads
+        self._threads = thread_count(threads)
         self._providers = provider_list(providers)
         self._variant: Variant = "atomic" if on_cuda(self._providers) else "safe"
         self._sessions: dict[tuple[ir.Value, ...], tuple[onnxruntime.InferenceSession, list[str]]] = {}

@@ -53,7 +53,9 @@ class InsertEmbeddingKfac(Pass):
     name: ClassVar[str] = "insert-embedding-kfac"
     preset: str = opt(DEFAULT_PRESET, "named settings of the block", choices=tuple(PRESETS))
     lr: float | None = opt(None, "learning rate of the tables; the preset's own if none", lo=0.0)
-    damping: float | None = opt(None, "damping, λ (pi) or ρ (relative); the preset's if none", lo=1e-30)
+    damping: float | None = opt(
+        None, "damping, λ (pi) or ρ (relative); the preset's if none", lo=1e-30, hi=1e6
+    )
     decay_a: float | None = opt(
         None, "weight kept from the old counts at each update; the preset's if none", lo=0.0, hi=0.9999999
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from kfac_onnx.graph.changes import NO_CHANGES, Changes
-from kfac_onnx.pipeline.options import check_value, format_value, options_of
+from kfac_onnx.pipeline.options import check_value, format_value, options_of, plain_value
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,7 +37,9 @@ class Pass(ABC):
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
-            check_value(option, getattr(self, option.field), owner=self.name)
+            value = plain_value(getattr(self, option.field))  # NumPy's text is no text of a pipeline
+            check_value(option, value, owner=self.name)
+            object.__setattr__(self, option.field, value)
 
     @abstractmethod
     def run(self, model: ir.Model, log: Log) -> Changes:

@@ -25,8 +25,19 @@ from functools import cache
 from typing import Any, Final, Literal, TypeVar
 
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.errors.arguments import plain, shown
 
-__all__ = ["Option", "OptionValue", "Text", "format_value", "opt", "options_of", "read_value"]
+__all__ = [
+    "Option",
+    "OptionValue",
+    "Text",
+    "check_value",
+    "format_value",
+    "opt",
+    "options_of",
+    "plain_value",
+    "read_value",
+]
 
 T = TypeVar("T")
 
@@ -43,6 +54,10 @@ _KINDS: Final[dict[Any, _Kind]] = {
 
 _BARE: Final = re.compile(r"[^\s,={}\[\]\"]+")
 """What a string may be made of to stand without quotes."""
+
+
+_LARGEST: Final = {"int": 2**63 - 1, "float": 3.4028235e38}
+"""The largest numbers of the types that options become constants of: int64 and, rounded up, float32."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +215,12 @@ def _convert(option: Option, value: Text | tuple[Text, ...]) -> OptionValue:
         return None
 
 
+def plain_value(value: Any) -> Any:
+    """Return a scalar of NumPy's as Python's, a list as a tuple, and everything else as it is."""
+    value = plain(value)
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]  checked next
+
+
 def check_value(option: Option, value: object, *, owner: str) -> None:
     """Raise UserError when a value, given in text or in Python, is not what the option accepts."""
     if value is None and option.optional:
@@ -216,13 +237,19 @@ def check_value(option: Option, value: object, *, owner: str) -> None:
         fits = False
     if fits and isinstance(value, (int, float)) and not isinstance(value, bool):
         fits = (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # an int may be too large for a float
             and (option.lo is None or value >= option.lo)
             and (option.hi is None or value <= option.hi)
         )
+        if fits and abs(value) > _LARGEST[option.kind]:
+            what = "whole number" if option.kind == "int" else "number"
+            raise UserError(
+                f"option '{option.name}' of pass '{owner}' cannot be {shown(value)}:"
+                f" the largest {what} of a model is {_LARGEST[option.kind]}"
+            )
     if fits and option.choices is not None and option.kind == "str":
         fits = value in option.choices
     if not fits:
         raise UserError(
-            f"option '{option.name}' of pass '{owner}' cannot be {value!r}: it is {option.accepts}"
+            f"option '{option.name}' of pass '{owner}' cannot be {shown(value)}: it is {option.accepts}"
         )

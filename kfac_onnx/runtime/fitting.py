@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
 
 from kfac_onnx.disk.json_lines import json_lines
-from kfac_onnx.disk.models import make_folder
 from kfac_onnx.errors import UserError
+from kfac_onnx.errors.arguments import whole_number
 from kfac_onnx.runtime.feed.batches import examples_in
 from kfac_onnx.runtime.feed.data import Batches
 from kfac_onnx.runtime.feed.prefetch import prefetched
@@ -23,6 +23,7 @@ from kfac_onnx.runtime.stopping import stop_signals, stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     import numpy as np
 
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 SMOOTHING = 0.98
 """Weight of the past in the running loss that the progress bar shows."""
 
+MOST_AHEAD = 1024
+"""Batches that may be made ahead: each waits in memory for its step."""
 PREFETCH = 2
 """Batches made ahead in a thread, of data that this package reads; of a user's iterable none, unasked."""
 
@@ -60,6 +63,8 @@ class Trainee(Protocol):
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float: ...
     def require_loss(self, what: str) -> None: ...
     def require_place(self, path: str | Path) -> None: ...
+    def require_savable(self) -> None: ...
+    def alone_in(self, path: str | Path | None) -> AbstractContextManager[None]: ...
     def save(self, path: str | Path, *, keep: int | None = None) -> Path: ...
 
 
@@ -213,11 +218,11 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "eval_every", "checkpoint_every", "keep", "skip_limit"):
-            value: int | None = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        if self.prefetch is not None and self.prefetch < 0:
-            raise UserError(f"prefetch must be at least 0, got {self.prefetch}")
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole_number(value, name, least=1))
+        if self.prefetch is not None:
+            ahead = whole_number(self.prefetch, "prefetch", least=0, most=MOST_AHEAD)
+            object.__setattr__(self, "prefetch", ahead)
         for name in ("checkpoint_every", "keep"):
             if getattr(self, name) is not None and self.checkpoint is None:
                 raise UserError(f"{name} is given, but no checkpoint to save to")
@@ -233,6 +238,8 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
     session.require_loss("fit")
     saver = None if checkpoint is None else _Saver(session, checkpoint, options.keep)
     _note_data(session, batches)
+    if checkpoint is not None:
+        session.require_savable()
     supply, total = _supply(session, batches, options.steps, options.epochs)
     if session.schedule is not None:
         horizon = None if total is None else session.position + total
@@ -240,7 +247,7 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
     session.reserve(depth)
     result, in_a_row = FitResult(), 0
     start = time.perf_counter()
-    with stop_signals() as stop:
+    with stop_signals() as stop, session.alone_in(checkpoint):
         with (
             _writer(options.metrics) as write,
             _Bar(total, enabled=options.progress) as bar,
@@ -302,7 +309,6 @@ class _Saver:
             if self._folder:
                 self._session.save(self._path, keep=self._keep)
             else:
-                make_folder(Path(self._path).parent)
                 self._session.save(self._path)
             self._at = self._session.position
         return Path(self._path)

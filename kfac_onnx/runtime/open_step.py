@@ -19,6 +19,7 @@ from kfac_onnx import metadata
 from kfac_onnx.device.providers import provider_list
 from kfac_onnx.disk.models import load_model
 from kfac_onnx.errors import UserError, VerifyError, first_line
+from kfac_onnx.errors.arguments import thread_count
 from kfac_onnx.graph.verifier import require_sound
 from kfac_onnx.metadata import Loss, Parameter, Site
 from kfac_onnx.runtime.description import Description, describe
@@ -115,8 +116,7 @@ class OpenStep:
         seed: int | None,
         cuda_graph: bool,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise UserError(f"threads must be at least 1, got {threads}")
+        threads = thread_count(threads)
         name = "the model" if isinstance(model, ir.Model) else f"'{model}'"
         loaded = model if isinstance(model, ir.Model) else load_model(model)
         step = require_step(loaded, name)

@@ -17,6 +17,7 @@ from kfac_onnx import metadata
 from kfac_onnx.disk.memory import require_memory
 from kfac_onnx.disk.stored import StoredArray
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.errors.arguments import LARGEST_RATE, finite_number
 from kfac_onnx.metadata import State, Step
 from kfac_onnx.runtime.feed.batches import BatchInput
 from kfac_onnx.runtime.step.runner import Holder
@@ -203,14 +204,20 @@ def learning_rates(step: Step, lr: float | None, rest_lr: float | None) -> dict[
 
     Rates of our own are told by their names: those of rules and of hidden matrices stay as they are. In a
     model of another maker the first one is that of the tables.
+
+    Raises UserError for one that is no finite number of float32, or negative.
     """
+    if lr is not None:
+        lr = finite_number(lr, "lr", least=0.0, most=LARGEST_RATE)
+    if rest_lr is not None:
+        rest_lr = finite_number(rest_lr, "rest_lr", least=0.0, most=LARGEST_RATE)
     rates = {rate.input: rate.default for rate in step.learning_rates}
     ours = {"kfac/lr": lr, "kfac/rest_lr": rest_lr}
     for index, name in enumerate(rates):
         other = rest_lr if index > 0 or "rest" in name else lr
         given = ours.get(name) if name.startswith("kfac/") else other
         if given is not None:
-            rates[name] = float(given)
+            rates[name] = given
     return rates
 
 

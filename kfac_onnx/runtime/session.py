@@ -14,13 +14,21 @@ import contextlib
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import onnx_ir as ir
 
 from kfac_onnx.disk.memory import require_memory
 from kfac_onnx.disk.models import load_model, make_folder, require_folder, save_model
 from kfac_onnx.errors import UserError
+from kfac_onnx.errors.arguments import (
+    LARGEST_RATE,
+    LARGEST_SEED,
+    finite_number,
+    plain,
+    shown,
+    whole_number,
+)
 from kfac_onnx.options import method_with
 from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.description import Parameters
@@ -38,6 +46,7 @@ from kfac_onnx.runtime.saved.checkpoint import (
     proto_of,
     read_checkpoint,
     require_complete,
+    require_readable,
     require_same,
     versions,
     write_checkpoint,
@@ -51,6 +60,7 @@ from kfac_onnx.runtime.saved.checkpoint_folder import (
     tidy,
 )
 from kfac_onnx.runtime.saved.export import forward_model, write_into
+from kfac_onnx.runtime.saved.run_lock import RunLock
 from kfac_onnx.runtime.step.device_engine import DeviceEngine
 from kfac_onnx.runtime.step.skip_causes import reasons
 from kfac_onnx.runtime.stopping import uninterrupted
@@ -109,6 +119,10 @@ class TrainingSession:
         seed: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
+        if seed is not None:
+            seed = whole_number(seed, "the seed", least=0, most=LARGEST_SEED)
+        if schedule is not None and not isinstance(schedule, (str, schedules.Schedule)):  # pyright: ignore[reportUnnecessaryIsInstance]  it comes from the user
+            raise UserError(f"the schedule must be a Schedule or its text, got {shown(schedule)}")
         self._open = OpenStep(
             model,
             providers=providers,
@@ -131,6 +145,7 @@ class TrainingSession:
         self._serialized: bytes | None = None
         self._folders: set[Path] = set()
         self._damaged: tuple[Path, ...] = ()
+        self._locks: dict[Path, RunLock] = {}
         self._writing: Writing | None = None
 
     @property
@@ -272,7 +287,11 @@ class TrainingSession:
         with self._turn("step"):
             ready, forwarded = self._open.ready(batch)
             factor = 1.0 if self.schedule is None else self.schedule.factor(self.position)
-            rates = {name: rate * factor for name, rate in self.learning_rates.items()}
+            rates = {
+                name: factor
+                * finite_number(rate, f"the learning rate '{name}'", least=0.0, most=LARGEST_RATE)
+                for name, rate in self.learning_rates.items()  # the user may have changed them
+            }
             with uninterrupted():  # a signal comes before the step or after it
                 loss, kept = self._open.run(ready, self.position, rates, forwarded=forwarded)
                 self.position += 1
@@ -333,9 +352,11 @@ class TrainingSession:
             background: copy everything now, and write it in a thread while steps go on. The next `save`,
                 `finish_saving` and `close` wait for the file; they, or the next step, raise what went wrong.
 
+        A folder belongs to this session from then on, until it is closed: `.lock` in it keeps other runs out.
+
         Raises:
             UserError: the place cannot be written, the disk is full (older checkpoints are as they were), or
-                the folder holds checkpoints of another run.
+                the folder holds checkpoints of another run, or another run is using it.
 
         """
         with self._turn("save"):
@@ -366,12 +387,11 @@ class TrainingSession:
             file = Path(path)
             checkpoint = self._checkpoint(copy=copy)
             return partial(write_checkpoint, file, checkpoint), file
-        number = KEEP if keep is None else keep
-        if number < 1:
-            raise UserError(f"keep must be at least 1, got {number}")
+        number = KEEP if keep is None else whole_number(keep, "keep", least=1)
         folder = Path(path)
         self.require_place(folder)
         make_folder(folder)
+        self._hold(folder)
         file = folder / checkpoint_name(self.position)
         checkpoint, damaged = self._checkpoint(copy=copy), self._damaged
 
@@ -389,6 +409,61 @@ class TrainingSession:
             own = Path(path).resolve() in self._folders
             require_own(path, self.position, self._damaged, own=own)
 
+    def _hold(self, path: str | Path) -> bool:
+        """Keep other runs out of a place for checkpoints, from now on; return whether that is new.
+
+        Raises UserError where another run has it.
+        """
+        place = Path(path).absolute()
+        if place in self._locks:
+            return False
+        self._locks[place] = RunLock(path)
+        return True
+
+    @contextlib.contextmanager
+    def alone_in(self, path: str | Path | None) -> Generator[None]:
+        """Keep other runs out of a place for checkpoints within a block; of None there is nothing to keep.
+
+        Folders that are missing are made, and those that are empty at the end are removed again.
+
+        Raises UserError where another run has the place.
+        """
+        if path is None:
+            yield
+            return
+        folder = (Path(path) if is_folder(path) else Path(path).parent).absolute()
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        make_folder(folder)
+        new = self._hold(path)
+        try:
+            yield
+        finally:
+            if new and (lock := self._locks.pop(Path(path).absolute(), None)) is not None:
+                lock.release()
+            with contextlib.suppress(OSError):  # something is in it, as it should
+                for place in missing:
+                    place.rmdir()
+
+    def require_savable(self) -> None:
+        """Raise UserError where a checkpoint would hold what cannot be read again: before hours of work."""
+        require_readable(self._header())
+
+    def _header(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the model and its values, by field."""
+        return {
+            "committed": self.committed,
+            "skipped": self.skipped,
+            "position": self.position,
+            "host_roots": self.host_roots,
+            "learning_rates": {name: plain(rate) for name, rate in self.learning_rates.items()},
+            "schedule": None if self.schedule is None else str(self.schedule),
+            "seed": self._seed,
+            "entropy": self._open.random.entropy,
+            "data": None if self.data is None else dict(self.data),
+            "source": self.source,
+            "versions": versions(),
+        }
+
     def _checkpoint(self, *, copy: bool) -> Checkpoint:
         """Return what a checkpoint holds now: the buffers themselves, or copies of them."""
         states = {name: holder.live for name, holder in self._holders.items()}
@@ -400,17 +475,7 @@ class TrainingSession:
             model=self._model_bytes(),
             states={name: buffer.read() if copy else buffer.view() for name, buffer in states.items()},
             constants={name: buffer.view() for name, buffer in constants.items()},  # no step changes them
-            committed=self.committed,
-            skipped=self.skipped,
-            position=self.position,
-            host_roots=self.host_roots,
-            learning_rates=dict(self.learning_rates),
-            schedule=None if self.schedule is None else str(self.schedule),
-            seed=self._seed,
-            entropy=self._open.random.entropy,
-            data=None if self.data is None else dict(self.data),
-            source=self.source,
-            versions=versions(),
+            **self._header(),
         )
 
     @classmethod
@@ -531,7 +596,12 @@ class TrainingSession:
             if not self.closed:
                 self.closed = True
                 self._open.close()
-            self.finish_saving()
+            try:
+                self.finish_saving()
+            finally:
+                for lock in self._locks.values():
+                    lock.release()
+                self._locks.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -265,8 +265,9 @@ def _is_seed(value: object) -> bool:
 
 
 def _is_rate(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and -1e308 <= value <= 1e308  # an int may have any number of digits
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return -1e308 <= value <= 1e308  # an int may have any number of digits
 
 
 def _is_entry(value: Any) -> bool:

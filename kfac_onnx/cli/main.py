@@ -133,7 +133,7 @@ def _run(arguments: list[str] | None) -> int:
         say("interrupted", err=True)
         return INTERRUPTED
     except SystemExit:
-        if type(sys.stdout).__name__ != "PacifyFlushWrapper":  # by which click marks a broken pipe
+        if not type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # by which click marks a broken pipe
             raise
         return FINE  # the reader of our output has seen enough
     except MemoryError:

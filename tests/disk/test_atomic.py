@@ -135,3 +135,62 @@ def test_a_folder_that_is_removed_at_once_is_made_again(
     monkeypatch.setattr(atomic, "_lock", late)
     write(tmp_path / "a", "x")
     assert (len(calls), (tmp_path / "a").read_text()) == (2, "x")
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+@pytest.mark.parametrize("rights", [0o600, 0o640, 0o444, 0o755])
+def test_what_is_replaced_keeps_its_rights(tmp_path: Path, rights: int) -> None:
+    target = tmp_path / "private.onnx"
+    target.write_text("old")
+    target.chmod(rights)
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        temporary.with_name("private.onnx.data").write_text("its weights")
+    assert (target.read_text(), mode(target)) == ("new", rights)
+    assert mode(tmp_path / "private.onnx.data") == rights, "what comes with it is no less private"
+
+
+def test_a_new_file_has_the_rights_that_the_system_gives(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    write(tmp_path / "run.onnx", "new")
+    assert mode(tmp_path / "run.onnx") == mode(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_is_written_through(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "real").mkdir()
+    target, link, other = tmp_path / "real" / "model.onnx", tmp_path / "link.onnx", tmp_path / "other.onnx"
+    if there:
+        target.write_text("old")
+        target.chmod(0o600)
+    link.symlink_to("other.onnx")
+    other.symlink_to(target)
+    write(link, "new")
+    assert target.read_text() == "new"
+    assert link.is_symlink()
+    assert other.is_symlink()
+    assert not there or mode(target) == 0o600
+    assert sorted(item.name for item in tmp_path.rglob("*")) == [
+        "link.onnx",
+        "model.onnx",
+        "other.onnx",
+        "real",
+    ]
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError) as error:
+        write(tmp_path / "a", "new")
+    assert str(error.value) == f"'{tmp_path / 'a'}' cannot be written: it is a symbolic link in a circle"
+
+
+def test_a_link_to_a_folder_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "none" / "a")
+    with pytest.raises(UserError) as error:
+        write(tmp_path / "a", "new")
+    assert str(error.value) == f"'{tmp_path / 'a'}' cannot be written: No such file or directory"

@@ -180,3 +180,31 @@ def test_the_input_is_never_the_output(tmp_path: Path) -> None:
     assert message(caught, tmp_path) == (
         "'DIR/b.onnx' is the input and will not be overwritten\n  help: choose another name"
     )
+
+
+def test_a_large_model_is_written_and_read_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data lie beside the file itself, and reading the link finds them there."""
+    import onnx_ir as ir
+
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.onnx"
+    link.symlink_to(Path("real") / "model.onnx")
+    monkeypatch.setattr(files, "LARGEST_FILE", 10)
+    weights = np.arange(600, dtype=np.float32)  # small tensors stay in the model
+    graph = ir.Graph([], [], nodes=[], initializers=[], opset_imports={"": 18}, name="g")
+    graph.register_initializer(ir.Value(name="w", const_value=ir.tensor(weights, name="w")))
+    for values in (weights, weights + 1):  # the second pair takes the other name
+        graph.initializers["w"].const_value = ir.tensor(values, name="w")
+        save_model(ir.Model(graph, ir_version=10), link)
+        assert link.is_symlink()
+        for place in (link, tmp_path / "real" / "model.onnx"):
+            tensor = load_model(place).graph.initializers["w"].const_value
+            assert tensor is not None
+            np.testing.assert_array_equal(tensor.numpy(), values)
+        assert [item.name for item in tmp_path.iterdir() if item.is_file() and not item.is_symlink()] == []
+    (data,) = (item for item in (tmp_path / "real").iterdir() if item.name != "model.onnx")
+    assert data.name == "model.onnx.data2"
+    with pytest.raises(UserError, match=r"belongs to the input '.*link.onnx' and will not be overwritten"):
+        refuse_overwrite(data, link)

@@ -105,7 +105,11 @@ def test_only_options_off_their_default_are_printed() -> None:
     assert str(Knobs(decay=0.5, only=("a b", "c"))) == 'knobs{decay=0.5,only=["a b",c]}'
 
 
-@given(st.one_of(st.text(), st.floats(0, 1), st.integers(1), st.booleans(), st.lists(st.text()).map(tuple)))
+@given(
+    st.one_of(
+        st.text(), st.floats(0, 1), st.integers(1, 2**63 - 1), st.booleans(), st.lists(st.text()).map(tuple)
+    )
+)
 def test_every_value_survives_its_text(value: str | float | bool | tuple[str, ...]) -> None:
     kinds = {str: "label", float: "decay", int: "every", bool: "debias", tuple: "only"}
     found = read(kinds[type(value)], format_value(value))

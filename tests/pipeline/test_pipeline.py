@@ -56,9 +56,14 @@ def values_of(option: Option) -> st.SearchStrategy[Any]:
         values: st.SearchStrategy[Any] = st.sampled_from(option.choices)
     elif option.kind == "int":
         low = None if option.lo is None else int(option.lo)
-        values = st.integers(low, None if option.hi is None else int(option.hi))
+        values = st.integers(low, 2**63 - 1 if option.hi is None else int(option.hi))
     elif option.kind == "float":
-        values = st.floats(option.lo, option.hi, allow_nan=False, allow_infinity=False)
+        values = st.floats(
+            -3.4e38 if option.lo is None else option.lo,
+            3.4e38 if option.hi is None else option.hi,
+            allow_nan=False,
+            allow_infinity=False,
+        )
     elif option.kind == "bool":
         values = st.booleans()
     elif option.kind == "str":

@@ -2,7 +2,7 @@
 
 A lock file lies in the folder (`.lock`), or beside a single file (`.run.ckpt.lock`), and says who has it:
 host, process and since when. The operating system's lock on it (flock) ends with its process, however that
-ends, so a lock file that nobody holds is stale and is taken over. Where a file system has no such locks, that of
+ends, so a lock file that nobody holds is stale and is taken over. Where a file system lacks them, that of
 this host is stale when its process is gone; one of another host has to be deleted by hand.
 """
 

@@ -10,6 +10,7 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.loss`       | frontends              | `Loss`                                        |
 | `kfac.row_gradients` | frontends           | list of `RowGradient`                         |
 | `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
+| `kfac.carried`    | exporters, frontends   | list of `Carried`                             |
 | `kfac.orphans`    | frontends              | outputs that are gradients of nothing         |
 | `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
 | `kfac.updates`    | frontends              | list of `HostUpdate`                          |
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "Carried",
     "HostUpdate",
     "IdCheck",
     "LearningRate",
@@ -166,6 +168,18 @@ class OptimizerState:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A state that the graph itself changes at each step: it enters as `input`, leaves as `output`.
+
+    Such as the running statistics of batch normalization. Any exporter may declare its own: the input is an
+    initializer or a graph input, the output a graph output of the same shape and dtype.
+    """
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
 class Use:
     """One reading of a table: operator, ids as that operator reads them, looked-up rows, dL/d(rows)."""
 
@@ -257,7 +271,7 @@ class State:
     phase: Phase
     update: Literal["in-place", "double"]
     candidate: str
-    role: Literal["parameter", "factor", "root", "counter", "optimizer"]
+    role: Literal["parameter", "statistic", "factor", "root", "counter", "optimizer"]
     parameter: str | None = None
     aliases: tuple[str, ...] = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Final
 
 import onnx
@@ -13,14 +14,20 @@ from kfac_onnx.graph.inference import inferred
 from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.values import REMEMBERED, all_graphs, bodies_of, dtype_of
 
-__all__ = ["infer_shapes", "lacks_shapes"]
+__all__ = ["infer_shapes", "lacks_shapes", "shape_problem"]
 
 LOG: Final = logging.getLogger(__name__)
 
 SEQUENCES: Final = having(Trait.SEQUENCE)
 """Operators whose result is a sequence of tensors."""
 
+_REFUSED: Final = re.compile(
+    r"\(op_type: ?(?P<operator>\w+)(?:, node name: (?P<name>[^)]*))?\): (?:\[\w+\] )?(?P<why>[^\n]*)"
+)
+"""How ONNX's inference names the node that it refuses."""
+
 TRAINING: Final = "ai.onnx.preview.training"
+
 LARGE: Final = 1000
 """Bytes above which only the shape of an initializer is given to ONNX's inference."""
 
@@ -80,6 +87,19 @@ def lacks_shapes(model: ir.Model) -> bool:
         for node in graph
         for value in node.outputs
     )
+
+
+def shape_problem(model: ir.Model) -> tuple[str, str, str] | None:
+    """Return the first node that ONNX's strict inference refuses: operator, name and what is wrong with it.
+
+    Such as axis 1 of a scalar. ONNX's checker and its lenient inference accept these graphs; no runtime does.
+    """
+    try:
+        onnx.shape_inference.infer_shapes(_without_large_tensors(model), strict_mode=True)
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        match = _REFUSED.search(str(error))
+        return None if match is None else (match["operator"], match["name"] or "?", match["why"].strip())
+    return None
 
 
 def _without_large_tensors(model: ir.Model) -> onnx.ModelProto:

@@ -13,9 +13,10 @@ import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.operators import Trait, having
+from kfac_onnx.graph.shapes import shape_problem
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of, int_attribute
 
-__all__ = ["require_consistent", "require_tensors"]
+__all__ = ["require_consistent", "require_inferable", "require_tensors"]
 
 SAME_TYPE: Final = having(Trait.SAME_TYPE)
 BROADCASTING: Final = having(Trait.BROADCASTS)
@@ -58,6 +59,16 @@ def require_consistent(model: ir.Model, place: str | None) -> None:
                     path=", ".join(f"{item.name} {_shown(item)}" for item in node.inputs if item is not None),
                     help=REMEDY if types is not None else _remedy(model, node),
                 )
+
+
+def require_inferable(model: ir.Model, place: str | None) -> None:
+    """Raise UserError for the first node to whose inputs ONNX's own shape inference gives no result."""
+    problem = shape_problem(model)
+    if problem is not None:
+        operator, name, why = problem
+        raise UserError(
+            f"the graph cannot run: {operator} '{name}' is invalid: {why}", place=place, help=REMEDY
+        )
 
 
 def _remedy(model: ir.Model, node: ir.Node) -> str:

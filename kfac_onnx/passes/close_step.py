@@ -10,7 +10,7 @@ import numpy as np
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.rewriter import Emitter, Out
-from kfac_onnx.metadata import IdCheck, Loss, Parameter, Phase, State, Step
+from kfac_onnx.metadata import Carried, IdCheck, Loss, Parameter, Phase, State, Step
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.writing import drop_gradient
 from kfac_onnx.pipeline.base import Changes, Pass
@@ -59,6 +59,7 @@ class CloseStep(Pass):
             value = draft.value(name)
             if value.dtype is None or value.dtype.is_floating_point():
                 draft.flag(value, phase=Phase.PRECONDITION)
+        self._carry(model, draft)
         ok = self._finite(draft, emitter)
         self._guard(model, draft, emitter, ok)
         restored = self._undo(draft, emitter, ok)
@@ -70,6 +71,18 @@ class CloseStep(Pass):
             emitter.count(edited=int(model.metadata_props.pop(key, None) is not None))
         log.count("states", len(states))
         return emitter.changes
+
+    def _carry(self, model: ir.Model, draft: Draft) -> None:
+        """Declare the state that the graph itself changes, such as running statistics."""
+        states = {state.input for state in draft.states}
+        for pair in metadata.read_list(model, "carried", Carried):
+            if pair.input in states:
+                continue
+            old, new = draft.parameter(pair.input), draft.value(pair.output)
+            if new.dtype is None or new.dtype.is_floating_point():
+                draft.flag(new)
+            draft.keep(old, new, Phase.GRADIENTS)
+            draft.states[-1] = replace(draft.states[-1], output=pair.output, role="statistic", parameter=None)
 
     def _finite(self, draft: Draft, emitter: Emitter) -> ir.Value:
         """Emit the flag of the step; what is known before counts and roots are is summed there."""

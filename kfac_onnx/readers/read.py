@@ -15,9 +15,10 @@ from kfac_onnx.canonical.pipelines import FINISH, PLAIN, PREPARE, STANDARD
 from kfac_onnx.canonical.row_gradients import ScatterRowGradients
 from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.graph.invalid import blames_the_graph
-from kfac_onnx.graph.validity import require_consistent, require_tensors
+from kfac_onnx.graph.validity import require_consistent, require_inferable, require_tensors
 from kfac_onnx.graph.values import dtype_of, is_float, rank_of, static_shape
 from kfac_onnx.pipeline.registry import pass_class
+from kfac_onnx.readers.carried import carried_states, hidden_states, require_carried
 from kfac_onnx.readers.interface import READERS, Interface
 from kfac_onnx.readers.load import Exported, load
 from kfac_onnx.readers.loss import choose_loss, find_reduction, loss_candidates
@@ -77,6 +78,9 @@ def read_training_graph(
     require_tensors(model, place)
     reading.run(PREPARE if training is None else _without_states(training, model))
     require_consistent(model, place)
+    carried = carried_states(model, place)
+    reading.log.stale = True  # new outputs
+    require_inferable(model, place)
     if training is not None:
         exported = _with_derivatives(exported, training, reading)
     outputs = [str(value.name) for value in model.graph.outputs]
@@ -86,7 +90,8 @@ def read_training_graph(
     exported = replace(
         exported, loss=loss or exported.loss, chosen=gradients or {}, keep_optimizer=keep_optimizer
     )
-    interface = _read_interface(exported, gradients)
+    with hidden_states(model, carried):
+        interface = _read_interface(exported, gradients)
     reading.log.stale = True  # a reader edits, too
     rows = _scattered(reading, interface.rows)
     interface.gradients.update((item.parameter, item.gradient) for item in rows)
@@ -96,7 +101,8 @@ def read_training_graph(
         reading.notes.append(f"gradients given as rows and ids made tensors: {len(row_gradients)}")
     reading.run(STANDARD)
 
-    loss_value, pairing = _loss_and_pairs(exported, interface, loss or _own_loss(model), gradients)
+    with hidden_states(model, carried):
+        loss_value, pairing = _loss_and_pairs(exported, interface, loss or _own_loss(model), gradients)
     reading.notes.extend(pairing.notes)
     updates = list(interface.updates)
     reading.notes.extend(_calibrated(model, loss_value, pairing, interface, updates, place))
@@ -110,6 +116,9 @@ def read_training_graph(
     metadata.write(model, "loss", metadata.Loss(name, reduction.kind, predictions))
     metadata.write(model, "row_gradients", row_gradients)
     metadata.write(model, "orphans", list(pairing.orphans))
+    if carried := require_carried(model, carried):
+        metadata.write(model, "carried", carried)
+        reading.notes.append(f"running statistics and other state of the graph itself: {len(carried)}")
     if updates:
         metadata.write(model, "updates", updates)
         metadata.write(model, "exported_outputs", outputs)

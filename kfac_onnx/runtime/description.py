@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 
@@ -54,11 +54,16 @@ class Description(TypedDict):
 
 
 class Parameters(Mapping[str, np.ndarray]):
-    """The trained parameters as copies, in the exporter's names, layouts and dtypes."""
+    """The trained parameters (or the statistics) as copies, in the exporter's names, layouts and dtypes."""
 
-    def __init__(self, holders: Mapping[str, Holder], turns: Turns) -> None:
+    def __init__(
+        self,
+        holders: Mapping[str, Holder],
+        turns: Turns,
+        role: Literal["parameter", "statistic"] = "parameter",
+    ) -> None:
         self._turns = turns
-        self._holders = {name: holder for name, holder in holders.items() if holder.state.role == "parameter"}
+        self._holders = {name: holder for name, holder in holders.items() if holder.state.role == role}
 
     def __getitem__(self, name: str) -> np.ndarray:
         with self._turns.turn("parameters"):

@@ -194,6 +194,12 @@ class TrainingSession:
         return Parameters(self._holders, self._turns)
 
     @property
+    def statistics(self) -> Parameters:
+        """What the graph itself changes at each step, such as running statistics, copied when read."""
+        self._open.require_whole()
+        return Parameters(self._holders, self._turns, "statistic")
+
+    @property
     def updates_parameters(self) -> bool:
         """Whether a step changes parameters; a dense model without an optimizer leaves that to the caller."""
         states = [holder.state for holder in self._holders.values()]
@@ -563,6 +569,8 @@ class TrainingSession:
     ) -> dict[str, str]:
         """Write a forward graph with the trained weights; return the place of each weight in it.
 
+        Statistics that the steps change (running means of batch normalization) go with the weights.
+
         Args:
             path: the file to write.
             outputs: values of the training graph to cut at; inputs that they do not need are left out.
@@ -574,7 +582,7 @@ class TrainingSession:
 
         """
         with self._turn("export"):
-            weights = {**self.parameters}
+            weights = {**self.parameters, **self.statistics}
             if into is not None:
                 if outputs is not None:
                     raise UserError("outputs and into cannot be given together")

@@ -1,4 +1,4 @@
-"""Backward operators of PyTorch that its ONNX exporter lacks, as operators that it has.
+"""Operators of joint graphs that PyTorch's ONNX exporter lacks or gets wrong, as operators that it has.
 
 `rewrite_backward` puts them into a joint graph before that is exported. Shapes: X [B, C, *L],
 W [O, C/groups, *K], dY [B, O, *L'] for one or more spatial axes, of static lengths. Imports PyTorch, so only
@@ -146,7 +146,100 @@ def max_pool2d_with_indices_backward(
     return flat.scatter_add(-1, indices.flatten(-2), grad.flatten(-2)).reshape(x.shape)
 
 
+def copy(into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Return `source` in the shape and type of `into`, whose entries it replaces: `x[:, 0] = 3`.
+
+    The exporter's own form returns the source as it is, a graph of wrong ranks where it is to be broadcast.
+    """
+    del non_blocking
+    return source.to(into.dtype).expand(into.shape)
+
+
+def batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """Return Y, mean and 1/√(variance + eps) that normalized X, and both running statistics after the step.
+
+    Running statistics move by `momentum` towards the batch's mean and unbiased variance (Ioffe & Szegedy
+    2015, algorithms 1 and 2, https://arxiv.org/abs/1502.03167). The exporter's own form is ONNX's operator in
+    inference mode, of the statistics that were exported.
+    """
+    if not training:
+        return *_normalized(x, weight, bias, running_mean, running_var, eps), running_mean, running_var
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    mean = x.mean(axes)
+    variance = (x - _spread(mean, x)).square().mean(axes)
+    examples = x.numel() // x.shape[1]
+    unbiased = variance * (examples / (examples - 1))
+    return (
+        *_normalized(x, weight, bias, mean, variance, eps),
+        running_mean * (1 - momentum) + mean.to(running_mean.dtype) * momentum,
+        running_var * (1 - momentum) + unbiased.to(running_var.dtype) * momentum,
+    )
+
+
+def batch_norm_without_statistics(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """Return Y, and mean and 1/√(variance + eps) of the batch."""
+    del training, momentum
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    mean = x.mean(axes)
+    return _normalized(x, weight, bias, mean, (x - _spread(mean, x)).square().mean(axes), eps)
+
+
+def _spread(statistic: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return statistic.reshape([1, -1, *[1] * (x.ndim - 2)])
+
+
+def _normalized(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inverse = (variance + eps).rsqrt()
+    y = (x - _spread(mean, x)) * _spread(inverse, x)
+    if weight is not None:
+        y = y * _spread(weight, x)
+    if bias is not None:
+        y = y + _spread(bias, x)
+    return y.to(x.dtype), mean, inverse
+
+
+def weight_norm_backward(
+    grad: torch.Tensor, v: torch.Tensor, g: torch.Tensor, norms: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dv and dg of w = g v/|v|, norms over all axes but `dim`.
+
+    dg = Σ dw v/|v|, dv = g/|v| (dw − v/|v| dg) (Salimans & Kingma 2016, section 2,
+    https://arxiv.org/abs/1602.07868).
+    """
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    direction = v / norms
+    dg = (grad * direction).sum(axes, keepdim=True)
+    return g / norms * (grad - direction * dg), dg
+
+
 BACKWARD: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.copy.default: copy,
+    torch.ops.aten._native_batch_norm_legit_functional.default: batch_norm,
+    torch.ops.aten._native_batch_norm_legit.no_stats: batch_norm_without_statistics,
+    torch.ops.aten._weight_norm_interface_backward.default: weight_norm_backward,
     torch.ops.aten.empty_permuted.default: empty_permuted,
     torch.ops.aten.convolution_backward.default: convolution_backward,
     torch.ops.aten.avg_pool2d_backward.default: avg_pool2d_backward,

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
 
+from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -43,28 +44,44 @@ _EXTERNAL_DATA_FROM = 1 << 31
 
 def export_training_graph(
     module: Module,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Tensor] | Mapping[str, object],
     path: str | Path | None = None,
     *,
     dynamic_batch: bool = True,
+    dynamic_shapes: Mapping[str, object] | Sequence[object] | None = None,
     input_names: Sequence[str] | None = None,
     loss_name: str = "loss",
     opset: int = 20,
     parameters_as: Literal["initializers", "inputs"] = "initializers",
 ) -> ir.Model:
-    """Return the training graph of a module whose `forward(*example_inputs)` is a scalar loss.
+    """Return the training graph of a module whose forward computes a scalar loss.
 
-    `example_inputs` are tensors on the CPU. With `dynamic_batch` the first dimension of each stays free
-    (at least two examples are needed to tell a batch from a constant); all other dimensions are fixed.
+    `example_inputs` are tensors on the CPU: a sequence for `forward(*example_inputs)`, or a mapping for
+    `forward(**example_inputs)`, which may hold constants too. An argument may nest tensors in dicts and lists
+    (then `batch.user` names an input). The loss is what forward returns, its entry `loss` where it returns a
+    dict or an object (Hugging Face's models), or the first differentiable scalar of a tuple.
+
+    With `dynamic_batch` the first dimension of each input stays free (at least two examples are needed to
+    tell a batch from a constant); all other dimensions are fixed. `dynamic_shapes` says it per argument, as
+    `torch.export.export` takes it: `{"edges": {1: torch.export.Dim.DYNAMIC}, "weight": None}`; an argument
+    that it leaves out is as `dynamic_batch` has it.
+
+    Buffers that forward changes, such as the running statistics of batch normalization in training mode,
+    become state of the training step, declared in the graph as pairs of an initializer and an output
+    `<buffer>.next`; they are trained, saved and exported along with the weights.
+
     With `parameters_as="inputs"` the graph holds no values of trained parameters and takes them as
-    inputs. The module is exported in the mode (train or eval) that it is in, and stays as it was. With
-    `path` the model is also written there, its values beside it in `<name>.data` above 2 GB.
+    inputs. The module is exported in the mode (train or eval) that it is in, and stays as it was, also when
+    the export fails. With `path` the model is also written there, its values beside it in `<name>.data` above
+    2 GB.
 
     Raises `UserError` when PyTorch is missing, when the module does not return a differentiable scalar,
-    when its forward changes a buffer or a parameter, or when PyTorch cannot export it.
+    when its forward changes a parameter, or when PyTorch cannot export it: then with the operator and the
+    line.
     """
     try:
-        from kfac_onnx.torch import joint as torch_joint
+        from kfac_onnx.torch.arguments import call_of
+        from kfac_onnx.torch.joint import export_joint
     except ImportError as error:
         raise UserError(
             "exporting a training graph from a PyTorch module needs PyTorch 2.9 or newer",
@@ -73,20 +90,22 @@ def export_training_graph(
         ) from error
     if parameters_as not in ("initializers", "inputs"):
         raise UserError(f"parameters_as must be 'initializers' or 'inputs', not '{parameters_as}'")
-    joint = torch_joint.export_joint(
+    call = call_of(
         module,
-        tuple(example_inputs),
+        example_inputs,
         dynamic_batch=dynamic_batch,
-        input_names=None if input_names is None else list(input_names),
-        loss_name=loss_name,
-        opset=opset,
+        dynamic_shapes=dynamic_shapes,
+        input_names=input_names,
     )
+    joint = export_joint(module, call, loss_name=loss_name, opset=opset)
     model = joint.model
     _inner_names_apart(model)
     _values_into_graph(model, joint.constants)
     if parameters_as == "initializers":
         _values_into_graph(model, joint.parameters)
-    _tidy(model)
+    _tidy(model, call.symbols())
+    if joint.carried:
+        metadata.write(model, "carried", [metadata.Carried(*pair) for pair in joint.carried.items()])
     if path is not None:
         _write(model, Path(path))
     return model
@@ -124,9 +143,18 @@ def _values_into_graph(model: ir.Model, values: Mapping[str, np.ndarray]) -> Non
                 graph.register_initializer(value)
 
 
-def _tidy(model: ir.Model) -> None:
-    """Name the dynamic dimension `batch` (others `batch_2`, ...), and drop the exporter's stack traces."""
+def _tidy(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -> None:
+    """Name dynamic dimensions, and drop the exporter's stack traces.
+
+    A dimension has the caller's name in `symbols` (by input and axis); else a free first dimension is
+    `batch`, others `batch_2`, ...
+    """
     names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            symbol = symbols.get((str(value.name), axis))
+            if isinstance(size, ir.SymbolicDim) and size.value is not None and symbol is not None:
+                names.setdefault(size.value, symbol)
     for value in model.graph.inputs:
         first = value.shape[0] if value.shape is not None and value.shape.rank() > 0 else None
         if isinstance(first, ir.SymbolicDim) and first.value is not None and first.value not in names:

@@ -1,4 +1,4 @@
-"""The PyTorch half of `frontends.torch`: trace forward and backward into one ONNX program.
+"""The PyTorch half of the exporter: trace forward and backward into one ONNX program.
 
 Imports PyTorch; only `export_training_graph` may import this module, and only when it is called. The joint
 export is an experimental interface of PyTorch (`torch.export.experimental`), tried with 2.13.
@@ -14,102 +14,156 @@ loss and gradient outputs of a joint program.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.export.experimental
+from onnxscript import opset18
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.errors import UserError
 from kfac_onnx.torch.backward import rewrite_backward
 from kfac_onnx.torch.embeddings import ExportableEmbeddings
+from kfac_onnx.torch.lending import lent, untouched
+from kfac_onnx.torch.losses import loss_of
+from kfac_onnx.torch.refusals import refusal
+from kfac_onnx.torch.survey import Tensors, survey
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
     import numpy as np
     import onnx_ir as ir
 
+    from kfac_onnx.torch.arguments import Call
+
 __all__ = ["Joint", "export_joint"]
 
-logger = logging.getLogger(__name__)
-
-_CONSTANT = "kfac_constant_"
-"""Prefix of the graph's names of buffers and frozen parameters, when the module's own names are lost."""
+_CONSTANT: Final = "kfac_constant_"
+"""Prefix of the graph's names of tensors that the trace itself found, which have no name in the module."""
+_NEXT: Final = ".next"
+"""What the output that holds a carried buffer after the step has behind the buffer's name."""
+_LOUD: Final = (
+    "torch.onnx",
+    "torch.onnx._internal.exporter._registration",
+    "torch.__trace",
+    "onnxscript",
+    "onnx_ir",
+)
+"""Loggers that speak of the exporter's own matters, which no caller can mend."""
 
 
 @dataclass(frozen=True)
 class Joint:
-    """A joint graph as the exporter gives it: parameters and constants are inputs; their values apart."""
+    """A joint graph as the exporter gives it: parameters and constants are inputs; their values apart.
+
+    `carried` maps the input that is a buffer before the step to the output that is it afterwards.
+    """
 
     model: ir.Model
     parameters: dict[str, np.ndarray]
     constants: dict[str, np.ndarray]
+    carried: dict[str, str]
 
 
-def export_joint(
-    module: torch.nn.Module,
-    inputs: tuple[torch.Tensor, ...],
-    *,
-    dynamic_batch: bool,
-    input_names: list[str] | None,
-    loss_name: str,
-    opset: int,
-) -> Joint:
-    """Return the joint graph of `module`, with outputs loss and `<parameter>_grad`; raises `UserError`."""
-    _check_inputs(inputs, dynamic_batch=dynamic_batch)
-    names = _input_names(module, len(inputs), input_names)
-    trained, frozen = _split_parameters(module, inputs)
-    taken = {*trained, *frozen}
-    for name in (*names, loss_name):
-        if name in taken:
+def export_joint(module: torch.nn.Module, call: Call, *, loss_name: str, opset: int) -> Joint:
+    """Return the joint graph of a call of `module`: its loss, `<parameter>_grad` and `<buffer>.next`.
+
+    Raises `UserError` as `survey` and `loss_of`, for names that stand for two things, and where PyTorch
+    cannot export the module. The module is as it was afterwards in each case.
+    """
+    with untouched(module), _quiet(), sdpa_kernel(SDPBackend.MATH), _slow_attention():
+        tensors = survey(module, call)
+        _check_names(call, tensors, loss_name)
+        functional = _Functional(module, tensors, call)
+        traced: list[torch.fx.GraphModule] = []
+        try:
+            return _trace(functional, call, loss_name, opset, traced)
+        except UserError:
+            raise
+        except Exception as error:
+            raise refusal(module, error, traced[0] if traced else None, call.names) from error
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep deprecations inside PyTorch and its exporter's log to itself."""
+    levels = {name: logging.getLogger(name).level for name in _LOUD}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in _LOUD:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _slow_attention() -> Generator[None]:
+    """Trace `nn.MultiheadAttention` through its parts: its fused form has no derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _check_names(call: Call, tensors: Tensors, loss_name: str) -> None:
+    names = {*tensors.trained, *tensors.constants, *tensors.carried}
+    for name in (*call.names, loss_name):
+        if name in names:
             raise UserError(
                 f"'{name}' would name two things in the graph",
                 help="pass input_names and loss_name that differ from each other and from all parameters",
             )
-        taken.add(name)
-    free: list[Any] = [{0: torch.export.Dim.DYNAMIC} if dynamic_batch else None for _ in inputs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside PyTorch, which no caller can mend
-        try:
-            return _trace(_Functional(module, trained, frozen), inputs, free, names, loss_name, opset)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"PyTorch cannot export forward and backward of {type(module).__name__} as one ONNX graph",
-                tried=[f"{type(error).__name__}: {first_line(error)}"],
-                help="rewrite the operator that is named above; dynamic_batch=False asks for less",
-            ) from error
+        names.add(name)
 
 
 class _Functional(torch.nn.Module):
-    """Owns each tensor of a module once and calls the module with them, which keeps tied tensors tied."""
+    """Owns each tensor of a module once and calls the module with them, which keeps tied tensors tied.
 
-    def __init__(
-        self, module: torch.nn.Module, trained: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor]
-    ) -> None:
+    Takes the flat tensors of a call; returns the loss, then each carried buffer's new value.
+    """
+
+    def __init__(self, module: torch.nn.Module, tensors: Tensors, call: Call) -> None:
         super().__init__()
-        self.trained_names = list(trained)
-        self.frozen_names = list(frozen)
-        self.trained = torch.nn.ParameterList(trained.values())
-        for position, value in enumerate(frozen.values()):
+        self.trained_names = list(tensors.trained)
+        self.frozen_names = [*tensors.constants, *tensors.carried]
+        self.trained = torch.nn.ParameterList(tensors.trained.values())
+        frozen = [*tensors.constants.values(), *tensors.carried.values()]
+        for position, value in enumerate(frozen):
             self.register_buffer(f"frozen_{position}", value.detach())
-        # Not registered as a submodule: its tensors would count a second time.
-        object.__setattr__(self, "inner", module)
+        self.places = [id(value) for value in (*tensors.trained.values(), *frozen)]
+        self.carried = {name: id(value) for name, value in tensors.carried.items()}
+        self.call = call
+        # In a tuple, which makes it no submodule: its tensors would count a second time.
+        self.module = (module,)
         self.train(module.training)
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        values = dict(zip(self.trained_names, self.trained, strict=True))
-        for position, name in enumerate(self.frozen_names):
-            values[name] = getattr(self, f"frozen_{position}")
-        return torch.func.functional_call(self.inner, values, inputs)
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        frozen = [getattr(self, f"frozen_{position}") for position in range(len(self.frozen_names))]
+        values = dict(zip(self.places, [*self.trained, *frozen], strict=True))
+        for place in self.carried.values():
+            values[place] = values[place].clone()  # forward writes into it
+        arguments, keywords = self.call.filled(inputs)
+        (module,) = self.module
+        with lent(module, values):
+            output = module(*arguments, **keywords)
+            buffers = dict(module.named_buffers())
+        loss = loss_of(type(module).__name__, output)
+        return loss, *(buffers[name].detach() for name in self.carried)
 
-    def name_of(self, target: str) -> str | None:
+    def name_of(self, target: str | None) -> str | None:
         """Return the module's name of a tensor that a program calls `trained.<k>` or `frozen_<k>`."""
-        kind, _, position = target.replace(".", "_").rpartition("_")
+        kind, _, position = (target or "").replace(".", "_").rpartition("_")
         names = {"trained": self.trained_names, "frozen": self.frozen_names}.get(kind)
         return None if names is None else names[int(position)]
 
@@ -128,46 +182,69 @@ class _DataFirst(torch.nn.Module):
 
 
 def _trace(
-    functional: _Functional,
-    inputs: tuple[torch.Tensor, ...],
-    free: list[Any],
-    names: list[str],
-    loss_name: str,
-    opset: int,
+    functional: _Functional, call: Call, loss_name: str, opset: int, traced: list[torch.fx.GraphModule]
 ) -> Joint:
+    """Return the joint graph; `traced` gets the forward pass as soon as there is one."""
+    inputs = tuple(call.tensors)
     with ExportableEmbeddings():
-        forward = torch.export.export(functional, inputs, dynamic_shapes=(tuple(free),))
+        forward = torch.export.export(functional, inputs, dynamic_shapes=(tuple(call.free),))
+    traced.append(forward.graph_module)
     joint = torch.export.experimental._export_forward_backward(forward)
     rewrite_backward(joint.graph_module)
     held: dict[str, torch.Tensor] = {}
     for spec in joint.graph_signature.input_specs:
         if spec.kind != InputKind.USER_INPUT:
             values = joint.state_dict if spec.target in joint.state_dict else joint.constants
-            held[functional.name_of(spec.target) or f"{_CONSTANT}{len(held)}"] = values[spec.target].detach()
-    outputs = [
-        loss_name if spec.kind == OutputKind.LOSS_OUTPUT else f"{functional.name_of(spec.target)}_grad"
-        for spec in joint.graph_signature.output_specs
-    ]
+            name = functional.name_of(spec.target) or f"{_CONSTANT}{len(held)}"
+            held[name] = values[str(spec.target)].detach()
+    carried = {name: f"{name}{_NEXT}" for name in functional.carried}
+    after = iter(carried.values())
+    outputs: list[str] = []
+    for spec in joint.graph_signature.output_specs:
+        if spec.kind == OutputKind.LOSS_OUTPUT:
+            outputs.append(loss_name)
+        elif spec.kind == OutputKind.GRADIENT_TO_PARAMETER:
+            outputs.append(f"{functional.name_of(spec.target)}_grad")
+        else:
+            outputs.append(next(after))
     again = torch.export.export(
         _DataFirst(joint.graph_module, len(held)),
         (*inputs, *held.values()),
-        dynamic_shapes=((*free, *[None] * len(held)),),
+        dynamic_shapes=((*_still_free(joint, len(inputs)), *[None] * len(held)),),
     )
     program = torch.onnx.export(
         again,
         dynamo=True,
         opset_version=opset,
-        input_names=[*names, *held],
+        input_names=[*call.names, *held],
         output_names=outputs,
         verbose=False,
+        # What a squeeze of nothing becomes, inside the exporter.
+        custom_translation_table={torch.ops.prims.view_of.default: opset18.Identity},
     )
+    if program is None:
+        raise AssertionError("torch.onnx.export of an exported program returns the ONNX program")
     arrays = {name: _array(value) for name, value in held.items()}
     trained = set(functional.trained_names)
     return Joint(
         model=program.model,
         parameters={name: value for name, value in arrays.items() if name in trained},
         constants={name: value for name, value in arrays.items() if name not in trained},
+        carried=carried,
     )
+
+
+def _still_free(joint: torch.export.ExportedProgram, count: int) -> Iterable[dict[int, Any]]:
+    """Return the axes of each input that the first export left free: the graph has the others as numbers."""
+    data = [node for node in joint.graph.nodes if node.op == "placeholder"][-count:]
+    return [
+        {
+            axis: torch.export.Dim.DYNAMIC
+            for axis, size in enumerate(node.meta["val"].shape)
+            if isinstance(size, torch.SymInt)
+        }
+        for node in data
+    ]
 
 
 def _array(value: torch.Tensor) -> np.ndarray:
@@ -177,87 +254,3 @@ def _array(value: torch.Tensor) -> np.ndarray:
 
         return value.cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
     return value.cpu().numpy().copy()
-
-
-def _check_inputs(inputs: tuple[torch.Tensor, ...], *, dynamic_batch: bool) -> None:
-    for position, tensor in enumerate(inputs):
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(
-                f"example input {position} is of type {type(tensor).__name__}, not a tensor",
-                help="pass tensors, and let the module hold whatever is constant",
-            )
-        if dynamic_batch and tensor.ndim == 0:
-            raise UserError(
-                f"example input {position} is a scalar, which has no batch dimension",
-                help="give it a first dimension, or pass dynamic_batch=False",
-            )
-        if dynamic_batch and tensor.shape[0] < 2:
-            raise UserError(
-                f"example input {position} has {tensor.shape[0]} along its first dimension, "
-                "which would fix the batch",
-                help="pass two examples or more, or dynamic_batch=False",
-            )
-
-
-def _input_names(module: torch.nn.Module, count: int, given: list[str] | None) -> list[str]:
-    """Return one name per example input: the caller's, or those of the arguments of `forward`."""
-    if given is None:
-        arguments = inspect.signature(module.forward).parameters.values()
-        plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        given = [argument.name for argument in arguments if argument.kind in plain][:count]
-        given += [f"input_{position}" for position in range(len(given), count)]
-    if len(given) != count:
-        raise UserError(f"there are {len(given)} input_names for {count} example inputs")
-    return given
-
-
-def _split_parameters(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Run the module once on copies; return (trained parameters, all its other tensors) by name."""
-    values = dict(module.named_parameters())
-    copies = {name: value.detach().clone() for name, value in module.named_buffers()}
-    wanted = {
-        name: value.detach().clone().requires_grad_() for name, value in values.items() if value.requires_grad
-    }
-    copies |= {name: value.detach().clone() for name, value in values.items() if name not in wanted}
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        try:
-            loss: object = torch.func.functional_call(module, {**wanted, **copies}, inputs)
-        except Exception as error:
-            raise UserError(
-                f"{type(module).__name__}.forward fails on the example inputs",
-                tried=[f"{type(error).__name__}: {first_line(error)}"],
-            ) from error
-        gradients = torch.autograd.grad(
-            _checked_loss(module, loss), list(wanted.values()), allow_unused=True, materialize_grads=False
-        )
-    originals = {**values, **dict(module.named_buffers())}
-    for name, value in {**copies, **wanted}.items():
-        if not torch.equal(value.nan_to_num(), originals[name].nan_to_num()):
-            raise UserError(
-                f"forward changes '{name}', which a training graph cannot hold",
-                help="switch off running statistics (track_running_stats=False, or eval()) and max_norm",
-            )
-    unused = [name for name, gradient in zip(wanted, gradients, strict=True) if gradient is None]
-    for name in unused:
-        logger.warning("parameter '%s' has no gradient of the loss and will not be trained", name)
-    trained = {name: values[name] for name in wanted if name not in unused}
-    frozen = {name: value for name, value in values.items() if name not in trained}
-    return trained, {**frozen, **dict(module.named_buffers())}
-
-
-def _checked_loss(module: torch.nn.Module, loss: object) -> torch.Tensor:
-    name = type(module).__name__
-    remedy = "wrap it in a module whose forward takes inputs and labels and returns the mean loss"
-    if not isinstance(loss, torch.Tensor):
-        raise UserError(f"{name}.forward returns a {type(loss).__name__}, not a scalar loss", help=remedy)
-    if loss.ndim != 0:
-        shape = list(loss.shape)
-        raise UserError(f"{name}.forward returns a tensor of shape {shape}, not a scalar loss", help=remedy)
-    if not loss.requires_grad:
-        raise UserError(
-            f"the loss that {name}.forward returns depends on no trained parameter",
-            help="check requires_grad of the parameters, and that nothing detaches the loss",
-        )
-    return loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +18,6 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.torch.export import export_training_graph
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import onnx_ir as ir
 
 # Float32 sums over tens of terms of order one: 1e-6 each; 1e-5 leaves room, and a factor 1.01 is 1e-2.
@@ -287,15 +287,96 @@ def test_half_precision_values_keep_their_type_and_bits(torch: Any, dtype: str) 
     assert site.dtype == dtype
 
 
-def test_the_module_is_left_as_it_was(torch: Any) -> None:
-    module = language_model(torch)
+def complex_numbers(rows: Any) -> Any:
+    import torch
+
+    return torch.view_as_complex(rows.unflatten(1, (2, 2))).abs().sum()
+
+
+def sparse_product(rows: Any) -> Any:
+    import torch
+
+    return torch.sparse.mm(torch.eye(5).to_sparse(), rows).sum()
+
+
+def spectrum(rows: Any) -> Any:
+    import torch
+
+    return torch.fft.rfft(rows).abs().sum()
+
+
+def exponential(rows: Any) -> Any:
+    import torch
+
+    return torch.linalg.matrix_exp(rows.T @ rows).sum()
+
+
+def shared(torch: Any, last: Any) -> Any:
+    """Return a module with one submodule under two names, statistics, a cache and an LSTM."""
+
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.first = torch.nn.Linear(4, 4)
+            self.norm = torch.nn.BatchNorm1d(4)
+            self.lstm = torch.nn.LSTM(4, 4)
+            self.second = torch.nn.Sequential(self.first, self.norm)
+            self.cache: list[Any] = []
+            self.mask: Any = None
+
+        def forward(self, ids: Any) -> Any:
+            self.mask = torch.ones(4)
+            self.cache.append(self.mask)
+            return last(self.lstm(self.second(self.emb(ids)) * self.mask)[0])
+
+    return Shared()
+
+
+def unable(rows: Any) -> Any:
+    raise ValueError("unable")
+
+
+FATES = {
+    "success": (lambda rows: rows.square().mean(), None),
+    "no loss": (lambda rows: rows, "not a scalar loss"),
+    "forward fails": (unable, "forward fails on the example inputs"),
+    "fixed batch": (lambda rows: rows.view(6, 4).square().mean(), "fixes dimension 0 of input 'ids' at 6"),
+    "no onnx form": (exponential, "ONNX has no form of aten.linalg_matrix_exp"),
+    "refused kind": (complex_numbers, "torch.view_as_complex works on complex numbers"),
+    "no derivative": (lambda rows: rows.detach().square().mean(), "depends on no trained parameter"),
+}
+
+
+@pytest.mark.parametrize("fate", FATES)
+def test_the_module_is_left_as_it_was(torch: Any, fate: str) -> None:
+    last, message = FATES[fate]
+    module = shared(torch, last)
+    ids = torch.arange(6)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    flags = {name: value.requires_grad for name, value in module.named_parameters()}
-    export_training_graph(module.train(), batch(torch, 5))
+    attributes = {part: dict(vars(part)) for part in module.modules()}
+    parameters = dict(module.named_parameters())
+    rng = torch.get_rng_state()
+    if message is None:
+        export_training_graph(module, (ids,))
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            export_training_graph(module, (ids,))
+    assert torch.equal(rng, torch.get_rng_state())
     assert module.training
-    assert all(value.grad is None for value in module.parameters())
-    assert flags == {name: value.requires_grad for name, value in module.named_parameters()}
-    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert (module.cache, module.mask) == ([], None)
+    assert all(value.grad is None and value.requires_grad for value in module.parameters())
+    assert all(type(value) is torch.nn.Parameter for value in module.parameters())
+    assert all(parameters[name] is value for name, value in module.named_parameters())
+    assert all(type(value) is torch.Tensor for value in module.buffers())
+    assert attributes == {part: dict(vars(part)) for part in module.modules()}
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    twin = shared(torch, last)
+    twin.load_state_dict(before)
+    if message is None:
+        assert torch.equal(module(ids), twin(ids))
 
 
 def test_file_holds_the_same_graph(torch: Any, tmp_path: Path) -> None:
@@ -307,6 +388,15 @@ def test_file_holds_the_same_graph(torch: Any, tmp_path: Path) -> None:
     assert [output.name for output in written.graph.output] == [value.name for value in model.graph.outputs]
     assert written.graph.output[0].name == "cost"
     assert not any(node.metadata_props for node in written.graph.node)
+
+
+def place(text: str, function: str) -> str:
+    """Return how an error names the line of this file that holds `text`."""
+    path = Path(__file__)
+    lines = path.read_text().splitlines()
+    number, line = next((i, line) for i, line in enumerate(lines, 1) if text in line and "place(" not in line)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f"{shown}, line {number}, in {function}: {line.strip()}"
 
 
 def failing(torch: Any, result: Any) -> Any:
@@ -328,7 +418,20 @@ WRAP = "\n  help: wrap it in a module whose forward takes inputs and labels and 
     ("result", "message"),
     [
         (lambda rows: rows, "Module.forward returns a tensor of shape [5, 4], not a scalar loss" + WRAP),
-        (lambda rows: (rows.sum(),), "Module.forward returns a tuple, not a scalar loss" + WRAP),
+        (
+            lambda rows: {"score": rows.sum()},
+            "Module.forward returns a dict without an entry 'loss'\n"
+            "  help: name the loss 'loss'; its entries are 'score'",
+        ),
+        (
+            lambda rows: {"loss": None},
+            "the entry 'loss' of what Module.forward returns is None\n"
+            "  help: pass the labels too: models that compute their own loss do so when they get labels",
+        ),
+        (
+            lambda rows: (rows, rows[0]),
+            "Module.forward returns a tuple, not a scalar loss" + WRAP,
+        ),
         (
             lambda rows: rows.detach().sum(),
             "the loss that Module.forward returns depends on no trained parameter\n"
@@ -337,6 +440,7 @@ WRAP = "\n  help: wrap it in a module whose forward takes inputs and labels and 
         (
             lambda rows: rows[1000].sum(),
             "Module.forward fails on the example inputs\n"
+            f"  --> {place('lambda rows: rows[1000]', '<lambda>')}\n"
             "  tried: IndexError: index 1000 is out of bounds for dimension 0 with size 5",
         ),
     ],
@@ -356,36 +460,128 @@ def test_a_row_norm_bound_is_refused(torch: Any) -> None:
         def forward(self, ids: Any) -> Any:
             return self.emb(ids).square().mean()
 
-    with pytest.raises(
-        UserError, match=r"^forward changes 'emb\.weight', which a training graph cannot hold"
-    ):
-        export_training_graph(Bounded(), (torch.arange(5),))
-
-
-def test_running_statistics_are_refused(torch: Any) -> None:
-    class Normed(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.emb = torch.nn.Embedding(9, 4)
-            self.norm = torch.nn.BatchNorm1d(4)
-
-        def forward(self, ids: Any) -> Any:
-            return self.norm(self.emb(ids)).square().mean()
-
     with pytest.raises(UserError) as caught:
-        export_training_graph(Normed(), (torch.arange(5),))
+        export_training_graph(Bounded(), (torch.arange(5),))
     assert str(caught.value) == (
-        "forward changes 'norm.running_mean', which a training graph cannot hold\n"
-        "  help: switch off running statistics (track_running_stats=False, or eval()) and max_norm"
+        "forward changes the parameter 'emb.weight', which a training graph cannot hold\n"
+        "  help: switch off max_norm of embeddings"
     )
 
 
-def test_an_operator_without_an_onnx_form_is_refused(torch: Any) -> None:
-    def result(rows: Any) -> Any:
-        return torch.linalg.matrix_exp(rows.T @ rows).sum()
+def test_a_tensor_that_is_no_buffer_may_not_change(torch: Any) -> None:
+    class Counted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.count = torch.zeros(1)
 
-    with pytest.raises(UserError, match=r"^PyTorch cannot export forward and backward of Module as one ONNX"):
+        def forward(self, ids: Any) -> Any:
+            self.count += 1
+            return self.emb(ids).square().mean() / self.count
+
+    with pytest.raises(UserError) as caught:
+        export_training_graph(Counted(), (torch.arange(5),))
+    assert str(caught.value) == (
+        "forward changes the tensor 'count', which a training graph cannot hold\n"
+        "  help: make it a buffer: buffers that forward changes are state of the training step"
+    )
+
+
+COMPLEX = "  help: keep real and imaginary parts as two tensors, and write their arithmetic out"
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (
+            complex_numbers,
+            "torch.view_as_complex works on complex numbers, which ONNX graphs do not have\n"
+            f"  --> {place('return torch.view_as_complex', 'complex_numbers')}\n" + COMPLEX,
+        ),
+        (
+            sparse_product,
+            "torch.Tensor.to_sparse works on sparse tensors, which ONNX graphs do not have\n"
+            f"  --> {place('return torch.sparse.mm', 'sparse_product')}\n"
+            "  help: keep rows, columns and values as tensors: index the rows, add them by index_add",
+        ),
+        (
+            spectrum,
+            "torch.fft.rfft works on complex numbers, which ONNX graphs do not have\n"
+            f"  --> {place('return torch.fft.rfft', 'spectrum')}\n" + COMPLEX,
+        ),
+        (
+            exponential,
+            "PyTorch cannot export forward and backward of Module as one ONNX graph: "
+            "ONNX has no form of aten.linalg_matrix_exp\n"
+            f"  --> {place('return torch.linalg.matrix_exp', 'exponential')}\n"
+            "  help: rewrite this operator by others",
+        ),
+    ],
+)
+def test_what_onnx_has_no_form_of_is_refused_by_name_and_line(torch: Any, result: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
         export_training_graph(failing(torch, result), (torch.arange(5),))
+    assert str(caught.value) == message
+
+
+def edges(torch: Any) -> Any:
+    class Edges(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.first = self.second = torch.nn.Linear(4, 4)
+
+        def forward(self, nodes: Any, edges: Any) -> Any:
+            rows = self.second(self.emb(nodes))
+            i, j = edges
+            return (rows[i] * rows[j]).square().mean()
+
+    return Edges()
+
+
+def test_an_axis_that_the_module_fixes_is_named(torch: Any) -> None:
+    inputs = torch.arange(5), torch.tensor([[0, 1, 2], [3, 3, 4]])
+    with pytest.raises(UserError) as caught:
+        export_training_graph(edges(torch), inputs)
+    assert str(caught.value) == (
+        "the module fixes dimension 0 of input 'edges' at 2, which was to stay free\n"
+        "  help: dynamic_shapes={'edges': None} fixes it, {'edges': {1: torch.export.Dim.DYNAMIC}} frees "
+        "another axis; or write the module for any size"
+    )
+
+
+def test_dynamic_shapes_per_argument(torch: Any) -> None:
+    module = edges(torch)
+    inputs = {"nodes": torch.arange(5), "edges": torch.tensor([[0, 1, 2], [3, 3, 4]])}
+    shapes = {"edges": {1: torch.export.Dim("count")}}
+    model = export_training_graph(module, inputs, dynamic_shapes=shapes)
+    assert [str(value.shape) for value in model.graph.inputs] == ["[batch]", "[2,count]"]
+    others = torch.tensor([3, 0, 0, 8]), torch.tensor([[0], [2]])
+    loss = module(*others)
+    got = run(model, dict(zip(("nodes", "edges"), others, strict=True)))
+    np.testing.assert_allclose(got["loss"], loss.detach(), rtol=TOLERANCE)
+
+
+def test_bad_dynamic_shapes_are_refused(torch: Any) -> None:
+    inputs = {"nodes": torch.arange(5), "edges": torch.tensor([[0, 1, 2], [3, 3, 4]])}
+
+    def message(shapes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            export_training_graph(edges(torch), inputs, dynamic_shapes=shapes)
+        return str(caught.value)
+
+    assert message({"edge": None}) == (
+        "dynamic_shapes names 'edge', which is no example input; did you mean 'edges'?\n"
+        "  help: example inputs are 'nodes', 'edges'"
+    )
+    assert message((None,)) == "dynamic_shapes has 1 entries for 2 example inputs"
+    assert message({"edges": {2: torch.export.Dim.DYNAMIC}}) == (
+        "dynamic_shapes names axis 2 of 'edges', which has 2\n  help: axes are counted from 0"
+    )
+    assert message({"edges": "batch"}) == (
+        "the entry of dynamic_shapes for 'edges' is no mapping of axes to dimensions\n"
+        "  help: such as {0: torch.export.Dim.DYNAMIC}, or None where all dimensions are fixed"
+    )
 
 
 def test_max_bags_over_offsets_are_refused(torch: Any) -> None:

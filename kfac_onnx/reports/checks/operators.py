@@ -143,7 +143,12 @@ def inference_mode(subject: Subject) -> Iterator[Finding]:
                     "the model trains without the dropout that it was written with",
                     "export in training mode (torch.onnx.export(..., training=TrainingMode.TRAINING))",
                 )
-        elif node.op_type == "BatchNormalization" and not int_attribute(node, "training_mode", 0):
+        elif (
+            node.op_type == "BatchNormalization"
+            and node.domain in ONNX_DOMAINS
+            and not int_attribute(node, "training_mode", 0)
+            and _stored(node.inputs[3])
+        ):
             yield Finding(
                 "inference-batch-norm",
                 "warning",
@@ -152,6 +157,15 @@ def inference_mode(subject: Subject) -> Iterator[Finding]:
                 "the statistics keep the values that they were exported with",
                 "export in training mode (torch.onnx.export(..., training=TrainingMode.TRAINING))",
             )
+
+
+def _stored(value: ir.Value | None) -> bool:
+    """Say whether a value is a tensor that the file holds, or takes, and no result of the batch."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in VIEWS:
+            return node.op_type == "Constant"
+        value = node.inputs[0]
+    return True
 
 
 def _drops(node: ir.Node) -> bool:

@@ -152,7 +152,8 @@ def filled(weights: Mapping[str, np.ndarray], forward: str | Path) -> tuple[ir.M
                     help="export the forward model with its parameters unfolded: do_constant_folding=False, "
                     "or optimize=False with dynamo=True",
                 )
-        _log.warning("'%s' has no place for the trained parameter '%s'", forward, name)
+        if weights[name].dtype.kind not in "iub":  # a counter of batches is in no forward graph
+            _log.warning("'%s' has no place for the trained parameter '%s'", forward, name)
     for place, array in [*((place, weights[name]) for name, place in found.items()), *copies]:
         model.graph.initializers[place].const_value = ir.tensor(array, name=place)
     return model, found

@@ -236,7 +236,7 @@ def _flagged_probe(plan: Plan, sites: Mapping[str, Site], value: str, name: str)
     state = next((state for state in plan.states if state.candidate == value), None)
     if state is not None and state.role != "parameter":
         kind: Kind = kinds.get(state.role, "state")
-        return _Probe(kind, state.input, value, str(state.parameter), flagged=True)
+        return _Probe(kind, state.input, value, state.parameter or state.input, flagged=True)
     if any(check.damping == value for check in plan.step.root_checks):
         return _Probe("damping", name, value, name, flagged=True)
     site = sites.get(name)

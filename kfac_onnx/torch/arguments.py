@@ -86,6 +86,11 @@ def call_of(
     Raises `UserError` for an input that is no tensor, for one example only where the batch is to stay free,
     and for entries of `dynamic_shapes` that belong to no argument or do not have its form.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise UserError(
+            f"a {type(module).__name__} is no torch.nn.Module",
+            help="put it into the forward of a module that holds its parameters",
+        )
     if isinstance(example, torch.Tensor):
         raise UserError(
             "example_inputs is one tensor, not a sequence or mapping of tensors",

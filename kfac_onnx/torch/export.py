@@ -30,11 +30,9 @@ from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
-    from torch import Tensor
-    from torch.nn import Module
 
 __all__ = ["export_training_graph"]
 
@@ -43,8 +41,8 @@ _EXTERNAL_DATA_FROM = 1 << 31
 
 
 def export_training_graph(
-    module: Module,
-    example_inputs: Sequence[Tensor] | Mapping[str, object],
+    module: Callable[..., object],
+    example_inputs: Sequence[object] | Mapping[str, object],
     path: str | Path | None = None,
     *,
     dynamic_batch: bool = True,
@@ -54,7 +52,7 @@ def export_training_graph(
     opset: int = 20,
     parameters_as: Literal["initializers", "inputs"] = "initializers",
 ) -> ir.Model:
-    """Return the training graph of a module whose forward computes a scalar loss.
+    """Return the training graph of a `torch.nn.Module` whose forward computes a scalar loss.
 
     `example_inputs` are tensors on the CPU: a sequence for `forward(*example_inputs)`, or a mapping for
     `forward(**example_inputs)`, which may hold constants too. An argument may nest tensors in dicts and lists

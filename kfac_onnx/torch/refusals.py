@@ -47,6 +47,9 @@ _OPERATORS: Final = (
     re.compile(r"\b((?:aten|prims)::\w+(?:\.\w+)?)\b"),
     re.compile(r"\b((?:aten|prims)\.\w+(?:\.\w+)?)\b"),
 )
+_DATA_DEPENDENT: Final = re.compile(
+    r"data-dependent expression|DataDependentOutput|aten\._local_scalar_dense"
+)
 _SIZE: Final = re.compile(r"L\['\w+'\](?:\[\d+\])*\[(\d+)\]\.size\(\)\[(\d+)\]")
 
 
@@ -120,15 +123,24 @@ def refusal(
     """
     if (fixed := fixed_dimension(error, names)) is not None:
         return fixed
-    innermost = list(_chain(error))[-1]
+    name = type(module).__name__
+    if _DATA_DEPENDENT.search(_COLOURS.sub("", str(error))):
+        return UserError(
+            f"{name}.forward makes a Python number of a tensor, which a trace does not know",
+            place=user_line(error),
+            help="keep it a tensor: no item(), float() or int() of it, no `if` on it, no shape by it",
+        )
+    chain = list(_chain(error))
     operator = operator_of(error)
     place = line_of_operator(forward, operator) if operator is not None else None
-    missing = "No ONNX function found" in "".join(str(each) for each in _chain(error))
+    missing = "No ONNX function found" in "".join(str(each) for each in chain)
     what = "" if operator is None else f": {'ONNX has no form of ' if missing else 'it stops at '}{operator}"
+    # The exporter's own errors wrap what happened; others are what happened, and what they wrap led there.
+    told = chain[-1] if isinstance(error, torch.onnx.OnnxExporterError) else error
     return UserError(
-        f"PyTorch cannot export forward and backward of {type(module).__name__} as one ONNX graph{what}",
+        f"PyTorch cannot export forward and backward of {name} as one ONNX graph{what}",
         place=place or user_line(error),
-        tried=[] if missing else [f"{type(innermost).__name__}: {useful_sentence(innermost)}"],
+        tried=[] if missing else [f"{type(told).__name__}: {useful_sentence(told)}"],
         help="rewrite this operator by others"
         if operator is not None
         else "rewrite what is named above; dynamic_batch=False asks for less",

@@ -181,32 +181,26 @@ class Layered(nn.Module):
 
 
 class Padded(Layered):
-    """`nn.TransformerEncoderLayer` with padded keys."""
+    """`nn.TransformerEncoderLayer` and `nn.MultiheadAttention` with padded keys; a loss of shape [1]."""
 
     def __init__(self) -> None:
         super().__init__(nn.TransformerEncoderLayer(DIM, 2, 2 * DIM, 0.0, batch_first=True))
+        self.more = nn.MultiheadAttention(DIM, 2, batch_first=True)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        h = self.layer(self.emb(input_ids), src_key_padding_mask=attention_mask == 0)
-        return cross_entropy(self.out(h), labels)
-
-
-class Attentive(Layered):
-    """`nn.MultiheadAttention`, which also returns its weights; its loss has shape [1]."""
-
-    def between(self, h: Tensor) -> Tensor:
-        return h + self.layer(h, h, h)[0]
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return super().forward(x, y).reshape(1)
+        padding = attention_mask == 0
+        h = self.layer(self.emb(input_ids), src_key_padding_mask=padding)
+        h = h + self.more(h, h, h, key_padding_mask=padding)[0]
+        return cross_entropy(self.out(h), labels).reshape(1)
 
 
 class Normed(Layered):
-    """Batch normalization over features of a sequence, and once more over those of a matrix."""
+    """Batch normalization over features of a sequence, and without weights or statistics of a matrix."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bn, self.bn2 = nn.BatchNorm1d(DIM, **options), nn.BatchNorm1d(DIM, affine=False, **options)
+        self.bn = nn.BatchNorm1d(DIM)
+        self.bn2 = nn.BatchNorm1d(DIM, affine=False, track_running_stats=False)
 
     def between(self, h: Tensor) -> Tensor:
         h = torch.relu(self.bn(h.transpose(1, 2))).transpose(1, 2)
@@ -214,10 +208,10 @@ class Normed(Layered):
 
 
 class Twice(Layered):
-    """One batch normalization applied twice, with a cumulative average (momentum None)."""
+    """One batch normalization applied twice."""
 
     def __init__(self) -> None:
-        super().__init__(nn.BatchNorm1d(DIM, momentum=None))
+        super().__init__(nn.BatchNorm1d(DIM, momentum=0.3))
 
     def between(self, h: Tensor) -> Tensor:
         return self.layer(self.layer(h.transpose(1, 2)).tanh()).transpose(1, 2)
@@ -258,7 +252,7 @@ class Edges(nn.Module):
         self.also = Inner(self.m)
 
     def forward(self, z: Tensor, edges: Tensor, y: Tensor) -> Tensor:
-        h = self.also(self.e(z))
+        h = self.also(self.e(z)).tanh()
         i, j = edges
         return F.mse_loss((h[i] * h[j]).sum(-1), y)
 
@@ -283,6 +277,18 @@ class Nested(nn.Module):
         first, second = (self.items(part) for part in batch["items"])
         user = self.users(batch["user"])
         return weight * -F.logsigmoid((user * (first - second)).sum(-1)).mean()
+
+
+class Recurrent(Layered):
+    """An LSTM and a GRU, which the exporter unrolls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(DIM, 4, batch_first=True)
+        self.gru = nn.GRU(4, DIM, batch_first=True)
+
+    def between(self, h: Tensor) -> Tensor:
+        return self.gru(self.lstm(h)[0])[0]
 
 
 class WeightNorm(Layered):
@@ -318,6 +324,10 @@ def _floats(size: int) -> dict[str, Tensor]:
     return {"x": ids(size).float(), "y": ids(size)}
 
 
+def _short(size: int) -> dict[str, Tensor]:
+    return {"x": ids(size, 2), "y": ids(size, 2)}
+
+
 def _frames(size: int) -> dict[str, Tensor]:
     return {"input_features": torch.randn(size, 3, 2 * LENGTH), "labels": ids(size)}
 
@@ -340,9 +350,7 @@ KINDS: Final = {
     "t5": Kind(T5, _without_mask),
     "llama": Kind(Llama, _without_mask),
     "padded": Kind(Padded, texts),
-    "attention": Kind(lambda: Attentive(nn.MultiheadAttention(DIM, 2, batch_first=True)), pairs),
     "batch norm": Kind(Normed, pairs),
-    "batch norm without statistics": Kind(lambda: Normed(track_running_stats=False), pairs),
     "batch norm for inference": Kind(lambda: Normed().eval(), pairs),
     "batch norm twice": Kind(Twice, pairs),
     "audio": Kind(Audio, _frames),
@@ -351,6 +359,5 @@ KINDS: Final = {
     "nested": Kind(Nested, _nested),
     "weight norm": Kind(WeightNorm, pairs),
     "moving average": Kind(Average, pairs),
-    "gru": Kind(lambda: Layered(nn.GRU(DIM, DIM, batch_first=True)), pairs),
-    "lstm": Kind(lambda: Layered(nn.LSTM(DIM, DIM, batch_first=True)), pairs),
+    "recurrent": Kind(Recurrent, _short),
 }

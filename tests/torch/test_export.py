@@ -468,6 +468,25 @@ def test_a_row_norm_bound_is_refused(torch: Any) -> None:
     )
 
 
+def test_a_number_that_only_the_data_has_is_refused_by_line(torch: Any) -> None:
+    class Cumulative(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(9, 4)
+            self.norm = torch.nn.BatchNorm1d(4, momentum=None)
+
+        def forward(self, ids: Any) -> Any:
+            return self.norm(self.emb(ids) + 1).square().mean()
+
+    with pytest.raises(UserError) as caught:
+        export_training_graph(Cumulative(), (torch.arange(5),))
+    assert str(caught.value) == (
+        "Cumulative.forward makes a Python number of a tensor, which a trace does not know\n"
+        f"  --> {place('self.norm(self.emb(ids) + 1)', 'forward')}\n"
+        "  help: keep it a tensor: no item(), float() or int() of it, no `if` on it, no shape by it"
+    )
+
+
 def test_a_tensor_that_is_no_buffer_may_not_change(torch: Any) -> None:
     class Counted(torch.nn.Module):
         def __init__(self) -> None:

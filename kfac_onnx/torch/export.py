@@ -153,10 +153,12 @@ def _tidy(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -> None:
             symbol = symbols.get((str(value.name), axis))
             if isinstance(size, ir.SymbolicDim) and size.value is not None and symbol is not None:
                 names.setdefault(size.value, symbol)
+    batches = 0
     for value in model.graph.inputs:
         first = value.shape[0] if value.shape is not None and value.shape.rank() > 0 else None
         if isinstance(first, ir.SymbolicDim) and first.value is not None and first.value not in names:
-            names[first.value] = f"batch_{len(names) + 1}" if names else "batch"
+            batches += 1
+            names[first.value] = f"batch_{batches}" if batches > 1 else "batch"
     seen: set[int] = set()
 
     def rename(value: ir.Value | None) -> None:

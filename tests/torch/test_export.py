@@ -320,7 +320,7 @@ def shared(torch: Any, last: Any) -> Any:
             self.emb = torch.nn.Embedding(9, 4)
             self.first = torch.nn.Linear(4, 4)
             self.norm = torch.nn.BatchNorm1d(4)
-            self.lstm = torch.nn.LSTM(4, 4)
+            self.lstm = torch.nn.LSTM(4, 4, batch_first=True)
             self.second = torch.nn.Sequential(self.first, self.norm)
             self.cache: list[Any] = []
             self.mask: Any = None
@@ -328,7 +328,8 @@ def shared(torch: Any, last: Any) -> Any:
         def forward(self, ids: Any) -> Any:
             self.mask = torch.ones(4)
             self.cache.append(self.mask)
-            return last(self.lstm(self.second(self.emb(ids)) * self.mask)[0])
+            rows = self.second(self.emb(ids)) * self.mask
+            return last(self.lstm(rows[:, None])[0][:, 0])
 
     return Shared()
 
@@ -532,7 +533,7 @@ COMPLEX = "  help: keep real and imaginary parts as two tensors, and write their
             exponential,
             "PyTorch cannot export forward and backward of Module as one ONNX graph: "
             "ONNX has no form of aten.linalg_matrix_exp\n"
-            f"  --> {place('return torch.linalg.matrix_exp', 'exponential')}\n"
+            f"  --> {place('return result(self.emb(ids))', 'forward')}\n"
             "  help: rewrite this operator by others",
         ),
     ],

@@ -33,11 +33,10 @@ Propagate: TypeAlias = Callable[
 
 
 class GradientEmit(Emit):
-    """Emits the backward nodes of one forward node, named `grad/<first output of the node>/<operator>`."""
+    """Emits the backward nodes of one forward node, named `gradient/<its first output>/<operator>`."""
 
     def __init__(self, names: Names, node: ir.Node) -> None:
-        super().__init__(names, node, "gradient")
-        self._prefix = self._prefix.removeprefix("kfac/")
+        super().__init__(names, node, "gradient", prefix="gradient")
 
 
 @dataclass(frozen=True)

@@ -148,12 +148,8 @@ def _repeated_borders(back: Backward, x: ir.Value, dy: ir.Value) -> ir.Value:
     emit = back.emit
     shape = emit.shape(x)
     numbering = _numbering(back, shape)
-    (places,) = emit.many("Pad", [numbering, *back.node.inputs[1:]], 1)
-    producer = places.producer()
-    if producer is not None:
-        if len(producer.inputs) > 2:
-            producer.replace_input_with(2, None)
-        producer.attributes.add(back.node.attributes["mode"])
+    others = [None if place == 1 else value for place, value in enumerate(back.node.inputs[1:])]
+    places = emit.op("Pad", numbering, *others, mode=back.node.attributes["mode"])  # none has a fill
     flat = emit.ints(-1)
     added = scatter_elements(
         emit,
@@ -205,12 +201,7 @@ def space_to_depth(back: Backward) -> Gradients:
 def same_again(back: Backward) -> Gradients:
     """Trilu, ReverseSequence: the same operator on dY."""
     emit = back.emit
-    (result,) = emit.many(back.node.op_type, [back.dy, *back.node.inputs[1:]], 1)
-    producer = result.producer()
-    if producer is not None:
-        for attribute in back.node.attributes.values():
-            producer.attributes.add(attribute)
-    return [result]
+    return emit.many(back.node.op_type, [back.dy, *back.node.inputs[1:]], 1, back.node.attributes)
 
 
 def range_(back: Backward) -> Gradients:

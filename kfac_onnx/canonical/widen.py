@@ -69,12 +69,7 @@ def _wrap(names: Names, node: ir.Node, narrow: ir.DataType) -> None:
         _in_float(emit, value) if value is not None and dtype_of(value) == narrow else value
         for value in node.inputs
     ]
-    results = emit.many(node.op_type, inputs, len(node.outputs), domain=node.domain)
-    core = results[0].producer()
-    if core is None:
-        raise ValueError("an emitted node has outputs")
-    for attribute in node.attributes.values():
-        core.attributes.add(attribute)
+    results = emit.many(node.op_type, inputs, len(node.outputs), node.attributes, node.domain)
     back: list[ir.Value | None] = []
     for old, new in zip(node.outputs, results, strict=True):
         if dtype_of(old) == narrow:

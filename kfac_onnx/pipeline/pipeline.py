@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kfac_onnx.errors import UserError, VerifyError, did_you_mean
+from kfac_onnx.graph.context import Context
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
 from kfac_onnx.pipeline.log import Log
 from kfac_onnx.pipeline.options import options_of, read_value
@@ -114,6 +115,7 @@ class Pipeline:
         for number, item in enumerate(self.passes, start=1):
             where = f"{item.name}, pass {number} of {len(self.passes)}"
             log.statistics.clear()
+            Context.of(model).invalidate()
             start = time.perf_counter()
             try:
                 changes = item.run(model, log)

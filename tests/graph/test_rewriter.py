@@ -71,7 +71,7 @@ def test_several_outputs_and_a_new_domain(model: ir.Model) -> None:
     assert model.opset_imports["ai.kfac"] == 1
     assert emit.changes == Changes(added=1, edited=1)
     values = emit.node("Split", [one], outputs=3)
-    assert [value.name for value in values] == ["kfac/p/split_0", "kfac/p/split_1", "kfac/p/split_2"]
+    assert [value.name for value in values] == ["kfac/p/Split", "kfac/p/Split_2", "kfac/p/Split_3"]
 
 
 def test_equal_constants_are_one_and_dtype_and_shape_matter(model: ir.Model) -> None:

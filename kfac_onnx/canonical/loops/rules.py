@@ -120,11 +120,7 @@ def _emit_like(vec: Vectorizer, node: ir.Node, inputs: Sequence[ir.Value | None]
         if isinstance(like, Miss):
             raise AssertionError("the lanes of all inputs were looked at")
         return vec.emit.op("CastLike", inputs[0], like.value)
-    (result,) = vec.emit.many(node.op_type, inputs, 1)
-    copy = result.producer()
-    if copy is not None:
-        for attr in node.attributes.values():
-            copy.attributes.add(attr)
+    (result,) = vec.emit.many(node.op_type, inputs, 1, node.attributes)
     return result
 
 

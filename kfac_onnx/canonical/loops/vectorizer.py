@@ -204,12 +204,10 @@ class Vectorizer(Stacks):
         for item in node.inputs:
             lane = None if item is None else self.lane(item)
             inputs.append(lane.value if isinstance(lane, Fixed) else None)
-        results = self.emit.many(node.op_type, inputs, len(node.outputs), None, node.domain)
+        results = self.emit.many(node.op_type, inputs, len(node.outputs), node.attributes, node.domain)
         copy = results[0].producer()
         if copy is None:
             raise AssertionError("an emitted value has a producer")
-        for attr in node.attributes.values():
-            copy.attributes.add(attr)
         index = next(i for i, item in enumerate(node.outputs) if item is value)
         result = results[index]
         if value.type is not None:

@@ -96,7 +96,7 @@ def _written_out(back: Backward) -> tuple[list[ir.Node], dict[int, ir.Value]] | 
     del proto.input[:], proto.output[:]
     proto.input.extend("" if value is None else f"input_{index}" for index, value in enumerate(node.inputs))
     proto.output.extend(f"output_{index}" if value.name else "" for index, value in enumerate(node.outputs))
-    function = _definition(proto, types, back.names.graph.opset_imports.get("", 0))
+    function = _definition(proto, types, back.names.model.opset_imports.get("", 0))
     if function is None:
         return Miss("ONNX does not define it in this opset")
     arrays = {name: array for name, value in given.items() if (array := constant(value)) is not None}

@@ -136,7 +136,7 @@ def _cross_entropy(
     attributes: dict[str, int | str] = {"reduction": reduction}
     if ignore_index is not None:
         attributes["ignore_index"] = ignore_index
-    return emit.op("SoftmaxCrossEntropyLoss", scores, labels, **attributes)
+    return emit.many("SoftmaxCrossEntropyLoss", [scores, labels], 1, attributes)[0]
 
 
 def _float_of(value: ir.Value) -> ir.DataType:

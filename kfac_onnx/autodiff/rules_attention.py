@@ -64,7 +64,7 @@ def attention(back: Backward) -> Gradients:
     windows = any(int_attribute(node, f"{side}_window_size", -1) >= 0 for side in ("left", "right"))
     inputs = any(back.input(index) is not None for index in (4, 5, 6))
     mask = back.input(3)
-    longer = mask is not None and back.names.graph.opset_imports.get("", 0) >= PADDED_MASKS
+    longer = mask is not None and back.names.model.opset_imports.get("", 0) >= PADDED_MASKS
     if (
         windows
         or inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import onnx_ir as ir
 
@@ -108,7 +108,7 @@ def gemm(back: Backward) -> Gradients:
     alpha, beta = (_float(back.node, name) for name in ("alpha", "beta"))
 
     def product(left: ir.Value, right: ir.Value, turn_left: int, turn_right: int) -> ir.Value:
-        scale = {} if alpha == 1.0 else {"alpha": alpha}
+        scale: dict[str, Any] = {} if alpha == 1.0 else {"alpha": alpha}
         return emit.op("Gemm", left, right, transA=turn_left, transB=turn_right, **scale)
 
     a, b = back.x(0), back.x(1)

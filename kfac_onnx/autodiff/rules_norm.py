@@ -200,7 +200,7 @@ def group_normalization(back: Backward) -> Gradients:
     """
     groups = back.node.attributes["num_groups"].as_int()
     known = static_shape(back.x(1))
-    opset = back.names.graph.opset_imports.get("", 0)
+    opset = back.names.model.opset_imports.get("", 0)
     per_group = opset < 21 if known is None else known == (groups,)  # where both fit they are the same
     return _by_groups(back, groups=groups, scales=groups if per_group else 0)
 

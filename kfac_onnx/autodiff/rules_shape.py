@@ -74,8 +74,8 @@ def concat(back: Backward) -> Gradients:
         if shape is not None:
             lengths.append(emit.ints(shape[axis]))
         else:
-            end = {} if axis == -1 else {"end": axis + 1}
-            lengths.append(emit.op("Shape", value, start=axis, **end))
+            ends = {"start": axis} if axis == -1 else {"start": axis, "end": axis + 1}
+            lengths.extend(emit.many("Shape", [value], 1, ends))
     known = [shape[axis] for shape in shapes if shape is not None]
     sizes = emit.ints(*known) if len(known) == len(inputs) else emit.concat(*lengths)
     parts = emit.many("Split", [back.dy, sizes], len(inputs), {"axis": axis})

@@ -11,11 +11,12 @@ over an unknown one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.graph.operators import REDUCTIONS, SCATTERS, Trait, having
 from kfac_onnx.graph.values import ONNX_DOMAINS, REMEMBERED, constant, dtype_of
 
 __all__ = ["Dimensions", "describe_outputs", "dimensions_of", "numbers_of"]
@@ -323,12 +324,13 @@ def _split(node: ir.Node) -> list[Described]:
         return [(dtype, None)] * count
     axis = _int(node, "axis", 0) % len(dims)
     lengths, whole = constant(_input(node, 1)), dims[axis]
-    sizes: list[Dimension] = [None] * count
+    unknown: list[Dimension] = [None]
+    sizes = unknown * count
     if lengths is not None and lengths.size == count:
         sizes = _entries(lengths)
     elif _input(node, 1) is None and isinstance(whole, int):
         most = -(-whole // count)
-        sizes = [most] * (count - 1) + [whole - most * (count - 1)]
+        sizes = [*[most] * (count - 1), whole - most * (count - 1)]
     return [(dtype, [*dims[:axis], size, *dims[axis + 1 :]]) for size in sizes]
 
 
@@ -474,31 +476,24 @@ def _dropout(node: ir.Node) -> list[Described]:
     return [(dtype_of(node.inputs[0]), dims), (BOOL, dims)]
 
 
-_ONE_FOR_ONE = (
-    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Clip", "Cos", "Cosh", "CumSum",
-    "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Hardmax", "Identity", "LeakyRelu",
-    "Log", "LogSoftmax", "Mish", "Neg", "PRelu", "Reciprocal", "Relu", "Round", "ScatterElements",
-    "ScatterND", "Selu", "Sigmoid", "Sign", "Sin", "Sinh", "Softmax", "Softplus", "Softsign", "Sqrt", "Tan",
-    "Tanh", "ThresholdedRelu", "Trilu",
-)  # fmt: skip
-_REDUCTIONS = (
-    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
-    "ReduceProd", "ReduceSum", "ReduceSumSquare",
-)  # fmt: skip
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ONE_FOR_ONE, _same),
-    **dict.fromkeys(("IsInf", "IsNaN", "Not"), _truths),
-    **dict.fromkeys(("Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum"), _broadcast),
-    **dict.fromkeys(
-        ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or", "Xor"), _comparison
-    ),
-    **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(("ArgMax", "ArgMin"), _arg_reduction),
+_UNARY: Final = having(Trait.ELEMENTWISE) - having(Trait.BROADCASTS)
+_BROADCAST: Final = having(Trait.ELEMENTWISE | Trait.BROADCASTS)
+_BOOLEAN: Final = having(Trait.BOOLEAN)
+RULES: Final[dict[str, Rule]] = {
+    **dict.fromkeys(_UNARY - _BOOLEAN, _same),
+    **dict.fromkeys(_UNARY & _BOOLEAN, _truths),
+    **dict.fromkeys(_BROADCAST - _BOOLEAN, _broadcast),
+    **dict.fromkeys(_BROADCAST & _BOOLEAN, _comparison),
+    **dict.fromkeys(SCATTERS, _same),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    "ArgMax": _arg_reduction,
+    "ArgMin": _arg_reduction,
     "Cast": _cast,
     "CastLike": _cast_like,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
+    "CumSum": _same,
     "Dropout": _dropout,
     "Expand": _expand,
     "Flatten": _flatten,
@@ -506,6 +501,8 @@ RULES: dict[str, Rule] = {
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "Gemm": _gemm,
+    "Hardmax": _same,
+    "LogSoftmax": _same,
     "MatMul": _matmul,
     "NonZero": _non_zero,
     "OneHot": _one_hot,
@@ -514,11 +511,13 @@ RULES: dict[str, Rule] = {
     "Shape": _shape,
     "Size": _size,
     "Slice": _slice,
+    "Softmax": _same,
     "Split": _split,
     "Squeeze": _squeeze,
     "Tile": _tile,
     "TopK": _top_k,
     "Transpose": _transpose,
+    "Trilu": _same,
     "Unsqueeze": _unsqueeze,
     "Where": _where,
 }

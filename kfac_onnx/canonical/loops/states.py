@@ -251,7 +251,7 @@ def read_shapes_outside(loop: Recurrence, names: Names, constants: Constants) ->
             if known is not None:
                 shape = emit.ints(*known[slice(limits.get("start", 0), limits.get("end", len(known)))])
             else:
-                shape = emit.op("Shape", state.first, **limits)
+                (shape,) = emit.many("Shape", [state.first], 1, limits)
             loop.substitute(node.outputs[0], shape)
             count += 1
         loop.graph.insert_before(loop.node, emit.nodes)

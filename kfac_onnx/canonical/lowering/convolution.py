@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -107,7 +107,7 @@ def input_gradient(
     emit: Emit, dy: ir.Value, lengths: ir.Value, weight: ir.Value, window: Window, group: int
 ) -> ir.Value:
     """Return dX of a convolution; `lengths` int64[n] are those of X's spatial axes."""
-    attributes = {"strides": window.strides, "dilations": window.dilations}
+    attributes: dict[str, Any] = {"strides": window.strides, "dilations": window.dilations}
     if all(stride == 1 for stride in window.strides):  # no entry of X is left over
         return emit.op("ConvTranspose", dy, weight, group=group, pads=window.pads, **attributes)
     full = emit.op("ConvTranspose", dy, weight, group=group, **attributes)
@@ -209,7 +209,7 @@ def average_gradient(
     else:
         plane = emit.op("Expand", emit.scalar(1.0, work), emit.concat(emit.ints(1, 1), lengths))
         sizes = {"strides": window.strides, "dilations": window.dilations, "pads": window.pads}
-        counts = emit.op("Conv", plane, kernel, **sizes)
+        (counts,) = emit.many("Conv", [plane, kernel], 1, sizes)
     shape = emit.op("Shape", grad)
     single = emit.concat(emit.ints(-1, 1), emit.part(shape, 2, END))
     share = emit.op("Reshape", emit.op("Div", grad, counts), single)

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.device.provider_options import CUDA, checked_options
 from kfac_onnx.errors import UserError, did_you_mean, first_line
 
@@ -129,7 +130,9 @@ def _problem(item: Provider, available: Sequence[str]) -> UserError | None:
         _load_wheels()
     try:
         has = _tried(item).get_providers()
-    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+    except Exception as e:
+        if not from_onnxruntime(e):
+            raise
         return _cannot_be_created(name, first_line(e))
     return None if name in has else _cannot_be_created(name, "")
 

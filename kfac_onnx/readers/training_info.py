@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from kfac_onnx.canonical.lowering.optimizers import TRAINING_DOMAIN
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.disk.models import load_proto
 from kfac_onnx.errors import UserError, first_line
 
@@ -222,7 +223,9 @@ def initial_values(source: str | Path | onnx.ModelProto) -> dict[str, np.ndarray
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
             results = session.run(list(bound.values()), {})
-        except Exception as error:  # onnxruntime's own exceptions share no other base
+        except Exception as error:
+            if not from_onnxruntime(error):
+                raise
             raise UserError(
                 f"the initialization of training_info cannot be run: {first_line(error)}",
                 place=place,

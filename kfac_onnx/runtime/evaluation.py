@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.runtime.feed.batches import checked_batch, examples_in
 from kfac_onnx.runtime.feed.ids import check_given, check_ids, explain_failure, origin_of
@@ -82,7 +83,9 @@ class Evaluator:
             binding.bind_output(name, "cpu", 0)
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        except Exception as e:
+            if not from_onnxruntime(e):
+                raise
             explain_failure(self._plan, ready, self._value)
             raise UserError(f"the batch cannot be run through the graph: {first_line(e)}") from e
         if not self._device.is_cpu:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException  # pyright: ignore
 
 from kfac_onnx import metadata
 from kfac_onnx.cli.main import main
@@ -50,7 +51,7 @@ class GpuWheel:
             assert names == [CPU] or others["enable_fallback"] == 0, "onnxruntime would fall back by itself"
             self.opened.append(names)
             if raises is not None and CUDA in names:
-                raise RuntimeError(raises)
+                raise RuntimeException(raises)
             made = real(*given, providers=[CPU], **others)
             has = [name for name in names if name in work]
             made.get_providers = lambda: [*has, CPU]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException  # pyright: ignore
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime import TrainingSession
@@ -69,7 +70,7 @@ class Fault:
             if self._act is not None:
                 self._act()
             else:
-                raise RuntimeError(
+                raise RuntimeException(
                     "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : out of memory\nat some.cc:12"
                 )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx.shape_inference
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.device.placement.kernels import cuda_kernels
 from kfac_onnx.device.placement.reading import copies_of, operator_of
 from kfac_onnx.device.placement.records import CPU, CUDA, Node, Placement, is_inserted
@@ -68,8 +69,8 @@ def _measured(stage: str, model: onnx.ModelProto, chosen: Provider, name: str, p
             enable_fallback=0,  # pyright: ignore[reportCallIssue]  onnxruntime declares a part of them
             disabled_optimizers=["EliminateDropout"],
         )
-    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
-        if not type(e).__module__.startswith("onnxruntime"):
+    except Exception as e:
+        if not from_onnxruntime(e):
             raise
         raise UserError(f"onnxruntime cannot open the stage '{stage}': {first_line(e)}") from e
     optimized = load_proto(path)

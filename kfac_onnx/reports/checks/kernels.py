@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.graph.emit import HALF_TYPES
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of
 
@@ -91,7 +92,9 @@ def _runs(node: ir.Node, types: tuple[ir.DataType | None, ...], model: ir.Model)
     options.intra_op_num_threads = 1
     try:
         session = ort.InferenceSession(alone.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no class of their own
+    except Exception as error:
+        if not from_onnxruntime(error):
+            raise
         return not any(text in str(error) for text in MISSING)
     return _reduces(session, node, types)
 
@@ -113,6 +116,8 @@ def _reduces(session: ort.InferenceSession, node: ir.Node, types: tuple[ir.DataT
         session.run_with_ort_values(  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]  not in its stubs
             ["o0"], {"i0": tensor, "i1": indices, "i2": tensor}
         )
-    except Exception as error:  # as above
+    except Exception as error:
+        if not from_onnxruntime(error):
+            raise
         return not any(text in str(error) for text in ("not supported", "NOT_IMPLEMENTED"))
     return True

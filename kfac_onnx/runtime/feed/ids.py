@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.step.tensors import open_session
 from kfac_onnx.step.plan import extract
@@ -109,5 +110,7 @@ def _evaluate(
         binding.bind_output(name, "cpu", 0)
         session.run_with_iobinding(binding)
         return binding.get_outputs()[0].numpy()
-    except Exception:  # whatever it is, the caller reports the failure that led here
+    except Exception as e:  # the caller reports the failure that led here
+        if not (isinstance(e, UserError) or from_onnxruntime(e)):
+            raise
         return None

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.device.providers import require_providers
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.runtime.gradcheck.float_type import only_for, widened
@@ -101,7 +102,9 @@ def graph_gradients(
         session = _open(graph, providers)
         first, *found = session.run(outputs, given)
         (second,) = session.run(outputs[:1], given)
-    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+    except Exception as e:
+        if not from_onnxruntime(e):
+            raise
         raise UserError(f"the graph cannot be run on this batch: {first_line(e)}") from e
     if not np.array_equal(first, second):
         raise UserError(
@@ -130,7 +133,9 @@ def boundary_gradients(
     used = _named(graph)
     try:
         made = _open(graph).run(list(wanted), {name: a for name, a in feeds.items() if name in used})
-    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+    except Exception as e:
+        if not from_onnxruntime(e):
+            raise
         raise UserError(f"the graph cannot be run on this batch: {first_line(e)}") from e
     kinds = {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
     return {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.step.tensors import open_session
 
 if TYPE_CHECKING:
@@ -137,6 +138,6 @@ def has_kernels() -> bool:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
     try:
         open_session(model, ["CPUExecutionProvider"], threads=1)
-    except Exception:  # ONNX Runtime's exceptions share no class of their own
+    except UserError:
         return False
     return True

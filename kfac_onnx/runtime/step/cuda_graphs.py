@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import onnxruntime as ort
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.device.provider_options import CUDA
 from kfac_onnx.errors import first_line
 from kfac_onnx.runtime.random.seeds import RANDOM
@@ -177,7 +178,9 @@ class CudaGraphs:
         try:
             with self._lock:
                 self._run(binding, graph.number)
-        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        except Exception as e:
+            if not from_onnxruntime(e):
+                raise
             self._give_up(f"it cannot be captured: {first_line(e)}")
         else:
             graph.compared += 1

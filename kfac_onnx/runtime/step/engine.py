@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.runtime.step.buffers import Wiring
 from kfac_onnx.runtime.step.runner import Port, Runner, StageError
@@ -233,7 +234,9 @@ class Engine(Wiring):
     def _run(self, runner: Runner, binding: ort.IOBinding) -> None:
         try:
             self._run_session(runner, binding)
-        except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+        except Exception as e:
+            if not from_onnxruntime(e):
+                raise
             other_shape = any(words in str(e) for words in _OTHER_SHAPE)
             raise StageError(first_line(e), runner.stage.name, other_shape=other_shape) from e
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.device.failures import from_onnxruntime
+from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.random.random_nodes import KEYS
 from kfac_onnx.runtime.random.stateless import make_stateless
 from kfac_onnx.runtime.step.skip_causes import Cause, look_at, overflow
@@ -191,6 +193,8 @@ class SkipFinder:
             made = zip(names, binding.get_outputs(), strict=True)
             return {name: value.numpy() for name, value in made if "bfloat16" not in value.data_type()}
         except Exception as e:  # the step is skipped all the same: it is only told with less detail
+            if not (isinstance(e, UserError) or from_onnxruntime(e)):
+                raise
             _log.debug("the skipped step could not be run again: %s", e)
             return {}
 

@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.device.providers import require_providers
 from kfac_onnx.disk.stored import StoredArray
 from kfac_onnx.errors import UserError, first_line
@@ -218,7 +219,9 @@ def new_value(shape: Sequence[int], element: int, device: Device) -> ort.OrtValu
     """
     try:
         return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element, device.name, device.index)
-    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
+    except Exception as e:
+        if not from_onnxruntime(e):
+            raise
         size = math.prod(shape) * numpy_dtype(element).itemsize
         raise UserError(
             f"device {device.name}:{device.index} has no room for {size / 1e9:.2f} GB: {first_line(e)}",
@@ -325,8 +328,8 @@ def open_session(
             # It removes Dropout in training mode too, where nothing reads the mask (seen in 1.32).
             disabled_optimizers=["EliminateDropout"],
         )
-    except Exception as e:  # ONNX Runtime's exceptions share no class of their own
-        if not type(e).__module__.startswith("onnxruntime"):
+    except Exception as e:
+        if not from_onnxruntime(e):
             raise
         raise UserError(f"onnxruntime cannot open the model: {first_line(e)}") from e
     require_providers(session, providers)

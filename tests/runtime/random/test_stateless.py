@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.random import stateless
 from kfac_onnx.runtime.random.random_nodes import KEYS
 from kfac_onnx.runtime.random.stateless import RandomKeys, RandomOperator, make_stateless
@@ -228,7 +229,7 @@ def test_an_onnxruntime_without_the_integers_keeps_its_own(monkeypatch: pytest.M
     from kfac_onnx.runtime.random import random_nodes
 
     def refused(*_: object, **__: object) -> ort.InferenceSession:
-        raise RuntimeError("NOT_IMPLEMENTED")
+        raise UserError("NOT_IMPLEMENTED")
 
     random_nodes.has_kernels.cache_clear()
     monkeypatch.setattr(random_nodes, "open_session", refused)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException  # pyright: ignore
 
 from kfac_onnx.device.provider_options import CUDA
 from kfac_onnx.runtime.step import cuda_graphs
@@ -69,7 +70,7 @@ class Session:
         if options.number == -1:
             return
         if self.refuses:
-            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+            raise RuntimeException("CUDA failure 900: operation not permitted when stream is capturing")
         memory = binding.memory
         kept = memory["x"].copy()
 

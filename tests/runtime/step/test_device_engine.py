@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from fake_device import FakeCuda
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException  # pyright: ignore
 
 import kfac_onnx as kx
 from kfac_onnx.errors import UserError
@@ -73,7 +74,7 @@ def test_no_room_is_a_sentence(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) 
     import onnxruntime as ort
 
     def full(*_: object) -> None:
-        raise RuntimeError("CUDA failure 2: out of memory ; GPU=0")
+        raise RuntimeException("CUDA failure 2: out of memory ; GPU=0")
 
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", full)
     with pytest.raises(UserError) as error:

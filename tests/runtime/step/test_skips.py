@@ -278,7 +278,7 @@ def test_a_finder_that_fails_does_not_stop_the_run(
 ) -> None:
     def broken(*_: object, **__: object) -> object:
         message = "no memory"
-        raise RuntimeError(message)
+        raise UserError(message)
 
     monkeypatch.setattr("kfac_onnx.runtime.step.skips.open_session", broken)
     session, batch = open_toy(), toy.batches(1)[0]

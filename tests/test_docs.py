@@ -70,7 +70,9 @@ def test_your_first_pass_works_as_written(
         assert not left.value.code, output.read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/passes.md", "docs/patterns.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/passes.md", "docs/patterns.md", "docs/mathematics.md"]
+)
 def test_commands_in_the_documents_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     context = click.Context(cli)
@@ -87,6 +89,8 @@ def test_tables_of_the_documents_are_complete() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{name}`" in passes for name in BUILT_IN)
     assert all(f"| `{name}`" in readme for name in PRESETS)
+    mathematics = (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in mathematics for name in PRESETS)
     rooms = {path.name for path in (ROOT / "kfac_onnx").iterdir() if (path / "__init__.py").is_file()}
     assert all(f"`kfac_onnx/{room}/`" in readme for room in rooms)
     commands = "pip install . && kfac-onnx demo", "pip install -e '.[dev]' && pytest"

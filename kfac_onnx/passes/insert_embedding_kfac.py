@@ -15,7 +15,7 @@ from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.fisher.projections import emit_positions
 from kfac_onnx.fisher.sampling import Sample
 from kfac_onnx.graph.rewriter import Emitter, Out
-from kfac_onnx.metadata import Loss, Phase, Refusal, Site, StepSettings
+from kfac_onnx.metadata import Loss, Parameter, Phase, Refusal, Site, StepSettings
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
@@ -23,10 +23,13 @@ from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row
 from kfac_onnx.passes.insertion.writing import drop_gradient, from_rows, takes_steps, to_rows, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
+from kfac_onnx.pipeline.patterns import chosen
 from kfac_onnx.pipeline.registry import register
 from kfac_onnx.step.draft import FLOAT, Draft
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from kfac_onnx.fisher.blocks import FisherBlock
     from kfac_onnx.fisher.presets import Preset
     from kfac_onnx.fisher.row_scales import RowUpdate
@@ -52,7 +55,9 @@ class InsertEmbeddingKfac(Pass):
 
     name: ClassVar[str] = "insert-embedding-kfac"
     preset: str = opt(DEFAULT_PRESET, "named settings of the block", choices=tuple(PRESETS))
+    only: tuple[str, ...] = opt((), "patterns of the tables that get it; all that have no optimizer if none")
     lr: float | None = opt(None, "learning rate of the tables; the preset's own if none", lo=0.0)
+    rate: str | None = opt(None, "name of the learning-rate input; kfac/lr if none")
     damping: float | None = opt(
         None, "damping, λ (pi) or ρ (relative); the preset's if none", lo=1e-30, hi=1e6
     )
@@ -98,11 +103,10 @@ class InsertEmbeddingKfac(Pass):
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place.
 
-        Raises UserError for a table that was refused and is not in `allow-fallback`, when there is no
-        table at all, where a preset needs the divisor of the loss and it is unknown, and for an option that
-        means nothing for the preset.
+        Raises UserError for a pattern that matches no table, a table that was refused and is not in
+        `allow-fallback`, when there is no table at all, where a preset needs the divisor of the loss and it
+        is unknown, and for an option that means nothing for the preset.
         """
-        sites, refused = self._trained_sites(model)
         preset = self.settings()
         if self.grad_scale is not None and not preset.per_example:
             takers = " or ".join(name for name, other in PRESETS.items() if other.per_example)
@@ -111,10 +115,13 @@ class InsertEmbeddingKfac(Pass):
                 help=f"leave it out, or take preset {takers}",
             )
         emitter = Emitter(model, self.name)
+        draft = Draft(model, emitter, values_by_name(model))
+        done = {state.parameter for state in draft.states if state.role == "parameter"}
+        sites, refused = self._trained_sites(model, done)
         if len(sites) < len(metadata.read_list(model, "sites", Site)):
             emitter.metadata("sites", sites)
             emitter.metadata("refused", refused)
-        draft = Draft(model, emitter, values_by_name(model))
+        sites = self._chosen(model, [site for site in sites if site.parameter not in done])
         scale = self._gradient_scale(model, emitter, draft) if preset.per_example else None
         collection = LayerCollection(preset=preset, draft=draft)
         for site in sites:
@@ -123,14 +130,15 @@ class InsertEmbeddingKfac(Pass):
             drop_tensors(draft)
             close_updates(draft)
         draft.shape = self.shape
-        draft.settings = StepSettings(
-            preset=preset.name,
-            uses=self.uses,
-            tied=self.tied,
-            g_rows=preset.sample.rows,
-            g_every=preset.sample.every,
-            optimizer=draft.settings.optimizer,
-        )
+        if sites:
+            draft.settings = StepSettings(
+                preset=preset.name,
+                uses=self.uses,
+                tied=self.tied,
+                g_rows=preset.sample.rows,
+                g_every=preset.sample.every,
+                optimizer=draft.settings.optimizer,
+            )
         draft.save()
         return emitter.changes
 
@@ -140,7 +148,7 @@ class InsertEmbeddingKfac(Pass):
         draft = collection.draft
         rate: ir.Value | None = None
         if self.shape == "rows":
-            rate = draft.learning_rate("kfac/lr", preset.lr if self.lr is None else self.lr)
+            rate = draft.learning_rate(self.rate or "kfac/lr", preset.lr if self.lr is None else self.lr)
         block = self._block(site, collection, scale)
         with draft.at(draft.emitter.derive(site=site.parameter)):
             dense: ir.Value | None = None
@@ -218,8 +226,29 @@ class InsertEmbeddingKfac(Pass):
         draft.remember(new, old)
         return new
 
-    def _trained_sites(self, model: ir.Model) -> tuple[list[Site], list[Refusal]]:
-        """Return the tables that get a block and those that do not, which the user allowed."""
+    def _chosen(self, model: ir.Model, sites: list[Site]) -> list[Site]:
+        """Return the tables that `only` names; all of them if it names none."""
+        if not self.only:
+            return sites
+        names = [item.name for item in metadata.read_list(model, "parameters", Parameter)]
+        only = chosen(names, self.only, context=self.name)
+        tables = {site.parameter for site in metadata.read_list(model, "sites", Site)}
+        others = sorted(only - tables)
+        if others:
+            raise UserError(
+                f"'{others[0]}' is no embedding table, and preset '{self.preset}' is for tables",
+                context=self.name,
+                help="`scan MODEL` lists the tables; `why MODEL PARAM` says why a parameter is none",
+            )
+        return [site for site in sites if site.parameter in only]
+
+    def _trained_sites(
+        self, model: ir.Model, done: Collection[str | None]
+    ) -> tuple[list[Site], list[Refusal]]:
+        """Return the tables that get a block and those that do not, which the user allowed.
+
+        `done` are the parameters that have an optimizer already.
+        """
         sites = metadata.read_list(model, "sites", Site)
         refused = metadata.read_list(model, "refused", Refusal)
         for site in [site for site in sites if site.dense is not None]:
@@ -232,7 +261,7 @@ class InsertEmbeddingKfac(Pass):
                 remedy = f"set tied=lookup or tied=both, or leave it to --rest: allow-fallback={name}"
                 refused.append(Refusal(name, f"{name} -> {use.output}", reason, remedy))
                 sites.remove(site)
-            elif self.tied == "both" and not site.projections:
+            elif self.tied == "both" and not site.projections and site.parameter not in done:
                 raise UserError(
                     f"tied=both needs the statistics of {use.op} '{use.output}', which also uses "
                     f"'{site.parameter}', and its part of the gradient is no product of two tensors",

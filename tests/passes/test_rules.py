@@ -23,6 +23,31 @@ def test_the_last_rule_comes_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_can_be_a_rule(name: str) -> None:
+    model = transform(NPLM, preset="plain-sgd", rules=(f"m.emb.*={name}{{lr=0.125}}",))
+    step = metadata.read(model, "step", Step)
+    assert step is not None
+    assert ("kfac/lr of m.emb.*", 0.125) in {(rate.input, rate.default) for rate in step.learning_rates}
+    assert step.settings.preset == name
+    states = {state.input for state in metadata.read_list(model, "state", State)}
+    assert "kfac/m.emb.weight/G" in states
+
+
+def test_a_ruled_table_is_left_alone_by_the_others_preset() -> None:
+    model = transform(GRAPHS / "ortart_legcore__twotower.onnx", rules=("user_emb.*=adagrad",))
+    states = {state.input for state in metadata.read_list(model, "state", State)}
+    assert "kfac/user_emb.weight/squares" in states
+    assert "kfac/user_emb.weight/A" not in states
+    assert "kfac/item_emb.weight/A" in states
+
+
+def test_a_preset_for_what_is_no_table() -> None:
+    with pytest.raises(UserError) as caught:
+        transform(NPLM, rules=("m.fc.*=adaptive",))
+    assert caught.value.message == "'m.fc.bias' is no embedding table, and preset 'adaptive' is for tables"
+
+
 @pytest.mark.parametrize("name", [*(name for name in REST if name not in PRESETS), *PLAIN])
 def test_every_optimizer_can_be_a_rule(name: str) -> None:
     model = transform(NPLM, rules=(f"m.out.weight={name}{{lr=0.125}}",))

@@ -3,7 +3,7 @@
 `DampingRelative` (preset half and its relatives): a fixed share rho of a factor's mean eigenvalue.
 `DampingPi` (preset r1.7): λ split between the factors by the ratio of their mean eigenvalues,
 pi = sqrt((ΣA/V) / (tr G/D)), λ_A = sqrt(λ)·pi, λ_G = sqrt(λ)/pi.
-Source: spec sections 1 and 2; Martens & Grosse 2015, section 6.3.
+Source: Martens & Grosse 2015 (https://arxiv.org/abs/1503.05671), section 6.3; docs/mathematics.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A is stored as `A = scale · Ã`, so that the decay of all V entries is one mult
 
     A ← decay·A + (1−decay)·counts        becomes        scale ← decay·scale,  Ã[ids] += (1−decay)/scale
 
-Scalars are float64 inside. Source: spec section 2; Martens & Grosse 2015, section 5.
+Scalars are float64 inside. Source: Martens & Grosse 2015 (https://arxiv.org/abs/1503.05671), section 5;
+docs/mathematics.md.
 """
 
 from __future__ import annotations

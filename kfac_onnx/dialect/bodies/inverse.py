@@ -5,7 +5,8 @@ Newton step X ← X(2I − M X) in float64. `FactorInverseRoot`: coupled Newton�
 Y ← Y T, Z ← T Z, T = (3I − Z Y)/2 from Y = M/tr M, Z = I; Z sqrt(1/tr M) tends to M^(−1/2).
 Divided by the trace, all eigenvalues are in (0, 1]; the Frobenius norm would do too but its squares
 underflow. While an eigenvalue is small, a step multiplies it by 2.25, hence the iterations
-ceil(ln(1 + D/ρ)/ln 2.25) + 5. Source: Higham, Functions of Matrices, section 6.7; DESIGN section 5.
+ceil(ln(1 + D/ρ)/ln 2.25) + 5. Source: Higham, Functions of Matrices
+(https://doi.org/10.1137/1.9780898717778), section 6.7; docs/mathematics.md.
 
 A factor whose trace is 0 (no gradient ever) keeps the previous result, with residual 0.
 """

@@ -3,7 +3,7 @@
     G_new = scale · sym(rowsᵀ rows) / lookups        sym(M) = (M + Mᵀ)/2
     G     ← decay·G + (1−decay)·G_new                Ĝ = G / (1 − decay^count)
 
-Source: spec sections 1 and 2; Martens & Grosse 2015, section 5.
+Source: Martens & Grosse 2015 (https://arxiv.org/abs/1503.05671), section 5; docs/mathematics.md.
 """
 
 from __future__ import annotations

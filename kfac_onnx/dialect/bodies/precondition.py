@@ -3,7 +3,8 @@
     update[n] = scale · (a[n] + damping_a)^exponent · (rows[n] · root)     root = (G + damping_g·I)^exponent
 
 The map is linear in the rows, so repeated rows need no merging. `scale` is 1, or −lr where the result goes
-into the table as it is: a factor per row costs less than one per entry. Source: spec sections 1 and 2.
+into the table as it is: a factor per row costs less than one per entry. Source:
+docs/mathematics.md.
 """
 
 from __future__ import annotations

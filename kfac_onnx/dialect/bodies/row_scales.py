@@ -1,7 +1,7 @@
-"""Scales per row learnt from the rows themselves: presets adagrad and adaptive, and plain Adagrad.
+"""Scales per row learnt from the rows themselves: for presets that square rows, and plain Adagrad.
 
-All take merged rows (one per distinct id), because they square them. Source: spec sections 3 and 4;
-Duchi, Hazan & Singer 2011.
+All take merged rows (one per distinct id), because they square them. Source: Duchi, Hazan &
+Singer 2011 (https://jmlr.org/papers/v12/duchi11a.html), section 1.1; docs/mathematics.md.
 """
 
 from __future__ import annotations

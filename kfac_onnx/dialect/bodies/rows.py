@@ -3,7 +3,7 @@
 A body that writes state ends in the one scatter that makes its output, with no node after it: that is
 what lets onnxruntime write through a bound buffer. Where rows may repeat there are two bodies:
 `_elements` (ScatterElements: sequential, right on every host) and `_nd` (ScatterND: fast, right only in
-a session of one thread or on a device with atomic adds). Source: DESIGN section 8.
+a session of one thread or on a device with atomic adds).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,26 @@ def test_python_dash_m_is_the_command_line() -> None:
         [sys.executable, "-m", "kfac_onnx", "--version"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, f"kfac-onnx {kfac_onnx.__version__}")
+
+
+def test_the_lowest_versions_are_those_that_are_allowed() -> None:
+    """What .ci/run tests with is the lower bound of each package, but for those whose version is fixed."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    allowed: dict[str, str] = {}
+    for word in (*project["dependencies"], *extras["plot"], *extras["dev"]):
+        bound = re.fullmatch(r"([a-z-]+)(?:\[.*\])?>=([0-9.]+),<.*", word)
+        if bound is not None:
+            allowed[bound[1]] = bound[2]
+    listed: dict[str, str] = {}
+    for line in (ROOT.parent / ".ci" / "lowest.txt").read_text().splitlines():
+        pinned = re.fullmatch(r"([a-z-]+)==([0-9.]+?)(?:; python_version < .*)?", line)
+        if pinned is not None:
+            listed[pinned[1]] = pinned[2]
+
+    def release(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in f"{version}.0.0".split(".")[:3])
+
+    assert {name: release(version) for name, version in listed.items()} == {
+        name: release(version) for name, version in allowed.items()
+    }

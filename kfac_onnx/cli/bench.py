@@ -26,7 +26,7 @@ _MEASURED = (
 """What a run to compare with has settled."""
 
 
-class Numbers(click.ParamType[Any]):
+class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  it takes none before click 8.4
     """Whole numbers between commas; `1e6` is one too."""
 
     name = "numbers"

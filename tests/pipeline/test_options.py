@@ -148,3 +148,35 @@ def test_a_field_without_text_form_is_the_authors_mistake() -> None:
 
     with pytest.raises(TypeError, match=r"Plain\.number must be declared with opt\(default, help\)"):
         Plain()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"damping": 1e30}, "cannot be 1e+30: it is a number from 1e-30 to 1000000, or none"),
+        (
+            {"refresh_every": 10**20},
+            f"cannot be {10**20}: the largest whole number of a model is {2**63 - 1}",
+        ),
+        ({"g_rows": 2**63}, f"cannot be {2**63}: the largest whole number of a model is {2**63 - 1}"),
+        ({"g_every": 2**63}, f"cannot be {2**63}: the largest whole number of a model is {2**63 - 1}"),
+        ({"lr": 1e39}, "cannot be 1e+39: the largest number of a model is 3.4028235e+38"),
+        ({"lr": 10**400}, "cannot be a value of type int: the largest number of a model is 3.4028235e+38"),
+    ],
+)
+def test_numbers_that_no_model_can_hold(settings: dict[str, float], message: str) -> None:
+    from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
+
+    (name,) = settings
+    with pytest.raises(UserError) as error:
+        InsertEmbeddingKfac(**settings)  # type: ignore[arg-type]
+    assert str(error.value) == f"option '{name.replace('_', '-')}' of pass 'insert-embedding-kfac' {message}"
+
+
+def test_numbers_of_numpy_have_the_text_of_pythons() -> None:
+    import numpy as np
+
+    from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
+
+    step = InsertEmbeddingKfac(lr=np.float64(0.25), refresh_every=np.int32(7))  # type: ignore[arg-type]
+    assert str(step) == "insert-embedding-kfac{lr=0.25,refresh-every=7}"

@@ -11,6 +11,8 @@ import pytest
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime import TrainingSession
+from kfac_onnx.runtime.feed.data import Batches
+from kfac_onnx.runtime.schedules import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,3 +150,104 @@ def test_a_checkpoint_of_another_model(
         f"checkpoint '{path}' was made with another model\n"
         "  help: resume with the model that it was made with, or start without --resume"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "the seed must be at least 0, got -1"),
+        ({"seed": True}, "the seed must be a whole number, got True"),
+        ({"seed": 1.5}, "the seed must be a whole number, got 1.5"),
+        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
+        ({"rest_lr": float("inf")}, "rest_lr must be a finite number, got inf"),
+        ({"lr": -0.1}, "lr must be at least 0, got -0.1"),
+        ({"lr": 10**400}, "lr must be a finite number, got a value of type int"),
+        ({"lr": "0.1"}, "lr must be a finite number, got '0.1'"),
+        ({"schedule": 5}, "the schedule must be a Schedule or its text, got 5"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 100_000}, "threads must be at most 1024, got 100000"),
+        ({"threads": 1.5}, "threads must be a whole number, got 1.5"),
+    ],
+)
+def test_what_no_checkpoint_can_hold_opens_no_session(
+    toy: ModuleType, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        TrainingSession(toy.whole_step(), parameters=toy.parameters(), **settings)
+    assert str(error.value) == message
+
+
+def test_numbers_of_numpy_are_written_and_read(toy: ModuleType, tmp_path: Path) -> None:
+    session = TrainingSession(
+        toy.whole_step(),
+        parameters=toy.parameters(),
+        seed=np.int64(3),  # type: ignore[arg-type]
+        lr=np.float32(0.25),  # type: ignore[arg-type]
+        threads=np.int32(1),  # type: ignore[arg-type]
+        schedule=Schedule("cosine", warmup=np.int16(2), steps=np.int64(9)),  # type: ignore[arg-type]
+    )
+    batches = toy.batches(4)
+    data = Batches(
+        {name: np.concatenate([b[name] for b in batches]) for name in batches[0]},
+        np.int64(4),
+        seed=np.int8(5),
+    )  # type: ignore[arg-type]
+    session.fit(data, checkpoint=tmp_path / "run.ckpt")
+    session.learning_rates = {name: np.float32(rate) for name, rate in session.learning_rates.items()}  # type: ignore[misc]
+    session.save(tmp_path / "run.ckpt")
+    with TrainingSession.resume(tmp_path / "run.ckpt", threads=1) as resumed:
+        assert resumed.learning_rates == session.learning_rates
+        assert (str(resumed.schedule), resumed.data) == ("cosine:warmup=2,steps=9", data.describe())
+        assert resumed.step(batches[0]) == session.step(batches[0])
+
+
+def test_a_rate_that_was_changed_is_checked_at_the_next_step(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession], tmp_path: Path
+) -> None:
+    session = open_toy()
+    before = session.states
+    session.learning_rates["kfac/lr"] = float("nan")
+    with pytest.raises(UserError) as error:
+        session.step(toy.batches(1)[0])
+    assert str(error.value) == "the learning rate 'kfac/lr' must be a finite number, got nan"
+    assert session.position == 0
+    assert all(np.array_equal(array, before[name]) for name, array in session.states.items())
+    with pytest.raises(UserError) as error:
+        session.save(tmp_path / "run.ckpt")
+    assert (
+        error.value.message
+        == "a checkpoint cannot hold the learning rates {'kfac/lr': nan, 'kfac/rest_lr': 0.01}"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_no_checkpoint_can_hold_stops_before_the_first_step(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession], tmp_path: Path
+) -> None:
+    class Odd(Batches):
+        def describe(self) -> dict[str, int | bool | None]:
+            return {"batches": 1.5}  # type: ignore[dict-item]
+
+    session = open_toy()
+    with pytest.raises(UserError) as error:
+        session.fit(Odd(toy.batches(1)[0], 2), checkpoint=tmp_path / "run.ckpt")
+    assert error.value.message == "a checkpoint cannot hold the data {'batches': 1.5}"
+    assert session.position == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefetch": 10**30}, f"prefetch must be at most 1024, got {10**30}"),
+        ({"prefetch": -1}, "prefetch must be at least 0, got -1"),
+        ({"steps": 2.0}, "steps must be a whole number, got 2.0"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"skip_limit": 0}, "skip_limit must be at least 1, got 0"),
+    ],
+)
+def test_counts_of_fit(
+    toy: ModuleType, open_toy: Callable[..., TrainingSession], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        open_toy().fit(toy.batches(1), **options)
+    assert str(error.value) == message

@@ -17,6 +17,7 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.exported_outputs` | frontends        | the exporter's outputs, where `kfac.updates` is |
 | `kfac.optimizer_states` | frontends        | list of `OptimizerState`                      |
 | `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
+| `kfac.frozen`     | `differentiate`        | list of `Frozen`                              |
 | `kfac.id_checks`  | `find-embeddings`      | list of `IdCheck`                             |
 | `kfac.draft`      | inserting passes       | what `close-step` still has to assemble       |
 | `kfac.state`      | `close-step`           | list of `State`                               |
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Carried",
+    "Frozen",
     "HostUpdate",
     "IdCheck",
     "LearningRate",
@@ -123,6 +125,14 @@ class Refusal:
     path: str
     reason: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A tensor that could be a weight and is not trained, and why, as a clause."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["are_cosine_and_sine", "is_mask", "is_positions", "is_uniform", "is_usual_factor"]
+__all__ = ["are_cosine_and_sine", "are_waves", "is_mask", "is_positions", "is_uniform", "is_usual_factor"]
 
 MASKED: Final = -1e3
 """Added to scores, numbers below this switch them off."""
@@ -19,6 +19,10 @@ LARGEST: Final = 16_384
 """Largest n of a usual factor √n or n^(1/4): beyond, any number is near one."""
 EXACT: Final = 1e-6
 """Relative error of the fourth power of a float32 number."""
+FEWEST: Final = 5
+"""Rows from which columns are compared with waves: fewer fit any."""
+VARIED: Final = 0.1
+"""How far some column must move for its numbers to say anything."""
 UNIT: Final = 1e-4
 """How far cos² + sin² may be from 1 where the angle was rounded to float32 (positions up to a thousand)."""
 
@@ -42,12 +46,34 @@ def is_mask(array: np.ndarray) -> bool:
 
 
 def is_positions(array: np.ndarray) -> bool:
-    """Say whether rows hold the sine and cosine of the same angles, in turn or in halves."""
-    if array.ndim < 2 or array.shape[-1] < 4 or array.shape[-1] % 2 or not _may_be_angles(array):
+    """Say whether rows hold the sine and cosine of the same angles, in turn or in halves, or just one."""
+    if array.ndim < 2 or not _may_be_angles(array):
+        return False
+    if are_waves(array):
+        return True
+    if array.shape[-1] < 4 or array.shape[-1] % 2:
         return False
     half = array.shape[-1] // 2
     pairs = ((array[..., ::2], array[..., 1::2]), (array[..., :half], array[..., half:]))
     return any(are_cosine_and_sine(*pair) for pair in pairs)
+
+
+def are_waves(array: np.ndarray) -> bool:
+    """Say whether each column of [.., T, D] is a sine or cosine of its row's number: cos(kθ) or sin(kθ).
+
+    Both obey x[k−1] + x[k+1] = 2 cos θ x[k], which columns of weights do not.
+    """
+    if array.ndim < 2 or array.shape[-2] < FEWEST or array.shape[-1] < 2:
+        return False
+    if array.size != array.shape[-2] * array.shape[-1]:
+        return False
+    table = array.reshape(array.shape[-2:]).astype(np.float64)
+    middle, around = table[1:-1], table[:-2] + table[2:]
+    scale = np.sum(middle * middle, axis=0)
+    factor = np.sum(middle * around, axis=0) / np.maximum(scale, 1e-30)
+    errors = np.abs(around - factor * middle).max(axis=0)
+    varied = float(np.max(np.ptp(table, axis=0))) > VARIED
+    return varied and bool(np.all(errors < UNIT) and np.all(np.abs(factor) <= 2 + UNIT))
 
 
 def are_cosine_and_sine(one: np.ndarray, other: np.ndarray) -> bool:

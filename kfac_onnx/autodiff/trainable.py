@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kfac_onnx.autodiff.buffers import why_buffer
 from kfac_onnx.autodiff.contents import (
     are_cosine_and_sine,
     is_mask,
@@ -45,6 +46,20 @@ SCALES: Final = {
     "DynamicQuantizeMatMul": (2, 4),
 }
 """Operator -> inputs that are scales, floating-point zero points or biases of quantized tensors."""
+QUANTIZED: Final = {
+    "ConvInteger": (1,),
+    "DequantizeLinear": (0,),
+    "DynamicQuantizeMatMul": (1,),
+    "GatherBlockQuantized": (0,),
+    "MatMulBnb4": (1,),
+    "MatMulFpQ4": (1,),
+    "MatMulInteger": (1,),
+    "MatMulIntegerToFloat": (1,),
+    "MatMulNBits": (1,),
+    "QLinearConv": (3,),
+    "QLinearMatMul": (3,),
+}
+"""Operator -> inputs that are weights in quantized form: integers."""
 INITIAL_STATES: Final = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
 """Operator -> inputs that are states before the first step."""
 CLASS_WEIGHTS: Final = {"SoftmaxCrossEntropyLoss": (2,), "NegativeLogLikelihoodLoss": (2,)}
@@ -74,19 +89,23 @@ class Candidates:
 
 
 def find_candidates(
-    model: ir.Model, train: Sequence[str], freeze: Sequence[str], place: str | None
+    model: ir.Model,
+    given: Sequence[ir.Value],
+    train: Sequence[str],
+    freeze: Sequence[str],
+    place: str | None,
 ) -> Candidates:
     """Return which values of a forward-only graph are to be trained if the loss depends on them.
 
-    `train` and `freeze` are names or patterns (`blocks.*`). With `train` exactly what it names is trained,
-    floating-point graph inputs included.
+    `given` are the graph's own inputs, `train` and `freeze` names or patterns (`blocks.*`). With `train`
+    exactly what it names is trained, floating-point graph inputs included.
 
     Raises:
         UserError: if a name or pattern fits no floating-point initializer (or input, for `train`).
 
     """
     known = {name: value for name, value in model.graph.initializers.items() if is_float(value)}
-    inputs = {str(value.name): value for value in model.graph.inputs if is_float(value)}
+    inputs = {str(value.name): value for value in given if is_float(value)}
     chosen = _named({**inputs, **known}, train, "--train", place)
     frozen = _named(known, freeze, "--freeze", place)
     if train:
@@ -101,6 +120,14 @@ def find_candidates(
             trained.append(value)
         else:
             constants[name] = reason
+    for name, value in model.graph.initializers.items():
+        uses = [(node, index) for node, index in value.uses()]
+        if (
+            uses
+            and not is_float(value)
+            and all(index in QUANTIZED.get(node.op_type, ()) for node, index in uses)
+        ):
+            constants[name] = "quantized numbers have no derivative: train it in floating point"
     for value in _cosines_and_sines(trained):
         constants[str(value.name)] = ANGLES_REASON
     return Candidates(tuple(value for value in trained if value.name not in constants), constants)
@@ -149,6 +176,9 @@ def _why_constant(value: ir.Value) -> str | None:
         return "a recurrent layer's initial state of zeros"
     if is_positions(array):
         return ANGLES_REASON
+    buffer = why_buffer(value, array) if uses else None
+    if buffer is not None:
+        return buffer
     if is_uniform(array, (0.0, 1.0)) and uses and all(_is_plain_scale(*use) for use in uses):
         return "no scale or bias: a group normalization made of another one"
     multiplied = any(node.op_type in WEIGHT_OPERATORS for node, _ in uses)

@@ -8,11 +8,20 @@ import click
 
 from kfac_onnx.cli.options import common, given_options, model_argument
 from kfac_onnx.cli.output import print_json, quantity, say
-from kfac_onnx.errors import UserError
+from kfac_onnx.errors import UserError, first_line
 
 __all__ = ["command"]
 
-_OF_LOGITS = ("loss", "logits", "reduction", "labels", "class_axis", "ignore_index")
+_OF_LOGITS = (
+    "loss",
+    "logits",
+    "reduction",
+    "labels",
+    "class_axis",
+    "ignore_index",
+    "label_smoothing",
+    "class_weights",
+)
 """Parameters of `command` that say which loss to append."""
 
 
@@ -41,7 +50,25 @@ _OF_LOGITS = ("loss", "logits", "reduction", "labels", "class_axis", "ignore_ind
     "--class-axis", type=int, metavar="N", help="The axis of the classes in the logits (default: the last)."
 )
 @click.option("--ignore-index", type=int, metavar="N", help="The label of examples that do not count.")
+@click.option(
+    "--label-smoothing",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    metavar="SHARE",
+    help="The share of each label that is spread evenly over all classes.",
+)
+@click.option(
+    "--class-weights",
+    metavar="W,W,..|FILE",
+    help="How much each class counts: numbers, or a .npz or .npy file with one vector.",
+)
 @click.option("--loss-output", metavar="NAME", help="Differentiate this value: it is the loss already.")
+@click.option(
+    "--straight-through",
+    is_flag=True,
+    help="Take QuantizeLinear with its DequantizeLinear for the identity in derivatives.",
+)
 @click.option(
     "--train",
     metavar="PATTERN",
@@ -66,7 +93,10 @@ def command(
     labels: str,
     class_axis: int | None,
     ignore_index: int | None,
+    label_smoothing: float,
+    class_weights: str | None,
     loss_output: str | None,
+    straight_through: bool,
     train: tuple[str, ...],
     freeze: tuple[str, ...],
     as_json: bool,
@@ -79,7 +109,7 @@ def command(
     from kfac_onnx import metadata
     from kfac_onnx.api import save
     from kfac_onnx.disk.models import refuse_overwrite, require_writable
-    from kfac_onnx.metadata import Loss, Parameter
+    from kfac_onnx.metadata import Frozen, Loss, Parameter
     from kfac_onnx.passes.differentiate import differentiate
 
     refuse_overwrite(output, model)
@@ -99,6 +129,9 @@ def command(
         labels=labels,
         class_axis=class_axis,
         ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weights=() if class_weights is None else _weights_of(class_weights),
+        straight_through=straight_through,
         train=train,
         freeze=freeze,
     )
@@ -116,6 +149,10 @@ def command(
                     {"name": item.name, "shape": list(item.shape), "gradient": item.gradient}
                     for item in parameters
                 ],
+                "frozen": [
+                    {"name": item.name, "reason": item.reason}
+                    for item in metadata.read_list(made, "frozen", Frozen)
+                ],
                 "notes": metadata.read_strings(made, "notes"),
             }
         )
@@ -124,3 +161,36 @@ def command(
         say(f"loss: {found.value} ({found.reduction})")
     say(f"trained parameters: {len(parameters)}")
     say(f"wrote {output} ({quantity(Path(output).stat().st_size, 'B')})")
+
+
+def _weights_of(text: str) -> list[float]:
+    """Return the numbers between commas, or those of a file.
+
+    Raises UserError for anything else.
+    """
+    if Path(text).suffix not in (".npz", ".npy"):
+        try:
+            return [float(number) for number in text.split(",")]
+        except ValueError as error:
+            raise UserError(
+                f"--class-weights '{text}' is no list of numbers",
+                help="give one number per class: 1,0.5,2, or a .npz or .npy file with one vector",
+            ) from error
+    import numpy as np
+
+    from kfac_onnx.disk.npz import read_npz
+
+    if Path(text).suffix == ".npz":
+        arrays = read_npz(text)
+    else:
+        try:
+            arrays = {"": np.load(text, allow_pickle=False)}
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{text}' is not a readable .npy file: {first_line(error)}") from error
+    if (
+        len(arrays) != 1
+        or (vector := next(iter(arrays.values()))).ndim != 1
+        or vector.dtype.kind not in "fiu"
+    ):
+        raise UserError(f"'{text}' does not hold one vector of numbers, the weights of the classes")
+    return [float(number) for number in vector]

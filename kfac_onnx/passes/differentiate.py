@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import onnx_ir as ir
 
@@ -56,6 +56,11 @@ class Differentiate(Pass):
     labels: str = opt("labels", "name of the input for the labels")
     class_axis: int | None = opt(None, "axis of the classes in the logits; the last one if none")
     ignore_index: int | None = opt(None, "label of examples that do not count")
+    label_smoothing: float = opt(0.0, "share of each label that is spread over all classes", lo=0.0, hi=1.0)
+    class_weights: tuple[str, ...] = opt((), "how much each class counts: one number per class")
+    straight_through: bool = opt(
+        False, "take QuantizeLinear with its DequantizeLinear for the identity in derivatives"
+    )
     train: tuple[str, ...] = opt((), "names or patterns of the weights to train; all if empty")
     freeze: tuple[str, ...] = opt((), "names or patterns of weights that are not trained")
 
@@ -74,26 +79,46 @@ class Differentiate(Pass):
         parse_pipeline(f"{PREPARE},{STANDARD}").run(model, verify=False, log=log, key=READING_KEY)
         notes = log.notes
         _refuse_gradients(model)
-        loss = self._loss(model, place)
-        weights, constants, copied = _weights(model, self.train, self.freeze, place)
+        inputs = list(model.graph.inputs)  # without the labels, which are no weights
+        loss = self._loss(model, notes, place)
+        weights, frozen, copied = _weights(model, inputs, self.train, self.freeze, place)
         notes += copied
+        suspicions = _suspicions(model, weights)
+        if self.straight_through:
+            notes += _joined(model)
         gradients = _append(model, loss, weights, place)
-        parse_pipeline(KERNELS).run(model, verify=False, log=log, key=READING_KEY)
-        notes += _inference_notes(model)
-        _describe(model, loss, gradients, notes)
-        for name, reason in constants.items():
-            log.info(f"not trained: {name} ({reason})")
         for value in weights:
             if value not in gradients:
-                log.info(f"not trained: {value.name} (the loss does not depend on it)")
+                frozen[str(value.name)] = _why_untrained(model, value, loss)
+        self._require_trained(gradients, frozen, place)
+        _parted(model)
+        parse_pipeline(KERNELS).run(model, verify=False, log=log, key=READING_KEY)
+        notes += _inference_notes(model)
+        _describe(model, loss, gradients, frozen, [*notes, *suspicions])
+        for name, reason in frozen.items():
+            log.info(f"not trained: {name} ({reason})")
         log.info(f"trained: {', '.join(str(value.name) for value in gradients)}")
         for note in notes:
             log.info(note)
+        for suspicion in suspicions:
+            log.warning(suspicion)
         log.count("trained weights", len(gradients))
         return before.changes()
 
-    def _loss(self, model: ir.Model, place: str | None) -> ir.Value:
+    def _require_trained(
+        self, gradients: dict[ir.Value, ir.Value], frozen: dict[str, str], place: str | None
+    ) -> None:
+        """Raise UserError where something that the user wants trained by its name is not."""
+        names = {str(value.name) for value in gradients}
+        for name in self.train:
+            if name in frozen and name not in names:
+                raise UserError(
+                    f"'{name}' cannot be trained: {frozen[name]}", place=place, help=_remedy(frozen[name])
+                )
+
+    def _loss(self, model: ir.Model, notes: list[str], place: str | None) -> ir.Value:
         from kfac_onnx.autodiff.losses import append_loss
+        from kfac_onnx.autodiff.scores import scores_before
 
         if self.loss_output is not None:
             if self.logits is not None:
@@ -105,14 +130,19 @@ class Differentiate(Pass):
             if not loss.is_graph_output():
                 model.graph.outputs.append(loss)
             return loss
+        logits = _logits(model, self.logits, place)
+        logits, note = scores_before(model, logits, self.loss, self.class_axis, place)
+        notes += [] if note is None else [note]
         return append_loss(
             model,
-            _logits(model, self.logits, place),
+            logits,
             self.loss,
             reduction=self.reduction,
             labels=self.labels,
             class_axis=self.class_axis,
             ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            class_weights=_numbers(self.class_weights, place),
             place=place,
         )
 
@@ -128,6 +158,9 @@ def differentiate(
     labels: str = "labels",
     class_axis: int | None = None,
     ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    class_weights: Iterable[float] = (),
+    straight_through: bool = False,
     train: Iterable[str] = (),
     freeze: Iterable[str] = (),
     log: Log | None = None,
@@ -143,6 +176,11 @@ def differentiate(
         labels: name of the new input. int64 without the class axis for cross-entropy, else as the logits.
         class_axis: axis of the classes in the logits; the last one if None.
         ignore_index: label of examples that do not count.
+        label_smoothing: share of each label that is spread evenly over all classes, for cross-entropy.
+        class_weights: how much each class counts, one number per class, for cross-entropy. A mean divides by
+            the sum of the weights of the labels, as `torch.nn.functional.cross_entropy` does.
+        straight_through: take each QuantizeLinear with its DequantizeLinear for the identity in derivatives,
+            where nothing is cut off; otherwise what is quantized has none.
         train: names or patterns of what is trained; all that look like weights if empty.
         freeze: names or patterns of weights that are not trained.
         log: receives what is said: which weights are trained, which constants are not, and why.
@@ -164,6 +202,9 @@ def differentiate(
         labels=labels,
         class_axis=class_axis,
         ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weights=tuple(repr(float(number)) for number in class_weights),
+        straight_through=straight_through,
         train=tuple(train),
         freeze=tuple(freeze),
     )
@@ -238,13 +279,17 @@ def _require_scalar(loss: ir.Value, place: str | None) -> None:
 
 
 def _weights(
-    model: ir.Model, train: tuple[str, ...], freeze: tuple[str, ...], place: str | None
+    model: ir.Model,
+    inputs: list[ir.Value],
+    train: tuple[str, ...],
+    freeze: tuple[str, ...],
+    place: str | None,
 ) -> tuple[list[ir.Value], dict[str, str], list[str]]:
     """Return what may be trained, what is not and why, and notes on transposed copies that were undone."""
     from kfac_onnx.autodiff.trainable import find_candidates
     from kfac_onnx.canonical.folded_copies import undo_repeated_vectors, undo_stale_copies
 
-    found = find_candidates(model, train, freeze, place)
+    found = find_candidates(model, inputs, train, freeze, place)
     repeated = undo_repeated_vectors(model, found.trained)
     known = {*model.graph.initializers.values(), *model.graph.inputs}
     weights = _without_transposed_copies(tuple(value for value in found.trained if value in known))
@@ -301,10 +346,14 @@ def _append(
                 value.name = names.fresh(f"{value.name}_inner")
     found = append_gradients(model, loss, weights, place=place)
     if not found:
+        reasons = {str(value.name): _why_untrained(model, value, loss) for value in weights}
         raise UserError(
-            f"no weight is trained: the loss '{loss.name}' depends on none of the initializers",
+            f"no weight is trained: the loss '{loss.name}' has no derivative with respect to any of them"
+            if weights
+            else f"no weight is trained: the loss '{loss.name}' depends on none of the initializers",
             place=place,
-            help="name what to train with --train NAME; weights may be inputs",
+            tried=[f"{name}: {reason}" for name, reason in reasons.items()],
+            help=next(map(_remedy, reasons.values()), _BY_NAME),
         )
     used: set[ir.Value] = set()
     for value in weights:
@@ -344,7 +393,82 @@ def _trains(node: ir.Node) -> bool:
     return mode is not None and (known is None or bool(known))
 
 
-def _describe(model: ir.Model, loss: ir.Value, gradients: dict[ir.Value, ir.Value], notes: list[str]) -> None:
+def _numbers(texts: tuple[str, ...], place: str | None) -> tuple[float, ...]:
+    """Return the class weights; raise UserError for what is no finite number, or below 0."""
+    import math
+
+    numbers: list[float] = []
+    for text in texts:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number < 0:
+            raise UserError(
+                f"'{text}' is no weight of a class: a weight is a finite number, at least 0", place=place
+            )
+        numbers.append(number)
+    return tuple(numbers)
+
+
+_BY_NAME: Final = "name what to train with --train NAME; weights may be inputs"
+
+
+def _why_untrained(model: ir.Model, weight: ir.Value, loss: ir.Value) -> str:
+    from kfac_onnx.autodiff.blocked import why_untrained
+
+    return why_untrained(weight, loss, list(model.graph))
+
+
+def _remedy(reason: str) -> str:
+    if "QuantizeLinear" in reason:
+        return "--straight-through takes quantization for the identity in derivatives"
+    return _BY_NAME if "no derivative" not in reason else "replace that operator by one with a derivative"
+
+
+def _joined(model: ir.Model) -> list[str]:
+    from kfac_onnx.autodiff.straight_through import join_pairs
+
+    pairs = join_pairs(model)
+    return [f"quantizations that derivatives pass straight through: {pairs}"] if pairs else []
+
+
+def _parted(model: ir.Model) -> None:
+    from kfac_onnx.autodiff.straight_through import part_pairs
+
+    part_pairs(model)
+
+
+def _suspicions(model: ir.Model, weights: list[ir.Value]) -> list[str]:
+    """Return sentences on weights that an exporter seems to have merged or folded."""
+    import numpy as np
+
+    from kfac_onnx.autodiff.merged import REMEDY, folded_positions, merged_parameters
+
+    def array_of(value: ir.Value) -> np.ndarray | None:
+        return None if value.const_value is None else np.asarray(value.const_value.numpy())
+
+    suspicions = [
+        f"{item}: some exporters merge parameters that start equal; if the model has several, {REMEDY}"
+        for item in merged_parameters(weights, array_of, lambda _: True)
+        if not item.layers_shared
+    ]
+    arrays = {value: array_of(value) for value in weights}
+    for value, table in folded_positions(arrays, lambda _: True):
+        suspicions.append(
+            f"'{value.name}' is added whole to rows of '{table.name}', as a lookup of all positions is that "
+            f"an exporter folded; if the model looks positions up in a table, {REMEDY}"
+        )
+    return suspicions
+
+
+def _describe(
+    model: ir.Model,
+    loss: ir.Value,
+    gradients: dict[ir.Value, ir.Value],
+    frozen: dict[str, str],
+    notes: list[str],
+) -> None:
     from kfac_onnx.readers.loss import find_reduction
     from kfac_onnx.readers.pairing import parameter_of
 
@@ -352,5 +476,6 @@ def _describe(model: ir.Model, loss: ir.Value, gradients: dict[ir.Value, ir.Valu
     metadata.write(model, "frontend", "differentiated")
     metadata.write(model, "parameters", parameters)
     metadata.write(model, "loss", metadata.Loss(loss.name, find_reduction(loss).kind))
+    metadata.write(model, "frozen", [metadata.Frozen(name, reason) for name, reason in frozen.items()])
     metadata.write(model, "notes", notes)
     metadata.write(model, "refused", [])

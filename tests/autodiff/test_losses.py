@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.pipeline.pipeline import parse_pipeline
 from kfac_onnx.readers.loss import find_reduction
 
+DATA = Path(__file__).parents[1] / "data"
 TOLERANCE = 2e-6  # a float32 softmax over 5 classes and a mean of up to 30 terms
 
 
@@ -84,6 +86,41 @@ def test_cross_entropy(
     np.testing.assert_allclose(gradient, expected[1], atol=TOLERANCE * np.abs(expected[1]).max())
 
 
+TORCH = np.load(DATA / "autodiff" / "cross_entropy.npz")
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("last", [False, True], ids=["axis1", "last"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ignoring", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("name", ["matrix", "batch_of_one", "sequence", "image"])
+def test_cross_entropy_is_that_of_torch(
+    name: str, smoothing: float, weighted: bool, ignoring: bool, reduction: str, last: bool, symbolic: bool
+) -> None:
+    x, labels = TORCH[f"{name}/x"], TORCH[f"{name}/{'ignored' if ignoring else 'labels'}"]
+    key = f"{name}/{smoothing}/{weighted:d}/{ignoring:d}/{reduction}"
+    expected_loss, expected = TORCH[f"{key}/loss"], TORCH[f"{key}/gradient"]
+    if last:
+        x, expected = (np.ascontiguousarray(np.moveaxis(array, 1, -1)) for array in (x, expected))
+    dims = ", ".join(f"D{index}" if symbolic else str(dim) for index, dim in enumerate(x.shape))
+    loss, gradient, told = results(
+        dims,
+        x,
+        labels,
+        "cross-entropy",
+        class_axis=None if last else 1,
+        reduction=reduction,
+        ignore_index=-100 if ignoring else None,
+        label_smoothing=smoothing,
+        class_weights=TORCH["weights"].tolist() if weighted else (),
+    )
+    assert told == reduction
+    np.testing.assert_allclose(loss, expected_loss, rtol=TOLERANCE)
+    np.testing.assert_allclose(gradient, expected, atol=TOLERANCE * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("dims", ["4, 3", "N, M", "N, 3"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["mse", "bce"])
@@ -138,6 +175,9 @@ def test_a_loss_of_half_precision_logits_is_float32() -> None:
         ("4, 5", "cross-entropy", {"class_axis": 2}, "the logits 'logits' have 2 dimensions, so 2 cannot be the axis of the classes"),
         ("4, 5", "mse", {"class_axis": 1}, "--class-axis belongs to the loss cross-entropy, not to mse"),
         ("4, 5", "bce", {"ignore_index": 0}, "--ignore-index belongs to the loss cross-entropy, not to bce"),
+        ("4, 5", "bce", {"label_smoothing": 0.1}, "--label-smoothing belongs to the loss cross-entropy, not to bce"),
+        ("4, 5", "mse", {"class_weights": [1.0]}, "--class-weights belongs to the loss cross-entropy, not to mse"),
+        ("4, 5", "cross-entropy", {"class_weights": [1.0, 2.0]}, "2 weights of classes are given, and the logits 'logits' have 5 classes"),
         ("4, 5", "mse", {"labels": "x"}, "the graph already has a value 'x', so the labels cannot be called that"),
     ],
 )  # fmt: skip

@@ -52,6 +52,10 @@ def test_as_json(run: Callable[..., Outcome], tmp_path: Path) -> None:
             {"name": "fc.weight", "shape": [16, 64], "gradient": "fc.weight_grad"},
             {"name": "fc.bias", "shape": [16], "gradient": "fc.bias_grad"},
         ],
+        "frozen": [
+            {"name": "out.weight", "reason": "frozen by the user"},
+            {"name": "out.bias", "reason": "frozen by the user"},
+        ],
         "notes": [],
     }
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.autodiff.blocked import blocking_nodes, has_derivative
+from kfac_onnx.autodiff.merged import REMEDY, folded_positions, merged_parameters
+from kfac_onnx.graph.values import is_float, label
 from kfac_onnx.reports.checks.finding import Finding
 from kfac_onnx.reports.checks.subject import is_anonymous
 from kfac_onnx.tables.facts import ancestors
@@ -24,8 +27,11 @@ if TYPE_CHECKING:
 __all__ = [
     "equal_tables",
     "folded",
+    "folded_lookups",
     "frozen",
     "gone",
+    "merged",
+    "no_derivative",
     "refused",
     "renamed",
     "shared",
@@ -124,20 +130,106 @@ def frozen(subject: Subject) -> Iterator[Finding]:
     facts = subject.facts
     if facts is None or not subject.trainable:
         return
+    blocked = set(_blocked(subject))
     names = [
         str(value.name)
         for value, array in subject.constants()
-        if value in facts.forward and _varied(array) and not _folded_name(subject, value)
+        if value in facts.forward
+        and value not in blocked
+        and _varied(array)
+        and not _folded_name(subject, value)
     ]
+    reasons = {item.name: item.reason for item in subject.frozen}
     if names:
+        shown = [f"{name} ({reasons[name]})" if name in reasons else name for name in names]
         yield Finding(
             "frozen-parameter",
             "note",
             f"{len(names)} tensor{'s' if len(names) > 1 else ''} that the loss depends on "
-            f"ha{'ve' if len(names) > 1 else 's'} no gradient: {', '.join(names)}",
+            f"ha{'ve' if len(names) > 1 else 's'} no gradient: {', '.join(shown)}",
             tuple(names),
             "they keep the values that they were exported with; buffers and frozen tables are meant to",
             "if one should be trained, name it when exporting (requires_grad)",
+        )
+
+
+def no_derivative(subject: Subject) -> Iterator[Finding]:
+    """Report tensors like parameters that reach the loss only through operators without a derivative."""
+    for value, nodes in _blocked(subject).items():
+        operators = tuple(dict.fromkeys(label(node) for node in nodes))
+        yield Finding(
+            "no-derivative",
+            "warning",
+            f"'{value.name}' is not trained: the loss depends on it only through "
+            f"{' and '.join(operators[:3])}, which ha{'s' if len(operators) == 1 else 've'} no derivative",
+            (str(value.name), *operators),
+            "it keeps the values that it was exported with",
+            "--straight-through of `differentiate` takes quantization for the identity in derivatives"
+            if any(node.op_type == "QuantizeLinear" for node in nodes)
+            else "if it should be trained, replace that operator by one with a derivative",
+        )
+
+
+def _blocked(subject: Subject) -> dict[ir.Value, list[ir.Node]]:
+    """Return untrained tensors like parameters that have no derivative, with the operators to blame."""
+    facts, graph = subject.facts, subject.graph
+    if facts is None or graph is None or subject.loss is None or not subject.trainable:
+        return {}
+    loss = subject.values.get(subject.loss.value or "")
+    if loss is None:
+        return {}
+    nodes = [node for node in graph.graph if facts.is_forward(node)]
+    blocked: dict[ir.Value, list[ir.Node]] = {}
+    for value, array in subject.constants():
+        if value in facts.forward and _varied(array) and _leads_nowhere(value, loss, nodes):
+            blocked[value] = blocking_nodes(value, loss, nodes)
+    return {value: found for value, found in blocked.items() if found}
+
+
+def _leads_nowhere(value: ir.Value, loss: ir.Value, nodes: list[ir.Node]) -> bool:
+    """Say whether no way of floating-point numbers leads from a value to the loss."""
+    reached = {value}
+    for node in nodes:
+        if any(item in reached for item in node.inputs) and has_derivative(node):
+            reached.update(item for item in node.outputs if is_float(item))
+    return loss not in reached
+
+
+def merged(subject: Subject) -> Iterator[Finding]:
+    """Report parameters that start at one number everywhere and that several layers read."""
+    facts = subject.facts
+    if facts is None:
+        return
+    values = [value for item in subject.parameters if (value := subject.values.get(item.name)) is not None]
+    for item in merged_parameters(values, lambda value: subject.array(str(value.name)), facts.is_forward):
+        yield Finding(
+            "merged-parameter",
+            "note" if item.layers_shared else "warning",
+            str(item),
+            (str(item.parameter.name), *(label(node) for node in item.places)),
+            "some exporters keep one of several parameters that start equal: layers then share what the "
+            "model does not share, and gradients are sums over them",
+            "if the model has several, " + REMEDY,
+        )
+
+
+def folded_lookups(subject: Subject) -> Iterator[Finding]:
+    """Report parameters that are added whole to looked-up rows, as a folded lookup of positions is."""
+    facts = subject.facts
+    if facts is None:
+        return
+    values = [value for item in subject.parameters if (value := subject.values.get(item.name)) is not None]
+    arrays = {value: subject.array(str(value.name)) for value in values}
+    for value, table in folded_positions(arrays, facts.is_forward):
+        yield Finding(
+            "folded-lookup",
+            "warning",
+            f"'{value.name}' is added whole to rows of '{table.name}', as a lookup of all positions is that "
+            "an exporter folded",
+            (str(value.name), str(table.name)),
+            "a table of positions is then trained under another name, and only its first rows; a model may "
+            "also hold such a tensor itself",
+            "if the model looks positions up in a table, " + REMEDY,
         )
 
 

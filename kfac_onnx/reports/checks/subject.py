@@ -12,7 +12,7 @@ import numpy as np
 from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError
 from kfac_onnx.graph.values import all_graphs, static_shape
-from kfac_onnx.metadata import Loss, Parameter, Refusal
+from kfac_onnx.metadata import Frozen, Loss, Parameter, Refusal
 from kfac_onnx.passes.find_embeddings import facts_of, find_tables, values_by_name
 from kfac_onnx.readers import read_forward_graph, read_training_graph
 from kfac_onnx.readers.load import load
@@ -69,6 +69,11 @@ class Subject:
     def refused(self) -> tuple[Refusal, ...]:
         """What reading the file already refused."""
         return () if self.graph is None else tuple(metadata.read_list(self.graph, "refused", Refusal))
+
+    @cached_property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """What `differentiate` left untrained, and why."""
+        return () if self.graph is None else tuple(metadata.read_list(self.graph, "frozen", Frozen))
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

@@ -106,6 +106,13 @@ def graph_gradients(
         if not from_onnxruntime(e):
             raise
         raise UserError(f"the graph cannot be run on this batch: {first_line(e)}") from e
+    if not np.isfinite(first).all():
+        number = float(np.reshape(first, -1)[0])
+        raise UserError(
+            f"the loss is {number} on this batch, so its gradients cannot be checked",
+            help="look for labels that are all ignored, a division by zero, the logarithm of zero, or an "
+            "overflow; `train` skips such steps and counts them",
+        )
     if not np.array_equal(first, second):
         raise UserError(
             "the graph's loss is random, so its gradients cannot be checked",

@@ -26,6 +26,7 @@ import onnx_ir as ir
 from kfac_onnx import metadata
 from kfac_onnx.device.providers import provider_list
 from kfac_onnx.errors import UserError
+from kfac_onnx.graph.values import ancestors
 from kfac_onnx.metadata import IdCheck, Loss, Parameter, Site
 from kfac_onnx.runtime.feed.batches import BatchInput, checked_batch
 from kfac_onnx.runtime.feed.ids import check_ids
@@ -64,6 +65,7 @@ _HALVINGS: Final = 4
 """How often the step of a loss in float32 is halved where the loss bends along it."""
 _BENT: Final = 2.0
 """The loss bends where steps of h and 2h differ by more than so many tolerances."""
+_ESTIMATE: Final = "QuantizeLinear rounds it: the loss is a staircase, and its gradient an estimate"
 _WRONG: Final = "it is not the gradient of the loss"
 
 
@@ -106,7 +108,7 @@ def verify_gradients(
 
     Raises:
         UserError: a value is missing, the batch does not fit, an id is no row of its table, the graph has no
-            loss, or it is random.
+            loss, or it is random or not finite.
 
     """
     ready = provider_list(providers)
@@ -135,12 +137,26 @@ def verify_gradients(
     evaluate = open_loss(proto, ending, [pair.name for pair in pairs], values, arrays)
     digits = narrowest(proto)
     padding = {site.parameter: site for site in sites if site.padding_idx is not None}
+    estimated = _rounded(model, ending)
     return [
-        _check(
+        GradientCheck(pair.name, pair.gradient, "skipped", None, None, evaluate.arithmetic, _ESTIMATE)
+        if pair.name in estimated
+        else _check(
             pair, values[pair.name], gradients.get(pair.name), evaluate, padding.get(pair.name), rng, digits
         )
         for pair in pairs
     ]
+
+
+def _rounded(model: ir.Model, loss: str) -> set[str]:
+    """Return the names of the values that reach the loss through a quantization, at least in part."""
+    ends = [value for node in model.graph for value in node.outputs if value.name == loss]
+    rounding = {
+        node.inputs[0]
+        for value in ancestors(ends)
+        if (node := value.producer()) is not None and node.op_type == "QuantizeLinear"
+    }
+    return {str(value.name) for value in ancestors(value for value in rounding if value is not None)}
 
 
 def _values(model: ir.Model, pairs: Iterable[Parameter], given: Mapping[str, Array]) -> dict[str, Array]:

@@ -99,7 +99,8 @@ class TrainingSession:
         seed: of random operators (Dropout) in the graph: the same seed draws the same at the same step.
         cuda_graph: on CUDA, launch each stage that can be captured as one; for batches of one shape.
 
-    One thread at a time may use a session; a second one gets an error, and nothing of it is done.
+    One thread at a time is in a session: another one waits for the end of a step, a save or an evaluation.
+    While one is in `fit`, another gets an error, and nothing of its call is done.
 
     Raises:
         UserError: the model is not a training step, or a value is missing or does not fit.

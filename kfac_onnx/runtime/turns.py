@@ -1,10 +1,11 @@
-"""A session is for one thread at a time, and says so; a checkpoint may be written in a thread of its own."""
+"""One thread at a time is in a session; a checkpoint may be written in a thread of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.errors import UserError
 
@@ -15,36 +16,64 @@ if TYPE_CHECKING:
 __all__ = ["Turns", "Writing"]
 
 
-class Turns:
-    """Gives a session to the thread that is in one of its methods; another one gets a sentence, no wait.
+PATIENCE: Final = 60.0
+"""Seconds that a thread waits for another one's method to end."""
 
-    A thread that has the session may call any method within another: `fit` calls `step`, a user's function
-    that `fit` calls may save.
+
+class Turns:
+    """Gives a session to one thread at a time, in the order in which they come.
+
+    A thread waits for another one's step, save or evaluation to end, so that each of them is whole. Where the
+    other one is in `fit`, or takes longer than `PATIENCE`, it gets a sentence. A thread that has the session
+    may call any method within another: `fit` calls `step`, a user's function that `fit` calls may save.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._free = threading.Condition()
+        self._owner: int | None = None
         self._work: list[str] = []
+        self._waiting: list[int] = []
 
     @contextlib.contextmanager
     def turn(self, work: str) -> Generator[None]:
         """Have the session to oneself for a method of this name.
 
-        Raises UserError where another thread has it.
+        Raises UserError where another thread keeps it.
         """
-        if not self._lock.acquire(blocking=False):
-            other = next(iter(self._work), "another method")
-            raise UserError(
-                f"`{work}` was called while another thread is in `{other}` of the same training session",
-                help="use a session from one thread at a time;"
-                " `save(path, background=True)` between two steps writes a checkpoint in a thread of its own",
-            )
-        self._work.append(work)
+        me = threading.get_ident()
+        with self._free:
+            if self._owner != me:
+                self._wait(me, work)
+            self._owner = me
+            self._work.append(work)
         try:
             yield
         finally:
-            self._work.pop()
-            self._lock.release()
+            with self._free:
+                self._work.pop()
+                if not self._work:
+                    self._owner = None
+                    self._free.notify_all()
+
+    def _wait(self, me: int, work: str) -> None:
+        """Wait until the session is free and no other thread has waited longer."""
+        deadline = time.monotonic() + PATIENCE
+        self._waiting.append(me)
+        try:
+            while self._owner is not None or self._waiting[0] != me:
+                left = deadline - time.monotonic()
+                other = next(iter(self._work), work)
+                if other == "fit" or left <= 0:
+                    raise UserError(
+                        f"`{work}` was called while another thread is in `{other}` of the same"
+                        " training session",
+                        help="use a session from one thread; `save(path, background=True)` between two steps"
+                        " writes a checkpoint in a thread of its own",
+                    )
+                self._free.wait(left)
+        finally:
+            self._waiting.remove(me)
+            self._free.notify_all()
 
 
 class Writing:

@@ -1,8 +1,10 @@
-"""One thread at a time uses a session; a checkpoint may be written in a thread of its own."""
+"""One thread at a time is in a session; a checkpoint may be written in a thread of its own."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from kfac_onnx.errors import UserError
-from kfac_onnx.runtime import TrainingSession
+from kfac_onnx.runtime import TrainingSession, turns
 from kfac_onnx.runtime import session as module
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 SENTENCE = (
     "`{}` was called while another thread is in `{}` of the same training session\n"
-    "  help: use a session from one thread at a time; `save(path, background=True)` between two steps writes a"
-    " checkpoint in a thread of its own"
+    "  help: use a session from one thread; `save(path, background=True)` between two steps writes a checkpoint in"
+    " a thread of its own"
 )
 
 METHODS: dict[str, Callable[[TrainingSession, Any, Path], object]] = {
@@ -65,7 +67,9 @@ class Busy:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_second_thread_gets_a_sentence(toy: ModuleType, open_toy: Open, tmp_path: Path, name: str) -> None:
+def test_while_one_thread_fits_another_gets_a_sentence(
+    toy: ModuleType, open_toy: Open, tmp_path: Path, name: str
+) -> None:
     session, batches = open_toy(), toy.batches(3)
     with Busy(session, batches):
         with pytest.raises(UserError) as caught:
@@ -77,6 +81,71 @@ def test_a_second_thread_gets_a_sentence(toy: ModuleType, open_toy: Open, tmp_pa
     assert session.position == twin.position == 3
     for key, array in twin.states.items():
         np.testing.assert_array_equal(session.states[key], array)
+
+
+class Evaluating:
+    """Keeps a session in `evaluate` in a thread of its own, between two batches."""
+
+    def __init__(self, session: TrainingSession, batch: Any) -> None:
+        self.there, self.go_on = threading.Event(), threading.Event()
+        self._batch = batch
+        self._pool = ThreadPoolExecutor(1)
+        self.loss = self._pool.submit(session.evaluate, self._batches())
+
+    def _batches(self) -> Iterator[Any]:
+        yield self._batch
+        self.there.set()
+        assert self.go_on.wait(60)
+        yield self._batch
+
+
+def test_a_step_waits_for_the_end_of_an_evaluation(toy: ModuleType, open_toy: Open) -> None:
+    session, twin, (batch,) = open_toy(), open_toy(), toy.batches(1)
+    before = twin.evaluate([batch])
+    evaluating = Evaluating(session, batch)
+    assert evaluating.there.wait(60)
+    threading.Timer(0.1, evaluating.go_on.set).start()
+    assert session.step(batch) == twin.step(batch)
+    assert evaluating.loss.done()
+    assert evaluating.loss.result() == pytest.approx(before, rel=1e-7)
+
+
+def test_who_waits_too_long_gets_a_sentence(
+    toy: ModuleType, open_toy: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "PATIENCE", 0.05)
+    session, (batch,) = open_toy(), toy.batches(1)
+    evaluating = Evaluating(session, batch)
+    assert evaluating.there.wait(60)
+    with pytest.raises(UserError) as caught:
+        session.step(batch)
+    assert str(caught.value) == SENTENCE.format("step", "evaluate")
+    evaluating.go_on.set()
+    evaluating.loss.result()
+    assert session.step(batch)["step"] == 1
+
+
+def test_threads_have_their_turns_in_order() -> None:
+    """One that comes again and again does not keep the others out."""
+    order: list[int] = []
+    both = turns.Turns()
+    started = threading.Barrier(2)
+
+    def come(number: int) -> None:
+        started.wait(60)
+        for _ in range(50):
+            with both.turn("step"):
+                order.append(number)
+                time.sleep(1e-4)
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    changes = sum(one != other for one, other in itertools.pairwise(order))
+    assert len(order) == 100
+    assert changes > 40
 
 
 def test_a_user_function_within_fit_may_use_the_session(

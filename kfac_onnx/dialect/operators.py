@@ -300,12 +300,12 @@ _TABLE = (
         cost=lambda s: (4 * s.V * s.D * min(s.V, s.D), 24 * s.V * s.D),
     ),
     _operator(
-        "OutputRowStep",
-        "one step of an output table's rows: momentum over the root of their window",
-        "output_rows.output_row_step",
-        "W:f32[R,C] z:f32[R,C] M:f32[R,C] r:f32[R] t:i64[] lr:f32[] -> W:f32[R,C] M:f32[R,C] r:f32[R]",
+        "OutputRowScale",
+        "momentum of an output table's rows over the root of their window",
+        "output_rows.output_row_scale",
+        "z:f32[R,C] M:f32[R,C] r:f32[R] t:i64[] -> update:f32[R,C] M:f32[R,C] r:f32[R]",
         (Attribute("beta", "float", 0.0, 1.0), Attribute("power", "float", 0.0, 1.0, open_lo=True)),
-        cost=lambda s: (9 * s.V * s.D, 24 * s.V * s.D),
+        cost=lambda s: (8 * s.V * s.D, 20 * s.V * s.D),
     ),
     _operator(
         "DecayWeights",

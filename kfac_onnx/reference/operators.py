@@ -236,15 +236,14 @@ def orthogonalize_step(X: Array) -> tuple[Array, ...]:
     return (3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X,)
 
 
-def output_row_step(
-    W: Array, z: Array, M: Array, r: Array, t: Array, lr: Array, *, beta: float, power: float
+def output_row_scale(
+    z: Array, M: Array, r: Array, t: Array, *, beta: float, power: float
 ) -> tuple[Array, ...]:
     """Momentum of z over the root of a widening window of its rows' mean squares; t counts from 1."""
     fresh = float(int(t)) ** -power
     r = (1 - fresh) * r + fresh * (z**2).mean(axis=1)
     M = beta * M + (1 - beta) * z
-    step = M / (1 - beta ** int(t)) / (np.sqrt(r) + 1e-12)[:, None]
-    return (W - lr * step, M, r)
+    return (M / (1 - beta ** int(t)) / (np.sqrt(r) + 1e-12)[:, None], M, r)
 
 
 def decay_weights(W: Array, lr: Array, *, decay: float) -> tuple[Array, ...]:
@@ -308,7 +307,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "AllFinite": all_finite,
     "MuonDirection": muon_direction,
     "OrthogonalizeStep": orthogonalize_step,
-    "OutputRowStep": output_row_step,
+    "OutputRowScale": output_row_scale,
     "DecayWeights": decay_weights,
     "Sgd": sgd,
     "Momentum": momentum,

@@ -153,7 +153,7 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
         default="adam",
         show_default=True,
         help="Optimizer of all other parameters: sgd, momentum, adam, adamw, adagrad; or muon: Muon on "
-        "hidden matrices, adamw on all else.",
+        "hidden matrices, a block of their own for output tables, adamw on all else.",
     )(function)
     function = click.option(
         "--lr",
@@ -171,6 +171,7 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
 
 _REST: Final = (
     ("hidden_lr", float, "X", "Learning rate of hidden matrices, with --rest muon (default 0.01)."),
+    ("output_lr", float, "X", "Learning rate of output tables, with --rest muon (default 0.016)."),
     (
         "weight_decay",
         float,

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from kfac_onnx.fisher.blocks import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, FisherBlock
 from kfac_onnx.fisher.errors import FisherKeyError, FisherTypeError, FisherValueError
+from kfac_onnx.fisher.output_rows import OutputRowFB
 from kfac_onnx.fisher.place import Place
 from kfac_onnx.fisher.settings import FactorSettings
 from kfac_onnx.graph.rewriter import Emitter
@@ -16,6 +17,7 @@ from kfac_onnx.step.draft import Draft
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
+    from kfac_onnx.fisher.output_rows import OutputRowSettings
     from kfac_onnx.fisher.presets import Preset
 
 __all__ = ["AUTO_REUSE", "LayerCollection", "Reuse"]
@@ -122,6 +124,25 @@ class LayerCollection:
         block.register_additional_minibatch(inputs, outputs)
         return block
 
+    def register_softmax_output(
+        self,
+        params: ir.Value | tuple[ir.Value, ir.Value],
+        inputs: ir.Value,
+        outputs: ir.Value,
+        *,
+        num_classes: int,
+        settings: OutputRowSettings | None = None,
+        reuse: Reuse = False,
+    ) -> OutputRowFB:
+        """Register a minibatch of an output table W [C, n], or of W and its bias.
+
+        `inputs` [N, n] are what W multiplies, with a column of ones at the end where there is a bias;
+        `outputs` [N, C] the products.
+        """
+        block = self.register_block(params, OutputRowFB(self, num_classes, settings), reuse=reuse)
+        block.register_additional_minibatch(inputs, outputs)
+        return block
+
     def register_block(self, layer_key: LayerKey, fisher_block: B, reuse: Reuse = False) -> B:
         """Register a block under its parameter (or tuple of them) and return the block in force.
 
@@ -161,7 +182,8 @@ class LayerCollection:
         """Return where a block's nodes and states go: in a step, under its parameter's name."""
         for key, registered in self._blocks.items():
             if registered is block and self.preset is not None:
-                name = "+".join(str(param.name) for param in _members(key))
+                # A bias goes with its matrix, and its states carry the name of that.
+                name = str(_members(key)[0].name)
                 return Place(self.draft, f"kfac/{name}", name)
         return Place(self.draft, "kfac/block", None)
 

@@ -47,7 +47,8 @@ class FullyConnectedKroneckerFactor:
 
     `tensors` are float [B, D] per source, per source and tower, or per source, tower and use (float64,
     float16 and bfloat16 become float32), or the `GradientRows` of a training step. State `<prefix>/G`
-    float32[D, D], `<prefix>/G.count`, and `<prefix>/root` float32[D, D] for each registered power.
+    float32[D, D], `<prefix>/G.count`, and `<prefix>/root` float32[D, D] for each registered power; `letter`
+    names the factor of a layer's inputs, A.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class FullyConnectedKroneckerFactor:
         place: Place,
         settings: FactorSettings | None = None,
         sample: Sample | None = None,
+        letter: str = "G",
     ) -> None:
         self._settings = FactorSettings() if settings is None else settings
         self._average = self._settings.average if average is None else average
@@ -77,8 +79,8 @@ class FullyConnectedKroneckerFactor:
         start = {0.0: "zeros", 1.0: "identity"}.get(self._average.start)
         if start is None:
             raise FisherValueError(f"G starts as 0 or as I, not as {self._average.start:g}·I")
-        self._G = place.state("G", FLOAT, self._square, start)
-        self._count = place.counter("G.count")
+        self._G = place.state(letter, FLOAT, self._square, start)
+        self._count = place.counter(f"{letter}.count")
         self._powers: dict[tuple[float, DampingOf], ir.Value] = {}
         self._reading: ir.Value | None = None
 

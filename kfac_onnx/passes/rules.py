@@ -4,14 +4,15 @@
     *.head.weight=adamw{weight-decay=0.1}
     blocks.*.weight=muon{lr=0.02}
 
-The optimizers are the block's presets, those of `--rest`, and `plain-sgd`, `plain-adagrad`, ... (`adagrad`
-is the preset). Each rule becomes an inserting pass with `only=[PATTERN]` and a learning rate of its own. A
-parameter is taken by the first pass that wants it, so the passes come in the reverse of the rules: the last
-match wins.
+The optimizers are the block's presets, those of `--rest`, `outrow` (for output tables), and `plain-sgd`,
+`plain-adagrad`, ... (`adagrad` is the preset). Each rule becomes an inserting pass with `only=[PATTERN]` and
+a learning rate of its own. A parameter is taken by the first pass that wants it, so the passes come in the
+reverse of the rules: the last match wins.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -27,7 +28,9 @@ __all__ = ["METHODS", "REST", "rule_passes"]
 METHODS: Final = ("sgd", "momentum", "adam", "adamw", "adagrad")
 """Methods of `insert-optimizer`."""
 REST: Final = (*METHODS, "muon")
-"""What trains the other parameters; `muon` the hidden matrices, and adamw what they leave."""
+"""What trains the other parameters; `muon` hidden matrices, with output tables and adamw for the others."""
+_SPECIAL: Final = {"muon": "insert-muon", "outrow": "insert-output-rows"}
+"""Optimizers that are passes of their own: of matrices, and of output tables."""
 
 
 def rule_passes(rules: Sequence[str]) -> list[Pass]:
@@ -51,7 +54,7 @@ def _rule_pass(rule: str) -> Pass:
             help="such as 'emb_*=adaptive{lr=0.02}' or '*.bias=adamw'",
         )
     plain = {f"plain-{method}": method for method in METHODS}
-    known = (*PRESETS, *(name for name in REST if name not in PRESETS), *plain)
+    known = tuple(dict.fromkeys([*PRESETS, *METHODS, *_SPECIAL, *plain]))
     if name not in known:
         raise UserError(
             f"the rule '{rule}' names no optimizer: '{name}'{did_you_mean(name, known)}",
@@ -60,8 +63,8 @@ def _rule_pass(rule: str) -> Pass:
     inside = options[:-1].strip()
     if name in PRESETS:
         text = f"insert-embedding-kfac{{preset={name}{_after(inside)}}}"
-    elif name == "muon":
-        text = f"insert-muon{{{inside}}}" if inside else "insert-muon"
+    elif name in _SPECIAL:
+        text = f"{_SPECIAL[name]}{{{inside}}}" if inside else _SPECIAL[name]
     else:
         text = f"insert-optimizer{{method={plain.get(name, name)},parameters=all{_after(inside)}}}"
     try:
@@ -69,7 +72,7 @@ def _rule_pass(rule: str) -> Pass:
     except UserError as e:
         raise UserError(f"the rule '{rule}' does not hold: {e.message}", help=e.help) from e
     own: dict[str, Any] = {"only": (pattern,)}
-    if cast("Any", made).rate in (None, "kfac/hidden_lr"):  # not given: no other parameters share it
+    if not re.search(r"\brate *=", inside):  # then no other parameters share it
         own["rate"] = f"kfac/lr of {pattern}"
     return replace(cast("Any", made), **own)
 

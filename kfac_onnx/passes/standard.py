@@ -34,9 +34,9 @@ class TransformOptions:
             `plain-adagrad` for the tables too.
         lr: learning rate of the tables; the preset's own if None.
         rest: optimizer of the other parameters: sgd, momentum, adam, adamw or adagrad; or muon: Muon on
-            hidden matrices, adamw on all else.
+            hidden matrices, the block of output tables (`OutRow`) on those, adamw on all else.
         rest_lr: learning rate of the other parameters.
-        hidden_lr: muon: learning rate of the hidden matrices.
+        hidden_lr, output_lr: muon: learning rates of the hidden matrices, and of the output tables.
         weight_decay: decoupled decay of the other parameters' matrices; 0.01 with adamw and muon, else 0.
         beta1, beta2, epsilon: of the other parameters' optimizer; its own if None.
         clip_norm: the largest global norm of all gradients together.
@@ -69,6 +69,7 @@ class TransformOptions:
     rest: str = "adam"
     rest_lr: float | None = None
     hidden_lr: float | None = None
+    output_lr: float | None = None
     weight_decay: float | None = None
     beta1: float | None = None
     beta2: float | None = None
@@ -112,14 +113,17 @@ class TransformOptions:
                 f"unknown optimizer '{self.rest}'{did_you_mean(self.rest, REST)}",
                 help="the optimizers are: " + ", ".join(REST),
             )
-        if self.hidden_lr is not None and self.rest != "muon":
+        if self.rest != "muon" and (self.hidden_lr is not None or self.output_lr is not None):
+            name = "hidden_lr" if self.hidden_lr is not None else "output_lr"
             raise UserError(
-                f"hidden_lr is the rate of Muon, and the rest is trained by {self.rest}",
+                f"{name} belongs to rest=muon, and the rest is trained by {self.rest}",
                 help="set rest=muon, or give rest_lr",
             )
         if self.shape == "dense":
             given = [
-                name for name in ("hidden_lr", *OPTIMIZER, "rules") if getattr(self, name) not in (None, ())
+                name
+                for name in ("hidden_lr", "output_lr", *OPTIMIZER, "rules")
+                if getattr(self, name) not in (None, ())
             ]
             if given:
                 raise UserError(
@@ -149,6 +153,7 @@ class TransformOptions:
         from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
         from kfac_onnx.passes.insert_muon import InsertMuon
         from kfac_onnx.passes.insert_optimizer import InsertOptimizer
+        from kfac_onnx.passes.insert_output_rows import InsertOutputRows
         from kfac_onnx.passes.lower import Lower
 
         padding = tuple(f"{name}={row}" for name, row in (self.padding_idx or {}).items())
@@ -156,7 +161,7 @@ class TransformOptions:
         if self.clip_norm is not None or self.clip_value is not None:
             passes.append(ClipGradients(norm=self.clip_norm, value=self.clip_value))
         ruled = rule_passes(self.rules)
-        if self.rest == "muon" or any(isinstance(item, InsertMuon) for item in ruled):
+        if self.rest == "muon" or any(isinstance(item, (InsertMuon, InsertOutputRows)) for item in ruled):
             passes.append("classify")
         passes += ruled
         if self.preset in PLAIN:
@@ -181,6 +186,7 @@ class TransformOptions:
         if self.shape == "rows":
             if self.rest == "muon":
                 passes.append(InsertMuon(**_rate(self.hidden_lr)))
+                passes.append(InsertOutputRows(**_rate(self.output_lr)))
             method = "adamw" if self.rest == "muon" else self.rest
             own = {name: getattr(self, name) for name in OPTIMIZER if getattr(self, name) is not None}
             passes.append(InsertOptimizer(method=cast("Any", method), **_rate(self.rest_lr), **own))

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["chosen"]
 
 
-def chosen(names: Iterable[str], patterns: Sequence[str], *, context: str) -> set[str]:
+def chosen(
+    names: Iterable[str], patterns: Sequence[str], *, context: str, what: str = "trained parameter"
+) -> set[str]:
     """Return the names that match one of the patterns (`*`, `?`, `[abc]`; a plain name matches itself).
 
     Raises UserError for a pattern that matches no name, with the nearest one.
@@ -27,7 +29,7 @@ def chosen(names: Iterable[str], patterns: Sequence[str], *, context: str) -> se
         ]
         if not hits:
             raise UserError(
-                f"'{pattern}' matches no trained parameter{did_you_mean(pattern, names)}",
+                f"'{pattern}' matches no {what}{did_you_mean(pattern, names)}",
                 context=context,
                 help="`scan MODEL` lists the trained parameters",
             )

@@ -40,6 +40,7 @@ BUILT_IN: Final[dict[str, str]] = {
     "insert-embedding-kfac": "kfac_onnx.passes.insert_embedding_kfac",
     "insert-optimizer": "kfac_onnx.passes.insert_optimizer",
     "insert-muon": "kfac_onnx.passes.insert_muon",
+    "insert-output-rows": "kfac_onnx.passes.insert_output_rows",
     "close-step": "kfac_onnx.passes.close_step",
     "lower": "kfac_onnx.passes.lower",
 }

@@ -14,6 +14,7 @@ from kfac_onnx.reference.optimizers import (
     AdamReference,
     MomentumReference,
     MuonReference,
+    OutputRowReference,
     SgdReference,
 )
 from kfac_onnx.reference.table import SETTINGS, TableReference, TableSettings
@@ -27,6 +28,7 @@ __all__ = [
     "BlockSettings",
     "MomentumReference",
     "MuonReference",
+    "OutputRowReference",
     "SgdReference",
     "TableReference",
     "TableSettings",

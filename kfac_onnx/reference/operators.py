@@ -241,9 +241,9 @@ def output_row_scale(
 ) -> tuple[Array, ...]:
     """Momentum of z over the root of a widening window of its rows' mean squares; t counts from 1."""
     fresh = float(int(t)) ** -power
-    r = (1 - fresh) * r + fresh * (z**2).mean(axis=1)
-    M = beta * M + (1 - beta) * z
-    return (M / (1 - beta ** int(t)) / (np.sqrt(r) + 1e-12)[:, None], M, r)
+    window = (1 - fresh) * r + fresh * (z**2).mean(axis=1)
+    momentum = beta * M + (1 - beta) * z
+    return (momentum / (1 - beta ** int(t)) / (np.sqrt(window) + 1e-12)[:, None], momentum, window)
 
 
 def decay_weights(W: Array, lr: Array, *, decay: float) -> tuple[Array, ...]:

@@ -13,7 +13,14 @@ import numpy as np
 if TYPE_CHECKING:
     from kfac_onnx.reference.operators import Array
 
-__all__ = ["AdagradReference", "AdamReference", "MomentumReference", "MuonReference", "SgdReference"]
+__all__ = [
+    "AdagradReference",
+    "AdamReference",
+    "MomentumReference",
+    "MuonReference",
+    "OutputRowReference",
+    "SgdReference",
+]
 
 
 class SgdReference:
@@ -90,6 +97,47 @@ class MuonReference(SgdReference):
         for _ in range(self.iterations):
             s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
         return np.sqrt(max(1.0, g.shape[0] / g.shape[1])) * (left * s) @ right
+
+
+class OutputRowReference:
+    """An output table [C, n], its bias as last column: full A of its inputs, a scale of each row.
+
+    A ← decay·A + (1 − decay)·hᵀh/N, debiased; P = (A + ρ·mean(diag A)·I)^(−1/2) on steps 1, 2, 4, 8 and each
+    `refresh`-th; m ← μ·m + (1 − μ)·gP; r ← (1 − t^(−p))·r + t^(−p)·mean of the squares of gP's rows;
+    w ← w − lr·m/(1 − μ^t)/√r.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        *,
+        decay: float = 0.95,
+        rho: float = 0.01,
+        mu: float = 0.9,
+        power: float = 0.8,
+        refresh: int = 10,
+    ) -> None:
+        self.lr, self.decay, self.rho, self.mu, self.power, self.refresh = lr, decay, rho, mu, power, refresh
+        self.t = 0
+        self.moment: Array | float = 0.0
+        self.root: Array | float = 0.0
+        self.m: Array | float = 0.0
+        self.r: Array | float = 0.0
+
+    def step(self, w: Array, g: Array, h: Array) -> Array:
+        """Return the table after one step, of its gradient [C, n] and its inputs [N, n]; float64."""
+        self.t += 1
+        self.moment = self.decay * self.moment + (1 - self.decay) * h.T @ h / len(h)
+        if self.t in (1, 2, 4, 8) or self.t % self.refresh == 0:
+            A = np.asarray(self.moment / (1 - self.decay**self.t))
+            values, vectors = np.linalg.eigh(A + self.rho * np.trace(A) / len(A) * np.eye(len(A)))
+            self.root = vectors * values**-0.5 @ vectors.T
+        z = g @ self.root
+        fresh = float(self.t) ** -self.power
+        self.r = (1 - fresh) * self.r + fresh * (z**2).mean(axis=1)
+        self.m = self.mu * self.m + (1 - self.mu) * z
+        scale = (1 - self.mu**self.t) * (np.sqrt(self.r) + 1e-12)
+        return w - self.lr * self.m / scale[:, None]
 
 
 class AdagradReference(SgdReference):

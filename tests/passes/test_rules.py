@@ -48,7 +48,7 @@ def test_a_preset_for_what_is_no_table() -> None:
     assert caught.value.message == "'m.fc.bias' is no embedding table, and preset 'adaptive' is for tables"
 
 
-@pytest.mark.parametrize("name", [*(name for name in REST if name not in PRESETS), *PLAIN])
+@pytest.mark.parametrize("name", [*(name for name in REST if name not in PRESETS), *PLAIN, "outrow"])
 def test_every_optimizer_can_be_a_rule(name: str) -> None:
     model = transform(NPLM, rules=(f"m.out.weight={name}{{lr=0.125}}",))
     step = metadata.read(model, "step", Step)
@@ -100,7 +100,7 @@ def test_a_rule_for_nobody() -> None:
     ("options", "message"),
     [
         ({"rest": "muonn"}, "unknown optimizer 'muonn'; did you mean 'muon'?"),
-        ({"hidden_lr": 0.1}, "hidden_lr is the rate of Muon, and the rest is trained by adam"),
+        ({"hidden_lr": 0.1}, "hidden_lr belongs to rest=muon, and the rest is trained by adam"),
         (
             {"shape": "dense", "weight_decay": 0.1},
             "shape=dense inserts no optimizer, so weight_decay cannot be set",
@@ -125,5 +125,5 @@ def test_the_options_are_in_the_pipeline() -> None:
     )
     assert options.text == (
         "find-embeddings,clip-gradients{norm=1.0,value=2.0},classify,insert-embedding-kfac,insert-muon{lr=0.25},"
-        "insert-optimizer{method=adamw,lr=0.5,weight-decay=0.125,beta2=0.75},close-step,dce,lower"
+        "insert-output-rows,insert-optimizer{method=adamw,lr=0.5,weight-decay=0.125,beta2=0.75},close-step,dce,lower"
     )

@@ -19,10 +19,9 @@ def command(before: str, after: str, as_json: bool) -> None:
 
     Nodes and values are compared by name; weights by their bytes. Exits 0 also where they differ.
     """
-    from kfac_onnx.disk.models import load_model
     from kfac_onnx.reports.diff import diff
 
-    report = diff(load_model(before), load_model(after))
+    report = diff(before, after)
     if as_json:
         print_json(report.to_json())
     else:

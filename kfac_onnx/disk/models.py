@@ -6,11 +6,12 @@ that leaves the model's folder is refused when a file is read.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from kfac_onnx.disk.atomic import atomic_path, link_target, require_file
 from kfac_onnx.disk.external import belonging, check_external, load_external, pair
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "as_model",
     "atomic_path",
     "load_model",
     "load_proto",
@@ -69,11 +71,17 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
 
 def _read(path: str | Path) -> bytes:
     try:
-        return sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        return _whole(sys.stdin.buffer) if str(path) == "-" else Path(path).read_bytes()
     except FileNotFoundError as e:
         raise UserError(f"there is no file '{path}'") from e
     except OSError as e:
         raise UserError(f"'{path}' cannot be read: {e.strerror or e}") from e
+
+
+@functools.lru_cache(maxsize=1)
+def _whole(stream: BinaryIO) -> bytes:
+    """Return everything in a stream, again where it has been read: a pipe can be read only once."""
+    return stream.read()
 
 
 def _parser_says(error: Exception) -> str:
@@ -92,6 +100,29 @@ def load_model(path: str | Path) -> ir.Model:
         return ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(f"'{path}' is not an ONNX model: {first_line(e)}") from e
+
+
+def as_model(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
+    """Return a model as onnx_ir: one in a file, one of protobuf, or the one that is given.
+
+    Raises UserError as `load_model`.
+    """
+    import onnx_ir as ir
+
+    if isinstance(source, ir.Model):
+        return source
+    if isinstance(source, (str, Path)):
+        return load_model(source)
+    from kfac_onnx.disk.sparse import holds_sparse, write_out_sparse
+    from kfac_onnx.disk.wellformed import require_wellformed
+
+    if holds_sparse(source):
+        dense = type(source)()
+        dense.CopyFrom(source)
+        write_out_sparse(dense, None)
+        source = dense
+    require_wellformed(source, None)
+    return ir.from_proto(source)
 
 
 def refuse_overwrite(output: str | Path, *inputs: str | Path) -> None:

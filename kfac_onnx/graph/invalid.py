@@ -55,7 +55,7 @@ def blames_the_graph(function: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             source = cast("Source", args[0] if args else kwargs["source"])
             place = str(source) if isinstance(source, (str, Path)) else None
-            problem = None if place == "-" else invalid(source)  # what came from stdin is gone
+            problem = invalid(source)
             if problem is None:
                 raise
             LOG.debug("%s: %s", type(error).__name__, error)

@@ -9,14 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kfac_onnx.disk.models import as_model
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.printer import node_text, type_text
 from kfac_onnx.graph.values import contents_of, graphs_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
+    import onnx
     import onnx_ir as ir
+
+    Source = str | Path | ir.Model | onnx.ModelProto
 
 __all__ = ["Difference", "Section", "diff"]
 
@@ -70,9 +75,12 @@ class Difference:
 
 
 @blames_the_graph
-def diff(before: ir.Model, after: ir.Model) -> Difference:
-    """Return what changed from `before` to `after`."""
-    old, new = _described(before), _described(after)
+def diff(before: Source, after: Source) -> Difference:
+    """Return what changed from `before` to `after`: files, or models in memory.
+
+    Raises UserError when a file is missing or is no model.
+    """
+    old, new = _described(as_model(before)), _described(as_model(after))
     return Difference({name: _section(old[name], new[name]) for name in old})
 
 

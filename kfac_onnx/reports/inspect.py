@@ -9,20 +9,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes as _  # noqa: F401  gives NumPy the dtype bfloat16
 import numpy as np
 
 from kfac_onnx import dialect
+from kfac_onnx.disk.models import as_model
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.verifier import require_sound
 from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, StepSettings, read, read_list
+from kfac_onnx.runtime.saved.saved_run import is_checkpoint, read_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    import onnx
     import onnx_ir as ir
 
 __all__ = ["Group", "Inspection", "LinearCost", "NodeReport", "SiteReport", "inspect"]
@@ -149,11 +153,16 @@ class Inspection:
 
 
 @blames_the_graph
-def inspect(model: ir.Model) -> Inspection:
-    """Return what was inserted into `model`.
+def inspect(source: str | Path | ir.Model | onnx.ModelProto) -> Inspection:
+    """Return what was inserted into a model: a file, a checkpoint or a folder of them, or one in memory.
 
-    Raises UserError for a model that no pipeline of this package has transformed, or that contradicts itself.
+    Raises UserError for a model that no pipeline of this package has transformed, or that contradicts itself,
+    and for a file that is none.
     """
+    if isinstance(source, (str, Path)) and str(source) != "-" and is_checkpoint(source):
+        model = read_run(source).model
+    else:
+        model = as_model(source)
     step = read(model, "step", Step)
     states = read_list(model, "state", State)
     if step is None and not states:

@@ -7,7 +7,7 @@ bfloat16 comes out as `ml_dtypes.bfloat16`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from kfac_onnx.disk.stored import Array
 
 __all__ = ["read_weights", "stored_weights"]
+
+ODTC: Final = b"ODTC"
+"""What ONNX Runtime's checkpoints have at byte 4."""
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Array]:
@@ -70,10 +73,30 @@ def stored_weights(path: str | Path) -> dict[str, Array]:
         ".onnx": _read_onnx,
         ".checkpoint": _read_checkpoint,
     }
-    reader = readers.get(Path(path).suffix)
+    if not Path(path).is_file():
+        if Path(path).suffix not in readers and not Path(path).exists():
+            message = f"parameters cannot be read from '{path}'"
+            raise UserError(message, help=f"give a file ending in {', '.join(readers)}")
+        raise UserError(f"there is no file '{path}'")
+    reader = readers.get(_kind_of(path) or Path(path).suffix)
     if reader is None:
         message = f"parameters cannot be read from '{path}'"
         raise UserError(message, help=f"give a file ending in {', '.join(readers)}")
-    if not Path(path).is_file():
-        raise UserError(f"there is no file '{path}'")
     return reader(path)
+
+
+def _kind_of(path: str | Path) -> str | None:
+    """Return the suffix that a file's first bytes stand for; None where they show nothing.
+
+    ONNX Runtime writes its checkpoints without a suffix.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(16)
+    except OSError as e:
+        raise UserError(f"'{path}' cannot be read: {e.strerror or e}") from e
+    if start[4:8] == ODTC:
+        return ".checkpoint"
+    if start[:4] == b"PK\x03\x04":
+        return ".npz"
+    return ".safetensors" if start[8:9] == b"{" and Path(path).suffix not in (".onnx", ".npz") else None

@@ -60,6 +60,25 @@ def test_a_checkpoint_of_onnx_runtime() -> None:
             np.testing.assert_array_equal(array, case[f"in:{name}"])
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "run.5", "weights.bin"])
+def test_a_checkpoint_is_known_by_its_contents(name: str, tmp_path: Path) -> None:
+    source = DATA / "weights" / "ortart_legcore__nplm.checkpoint"
+    path = tmp_path / name
+    path.write_bytes(source.read_bytes())
+    assert same(read_weights(path), read_weights(source))
+
+
+@pytest.mark.parametrize("name", ["weights", "weights.bin"])
+def test_other_files_are_known_by_their_contents(name: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(VALUES, tmp_path / name)
+    assert same(read_weights(tmp_path / name), VALUES)
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, **VALUES)
+    assert same(read_weights(tmp_path / name), VALUES)
+
+
 def test_a_damaged_checkpoint_of_onnx_runtime(tmp_path: Path) -> None:
     data = (DATA / "weights" / "ortart_legcore__nplm.checkpoint").read_bytes()
     path = tmp_path / "w.checkpoint"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
 from kfac_onnx.disk.json_lines import json_lines
 from kfac_onnx.errors import UserError
 from kfac_onnx.errors.arguments import whole_number
+from kfac_onnx.runtime.divergence import ADVICE, LossWatch
 from kfac_onnx.runtime.feed.batches import examples_in
 from kfac_onnx.runtime.feed.data import Batches
 from kfac_onnx.runtime.feed.prefetch import prefetched
@@ -97,6 +98,8 @@ class FitResult:
     loss: float = math.nan
     held_out: dict[int, float] = field(default_factory=dict[int, float])
     last_skip: tuple[Cause, ...] = ()
+    diverged_at: int | None = None
+    """The position at which the loss was seen to diverge; None where it was not."""
 
 
 def _supply(
@@ -245,7 +248,7 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
         horizon = None if total is None else session.position + total
         session.schedule = session.schedule.within(horizon)
     session.reserve(depth)
-    result, in_a_row = FitResult(), 0
+    result, in_a_row, watch = FitResult(), 0, LossWatch()
     start = time.perf_counter()
     with stop_signals() as stop, session.alone_in(checkpoint):
         with (
@@ -261,6 +264,10 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
                 in_a_row = in_a_row + 1 if made["skipped"] else 0
                 result.last_skip = made.get("skip", result.last_skip)
                 result.loss = loss
+                warning = watch.add(loss)
+                if warning is not None:
+                    result.diverged_at = session.position
+                    _log.warning("%s: %s", warning, ADVICE)
                 result.examples += examples_in(batch)
                 measured = None
                 last = total is not None and result.steps == total

@@ -1,8 +1,8 @@
 """Noticing that a run diverges: its loss stays far above where it began, or above its best.
 
-With the mean L of the last `WINDOW` losses, the mean S of the first `START` and the least mean B so far, the
-run diverges where L > 2·S, or where L > S and L > 4·B: a loss near 0 may rise by a multiple of itself and mean
-nothing, as long as it is below where it began. Losses that are not positive are not judged.
+With the mean L of the last `WINDOW` losses, the mean S of the first `START` and the least mean B so far,
+the run diverges where L > 2·S, or where L > S and L > 4·B: a loss near 0 may rise by a multiple of itself and
+mean nothing, as long as it is below where it began. Losses that are not positive are not judged.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ OVER_START: Final = 2.0
 OVER_BEST: Final = 4.0
 
 ADVICE: Final = (
-    "halve --lr, train the tables with --preset adaptive, or bound the gradients with --clip-norm; a checkpoint "
-    "of before can be resumed"
+    "halve --lr, train the tables with --preset adaptive, or bound the gradients with --clip-norm; "
+    "a checkpoint of before can be resumed"
 )
 
 
@@ -52,6 +52,6 @@ class LossWatch:
         self._said = True
         best = min(self._best, start)
         return (
-            f"the loss diverges: {mean:.4g} on average over the last {WINDOW} steps, {start:.4g} at the start and "
-            f"{best:.4g} at best"
+            f"the loss diverges: {mean:.4g} on average over the last {WINDOW} steps, "
+            f"{start:.4g} at the start and {best:.4g} at best"
         )

@@ -296,15 +296,19 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class IdCheck:
-    """The ids of one lookup after the graph's own arithmetic, and what is allowed there.
+    """The ids of one lookup after the graph's own arithmetic, or the labels of a loss, and what is allowed.
 
     `negatives` is `wrap` (an id in [−V, −1] means id + V, in the lookup and in the gradient) or `reject`.
+    Of labels `parameter` names the scores and `vocab_size` is the number of classes; `ignored` is the label
+    of examples that do not count.
     """
 
     parameter: str
     ids: str
     vocab_size: int
     negatives: Literal["wrap", "reject"]
+    kind: Literal["ids", "labels"] = "ids"
+    ignored: int | None = None
 
 
 @dataclass(frozen=True)

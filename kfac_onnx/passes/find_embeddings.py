@@ -12,6 +12,7 @@ from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
 from kfac_onnx.tables.facts import Facts, ancestors
+from kfac_onnx.tables.labels import label_checks
 from kfac_onnx.tables.marking import id_checks, mark
 from kfac_onnx.tables.matching import Verdict, match_table
 from kfac_onnx.tables.padding import check_padding, padding_rows
@@ -52,7 +53,14 @@ def facts_of(model: ir.Model, values: Mapping[str, ir.Value]) -> Facts:
 def find_sites(model: ir.Model) -> tuple[list[Site], list[metadata.IdCheck]]:
     """Return the tables of a canonical training graph and the checks of their ids; edits nothing."""
     found = [verdict.site for verdict in find_tables(model) if verdict.site is not None]
-    return [site.describe() for site in found], [check for site in found for check in id_checks(site)]
+    checks = [check for site in found for check in id_checks(site)]
+    return [site.describe() for site in found], [*checks, *label_checks(model, _loss_of(model))]
+
+
+def _loss_of(model: ir.Model) -> ir.Value | None:
+    """Return the loss that the model declares."""
+    loss = metadata.read(model, "loss", metadata.Loss)
+    return None if loss is None or loss.value is None else values_by_name(model).get(loss.value)
 
 
 def values_by_name(model: ir.Model) -> dict[str, ir.Value]:
@@ -102,5 +110,5 @@ class FindEmbeddings(Pass):
             log.warning(f"'{refusal.parameter}' is not transformed: {refusal.reason}")
         emitter.metadata("sites", sites)
         emitter.metadata("refused", refused)
-        emitter.metadata("id_checks", checks)
+        emitter.metadata("id_checks", [*checks, *label_checks(model, _loss_of(model))])
         return emitter.changes

@@ -51,7 +51,10 @@ class Evaluator:
         self._device = device
         self._outputs = plan.step.ends
         # The CPU's kernels fail for an id that is no row; a device's do not, so that ids are looked at.
-        self._checks = () if device.is_cpu else plan.step.id_checks
+        # A negative label is one of the last classes to either.
+        self._checks = tuple(
+            check for check in plan.step.id_checks if check.kind == "labels" or not device.is_cpu
+        )
         known = {item.name for item in batch}
         self._computed = [name for name in dict.fromkeys(c.ids for c in self._checks) if name not in known]
         parts = extract(plan, [*self._outputs, *self._computed])

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from kfac_onnx.metadata import IdCheck
     from kfac_onnx.step.plan import Plan
 
-__all__ = ["check_given", "check_ids", "explain_failure"]
+__all__ = ["check_given", "check_ids", "explain_failure", "origin_of"]
 
 
 def check_ids(check: IdCheck, ids: np.ndarray, origin: Callable[[], str]) -> None:
-    """Raise UserError when an id is no row of the table; `origin` says where the ids come from."""
+    """Raise UserError when an id is no row, or a label no class; `origin` says where they come from."""
+    if check.ignored is not None and ids.size:
+        ids = ids[ids != check.ignored]
     if ids.size == 0:
         return
     lowest = 0 if check.negatives == "reject" else -check.vocab_size
@@ -36,6 +38,16 @@ def check_ids(check: IdCheck, ids: np.ndarray, origin: Callable[[], str]) -> Non
     if low >= lowest and high < check.vocab_size:
         return
     wrong = low if low < lowest else high
+    if check.kind == "labels":
+        message = (
+            f"label {wrong} in {origin()} is no class of the scores '{check.parameter}',"
+            f" which have {check.vocab_size} classes"
+        )
+        more = "" if check.ignored is None else f", and {check.ignored}, which is ignored"
+        allowed = f"labels from 0 to {check.vocab_size - 1} are allowed{more}"
+        if low < 0 and check.ignored is None:
+            allowed += "; --ignore-index of `differentiate` names a label that does not count"
+        raise UserError(message, help=f"{allowed}; nothing was written")
     message = (
         f"id {wrong} in {origin()} is not a row of parameter '{check.parameter}',"
         f" which has {check.vocab_size} rows"
@@ -89,6 +101,17 @@ def explain_failure(
             ids = _evaluate(plan, check.ids, batch, values)
         if ids is not None:
             check_ids(check, ids, lambda check=check: origin_of(plan, check, batch))
+    empty = [name for name in batch if 0 in _shape(batch[name])]
+    if empty:
+        shape = ", ".join(map(str, _shape(batch[empty[0]])))
+        raise UserError(
+            f"the batch holds no examples: '{empty[0]}' has shape [{shape}]",
+            help="leave such batches out; nothing was written",
+        )
+
+
+def _shape(value: np.ndarray | ort.OrtValue) -> tuple[int, ...]:
+    return tuple(value.shape if isinstance(value, np.ndarray) else value.shape())
 
 
 def _evaluate(

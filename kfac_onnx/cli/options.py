@@ -25,6 +25,7 @@ __all__ = [
     "common",
     "given_options",
     "gradient_pairs",
+    "is_given",
     "is_quiet",
     "json_option",
     "model_argument",
@@ -246,8 +247,12 @@ def block_settings(ctx: click.Context) -> dict[str, Any]:
 
 def given_options(ctx: click.Context, names: Iterable[str]) -> list[str]:
     """Return which of these parameters stand on the command line, as they are written there: `--rest-lr`."""
-    commandline = click.core.ParameterSource.COMMANDLINE
-    return [f"--{name.replace('_', '-')}" for name in names if ctx.get_parameter_source(name) == commandline]
+    return [f"--{name.replace('_', '-')}" for name in names if is_given(ctx, name)]
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Say whether a parameter stands on the command line."""
+    return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
 
 
 def provider_option(function: Callable[P, R]) -> Callable[P, R]:

@@ -20,6 +20,7 @@ from kfac_onnx.cli.options import (
     common,
     given_options,
     gradient_pairs,
+    is_given,
     is_quiet,
     model_argument,
     optimizer_options,
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _log = logging.getLogger(__name__)
-_SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule", "parameters", *REST_OPTIONS, *BLOCK_OPTIONS)
-"""What a checkpoint already says."""
+_SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
+"""What a checkpoint already says, like what `block_settings` returns."""
 
 
 @click.command("train", short_help="Train a training graph on a file of arrays.")
@@ -176,6 +177,7 @@ def command(
     _check(
         export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
     )
+    from kfac_onnx.cli.resumed import changed_options
     from kfac_onnx.passes.standard import TransformOptions
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.fitting import FitOptions
@@ -199,9 +201,10 @@ def command(
     if resume is not None and begun is not None:
         session = TrainingSession.resume(begun, providers=providers, threads=threads, cuda_graph=cuda_graph)
         require_source(session, model)
-        ignored = given_options(ctx, _SETTINGS)
-        if ignored:
-            _log.warning("%s is not read on --resume: the run goes on as it was begun", ", ".join(ignored))
+        words = {name: ctx.params[name] for name in _SETTINGS if is_given(ctx, name)}
+        changed = changed_options(session, {**words, **block_settings(ctx)})
+        if changed:
+            _log.warning("the run goes on as it was begun, without %s", ", ".join(changed))
         batch_size, seed, no_shuffle = _data_settings(ctx, session, batch_size, seed, no_shuffle)
     else:
         settings = TransformOptions(

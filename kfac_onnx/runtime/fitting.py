@@ -326,11 +326,20 @@ def _note_data(session: Trainee, batches: object) -> None:
     if not isinstance(batches, Batches):
         return
     found, before = batches.describe(), session.data
-    if before is not None and found != before:
-        names = [name for name in {**before, **found} if before.get(name) != found.get(name)]
-        changed = ", ".join(f"{name} {before.get(name)} is now {found.get(name)}" for name in names)
-        _log.warning("the data are not those of the run so far: %s; it goes on with other batches", changed)
     session.data = found
+    if before is None:
+        return
+    # A checkpoint of an earlier version does not say what the examples were.
+    names = [name for name in {**before, **found} if before.get(name) != found.get(name)]
+    names = [name for name in names if name != "content" or "content" in before]
+    changed = [
+        "they hold other examples" if name == "content" else f"{name} {before.get(name)} is now {found[name]}"
+        for name in names
+    ]
+    if changed:
+        _log.warning(
+            "the data are not those of the run so far: %s; it goes on with other batches", ", ".join(changed)
+        )
 
 
 def _stopped(count: int, made: Metrics, checkpoint: str | Path | None) -> UserError:

@@ -155,6 +155,23 @@ class TrainingSession:
         return self._open.batch_inputs
 
     @property
+    def pipeline(self) -> str | None:
+        """The text of the passes that made the model; None where it does not say."""
+        return self._open.metadata.get("kfac.pipeline")
+
+    def rates_with(self, *, lr: float | None = None, rest_lr: float | None = None) -> dict[str, float]:
+        """Return the learning rates of a new session with these: the run's own where an option is None."""
+        step = self._plan.step
+
+        def probed(rate: float) -> dict[str, float]:
+            return learning_rates(step, None if lr is None else rate, None if rest_lr is None else rate)
+
+        one, two = probed(1.0), probed(2.0)
+        names = [name for name in one if one[name] != two[name]]
+        new = learning_rates(step, lr, rest_lr)
+        return {**self.learning_rates, **{name: new[name] for name in names}}
+
+    @property
     def in_place_problem(self) -> str | None:
         """Why states are held in two buffers each; None where they are written in place."""
         return self._open.in_place_problem

@@ -108,6 +108,71 @@ def test_other_data_than_before_is_said(run: Run, folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["a file", "a folder", "a file a batch"])
+def test_other_examples_of_the_same_shapes_are_said(run: Run, folder: Path, kind: str) -> None:
+    with np.load(folder / "data.npz") as file:
+        arrays = dict(file)
+    place, size = folder / "data.npz", ("--batch-size", 16)
+    if kind != "a file":
+        place = folder / "shards"
+        place.mkdir()
+        for number in range(2):
+            np.savez(
+                place / f"{number}.npz", **{k: a[number * 35 : number * 35 + 35] for k, a in arrays.items()}
+            )
+        size = size if kind == "a folder" else ()
+    graph = GRAPH if kind == "a file a batch" else folder / "step.onnx"
+    first = ("train", graph, "--data", place, "--threads", 1, "--json", *size)
+    assert (
+        run(*first, "--parameters", folder / "weights.npz", "--steps", 1, "--checkpoint", folder / "run").code
+        == 0
+    )
+    again = run(*first, "--steps", 2, "--resume", folder / "run")
+    assert (again.code, again.err) == (0, "")
+    file = place if place.is_file() else place / "1.npz"
+    with np.load(file) as stored:
+        other = dict(stored)
+    other["labels"][-1] ^= 1
+    np.savez(file, **other)
+    changed = run(*first, "--steps", 3, "--resume", folder / "run")
+    assert changed.code == 0
+    assert changed.err == (
+        "warning: the data are not those of the run so far: they hold other examples; it goes on with other"
+        " batches\n"
+    )
+
+
+SETTINGS = (
+    "--preset", "adagrad", "--damping", 0.02, "--lr", 0.03, "--rest", "adamw", "--rest-lr", 0.002, "--weight-decay", 0.1,
+    "--schedule", "cosine:warmup=1", "--clip-norm", 5,
+)  # fmt: skip
+
+
+def test_the_same_options_are_quiet_and_changed_ones_said(run: Run, folder: Path) -> None:
+    first = begun(folder, "--steps", 2, "--checkpoint", folder / "run", *SETTINGS, model=GRAPH)
+    assert run(*first).code == 0
+    again = run(*first[: first.index("--steps")], "--steps", 3, "--resume", folder / "run", *SETTINGS)
+    assert (again.code, again.err) == (0, "")
+    other = (
+        "--preset", "half", "--damping", 0.01, "--lr", 0.01, "--rest", "adam", "--rest-lr", 0.002, "--schedule", "linear",
+        "--clip-norm", 4,
+    )  # fmt: skip
+    changed = run(*words(folder, "--steps", 4, "--resume", folder / "run", *other, model=GRAPH))
+    assert changed.code == 0
+    assert changed.err == (
+        "warning: the run goes on as it was begun, without --preset half (it is adagrad), --lr 0.01 (it is 0.03),"
+        " --rest adam (it is adamw), --schedule linear (it is cosine:warmup=1), --damping 0.01 (it is 0.02),"
+        " --clip-norm 4.0 (it is another)\n"
+    )
+
+
+def test_a_default_that_is_given_is_no_change(run: Run, folder: Path) -> None:
+    run(*begun(folder, "--steps", 2, "--checkpoint", folder / "run", model=GRAPH))
+    same = ("--preset", "half", "--damping", 0.01, "--lr", 0.01, "--rest", "adam", "--schedule", "constant")
+    again = run(*words(folder, "--steps", 3, "--resume", folder / "run", *same, model=GRAPH))
+    assert (again.code, again.err) == (0, "")
+
+
 def test_a_damaged_newest_is_passed_over_with_a_warning(run: Run, folder: Path) -> None:
     run(*begun(folder, "--steps", 6, "--checkpoint-every", 3, "--checkpoint", folder / "run"))
     newest = folder / "run" / "step-0000000006.ckpt"

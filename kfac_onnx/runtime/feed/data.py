@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from kfac_onnx.disk.conversions import refuse_other_format
 from kfac_onnx.disk.npz import npz_headers, read_npz
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.errors.arguments import LARGEST_SEED, truth, whole_number
+from kfac_onnx.runtime.feed.content import content_of_arrays, content_of_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +144,15 @@ class Batches:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "drop_last": self.drop_last,
+            "content": self.content,
         }
+
+    @cached_property
+    def content(self) -> int:
+        """A number that tells other examples of the same shapes apart."""
+        files = [shard.path for shard in self._shards if shard.path is not None]
+        arrays = self._shards[0].arrays
+        return content_of_files(files) if arrays is None else content_of_arrays(arrays)
 
     def epoch(self, number: int, *, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches of one epoch, without its first `skip`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 from kfac_onnx.disk.npz import read_npz
 from kfac_onnx.errors import UserError
 from kfac_onnx.errors.arguments import LARGEST_SEED, whole_number
+from kfac_onnx.runtime.feed.content import content_of_files
 from kfac_onnx.runtime.feed.data import Batches, no_shards
 
 if TYPE_CHECKING:
@@ -41,7 +43,12 @@ class FileBatches(Batches):
 
     def describe(self) -> dict[str, int | bool | None]:
         """Return what decides which batch comes at which position of a run."""
-        return {"batches": len(self), "seed": self.seed}
+        return {"batches": len(self), "seed": self.seed, "content": self.content}
+
+    @cached_property
+    def content(self) -> int:
+        """A number that tells other examples apart."""
+        return content_of_files(self.files)
 
     def epoch(self, number: int, *, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches of one epoch, without its first `skip`."""

@@ -158,5 +158,6 @@ def test_arguments_that_are_none(arguments: dict[str, object], message: str) -> 
 
 def test_numbers_of_numpy_are_made_pythons() -> None:
     batches = Batches({"ids": np.arange(6)}, np.int64(4), seed=np.int32(3), drop_last=np.True_)
-    assert [type(value) for value in batches.describe().values()] == [int, int, int, int, bool]
-    assert batches.describe() == {"batches": 1, "examples": 6, "batch_size": 4, "seed": 3, "drop_last": True}
+    assert [type(value) for value in batches.describe().values()] == [int, int, int, int, bool, int]
+    want = {"batches": 1, "examples": 6, "batch_size": 4, "seed": 3, "drop_last": True}
+    assert batches.describe() == {**want, "content": batches.content}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
@@ -65,11 +66,16 @@ def _check_ports(
     return wrong
 
 
+@functools.cache
+def _letters(shape: tuple[str, ...]) -> tuple[list[str], bool]:
+    """Return the sizes that a signature names, and whether further ones may follow."""
+    return [letter for letter in shape if letter != "..."], "..." in shape
+
+
 def _check_shape(
     operator: Operator, side: str, port: Port, shape: ir.Shape, sizes: dict[str, tuple[int, str]]
 ) -> list[str]:
-    letters = [letter for letter in port.shape if letter != "..."]
-    is_open = "..." in port.shape
+    letters, is_open = _letters(port.shape)
     place = f"{side} '{port.name}'"
     if shape.rank() < len(letters) or (not is_open and shape.rank() != len(letters)):
         return [f"{operator.name}: {place} has rank {shape.rank()}, not {len(letters)}"]

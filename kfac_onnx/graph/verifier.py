@@ -99,8 +99,9 @@ def _graph_problems(
                 yield from _define(value, "an initializer", names)
                 scope.add(id(value))
     for node in graph:
-        if node.domain not in imports:
-            yield f"{_label(node)} is of a domain that is not imported: '{node.domain}'"
+        domain = node.domain
+        if domain not in imports:
+            yield f"{_label(node)} is of a domain that is not imported: '{domain}'"
         for index, value in enumerate(node.inputs):
             if value is not None and id(value) not in scope:
                 yield f"{_label(node)}, input {index}: '{value.name}' {_why_missing(value, graph)}"
@@ -109,16 +110,21 @@ def _graph_problems(
             yield from _graph_problems(body, scope, inside, imports, own=own)
             scope.difference_update(map(id, _values_of(body)))
         for value in node.outputs:
-            if value.name:
-                yield from _define(value, node, names)
+            name = value.name
+            if name:
+                if name in names:
+                    yield from _define(value, node, names)
+                else:
+                    names[name] = node
                 scope.add(id(value))
             elif value.uses() or value.is_graph_output():
                 yield f"{_label(node)} has an output that is used but has no name"
         phase = node.metadata_props.get("kfac.phase")
         if phase is not None and phase not in _PHASES:
             yield f"{_label(node)} is of no known phase: '{phase}'"
-        if own and node.domain == DIALECT:
-            yield from (f"{_label(node)}: {problem}" for problem in _dialect_problems(node))
+        if own and domain == DIALECT:
+            for problem in _dialect_problems(node):
+                yield f"{_label(node)}: {problem}"
     for value in graph.outputs:
         if id(value) not in scope:
             yield f"output '{value.name}' {_why_missing(value, graph)}"

@@ -8,17 +8,18 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from kfac_onnx.graph.emit import Emit, Miss, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter, Miss
 from kfac_onnx.graph.values import all_graphs, bodies_of, dtype_of, static_shape
 
 __all__ = [
     "Backward",
-    "GradientEmit",
     "Gradients",
     "Propagate",
     "Rule",
     "captured_values",
     "dimensions",
+    "gradient_emitter",
     "no_gradient",
 ]
 
@@ -26,17 +27,15 @@ Gradients: TypeAlias = Sequence[ir.Value | None] | Miss
 """One gradient per input of the node (None: zero, or not wanted; a shorter list is filled up), or why not."""
 
 Propagate: TypeAlias = Callable[
-    [Names, Sequence[ir.Node], Mapping[ir.Value, ir.Value], Iterable[ir.Value], list[str]],
+    [Context, Sequence[ir.Node], Mapping[ir.Value, ir.Value], Iterable[ir.Value], list[str]],
     tuple[dict[ir.Value, ir.Value], list[ir.Node]],
 ]
 """The engine, `engine.propagate`: rules are handed it, so that it can import them."""
 
 
-class GradientEmit(Emit):
-    """Emits the backward nodes of one forward node, named `gradient/<its first output>/<operator>`."""
-
-    def __init__(self, names: Names, node: ir.Node) -> None:
-        super().__init__(names, node, "gradient", prefix="gradient")
+def gradient_emitter(context: Context, node: ir.Node) -> Emitter:
+    """Return what emits the backward of a forward node, named `gradient/<its first output>/<operator>`."""
+    return Emitter.in_place_of(context, node, "gradient", prefix="gradient")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Backward:
     """
 
     node: ir.Node
-    emit: Emit
+    emit: Emitter
     gradients: tuple[ir.Value | None, ...]
     wanted: Callable[[ir.Value], bool]
     """Says whether the gradient of a value of the forward graph is wanted."""
@@ -57,9 +56,9 @@ class Backward:
     extra: list[tuple[ir.Value, ir.Value]] = field(default_factory=list[tuple[ir.Value, ir.Value]])
 
     @property
-    def names(self) -> Names:
+    def names(self) -> Context:
         """Fresh names and constants of the model."""
-        return self.emit.names
+        return self.emit.context
 
     def grad(self, index: int = 0) -> ir.Value | None:
         """Return the gradient of an output, or None if the loss does not depend on it."""

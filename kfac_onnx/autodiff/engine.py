@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import onnx_ir as ir
 
-from kfac_onnx.autodiff.backward import Backward, GradientEmit, captured_values, no_gradient
+from kfac_onnx.autodiff.backward import Backward, captured_values, gradient_emitter, no_gradient
 from kfac_onnx.autodiff.table import rule_of
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.emit import Miss, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Miss
 from kfac_onnx.graph.values import REMEMBERED, dtype_of, label, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = ["append_gradients", "differentiate", "propagate"]
 
@@ -38,10 +41,10 @@ def differentiate(
 
     """
     found = append_gradients(model, loss, wrt, place=place)
-    names = Names(model)
+    names = Context.of(model)
     for value in wrt:
         if value not in found:
-            emit = GradientEmit(names, _anchor(value))
+            emit = gradient_emitter(names, _anchor(value))
             zeros = emit.zeros(emit.shape(value), dtype_of(value) or ir.DataType.FLOAT)
             _describe(zeros, value)
             model.graph.extend(emit.nodes)
@@ -59,8 +62,9 @@ def append_gradients(
 
     """
     before = set(model.graph.initializers)
-    names = Names(model)
-    first = GradientEmit(names, _anchor(loss))
+    names = Context.of(model)
+    names.invalidate()
+    first = gradient_emitter(names, _anchor(loss))
     seed = _ones_like(first, loss)
     missing: list[str] = []
     found, nodes = propagate(names, list(model.graph), {loss: seed}, wrt, missing)
@@ -83,7 +87,7 @@ def append_gradients(
 
 
 def propagate(
-    names: Names,
+    names: Context,
     nodes: Sequence[ir.Node],
     seeds: Mapping[ir.Value, ir.Value],
     wrt: Iterable[ir.Value],
@@ -104,7 +108,7 @@ def propagate(
         gradients = tuple(sums.total(value) for value in node.outputs)
         if all(item is None for item in gradients):
             continue
-        emit = GradientEmit(names, node)
+        emit = gradient_emitter(names, node)
         back = Backward(node, emit, gradients, reached.__contains__, propagate)
         rule = rule_of(node)
         results = (
@@ -158,7 +162,7 @@ def _may_have_gradient(value: ir.Value) -> bool:
 class _Sums:
     """Gradients under construction: the terms of each value, added up when they are asked for."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Context) -> None:
         self.names = names
         self.nodes: list[ir.Node] = []
         self._terms: dict[ir.Value, list[ir.Value]] = {}
@@ -174,7 +178,7 @@ class _Sums:
         if not terms:
             return None
         if len(terms) > 1:
-            emit = GradientEmit(self.names, _anchor(value))
+            emit = gradient_emitter(self.names, _anchor(value))
             for term in terms:
                 _describe(term, value)
             if len(terms) >= MANY and dtype_of(value) in SUM_TYPES:
@@ -219,11 +223,11 @@ def _stand_in(value: ir.Value | None) -> ir.Value | None:
     return None if value is None else ir.Value(name="", type=value.type, shape=value.shape)
 
 
-def _ones_like(emit: GradientEmit, value: ir.Value) -> ir.Value:
+def _ones_like(emit: Emitter, value: ir.Value) -> ir.Value:
     dtype = dtype_of(value) or ir.DataType.FLOAT
     known = static_shape(value)
     if known is not None:
-        return emit.names.constant(np.ones(known, dtype.numpy()))
+        return emit.constant(np.ones(known, dtype.numpy()))
     return emit.op("Expand", emit.scalar(1.0, dtype), emit.shape(value))
 
 

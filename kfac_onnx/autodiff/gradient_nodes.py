@@ -19,7 +19,7 @@ from kfac_onnx.autodiff.backward import captured_values
 from kfac_onnx.canonical.lowering.optimizers import TRAINING_DOMAIN
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.values import dtype_of, static_shape
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
 from kfac_onnx.pipeline.registry import register
@@ -326,7 +326,7 @@ def _put(model: ir.Model, gradient: ir.Value, result: ir.Value, known: Mapping[s
     gradient.meta[TAKEN] = True
     taken = known.get(str(name))
     if taken is not None and taken is not gradient and taken is not result:
-        taken.name = Names(model).fresh(f"kfac/gradient/{name}")
+        taken.name = Context.of(model).fresh(f"kfac/gradient/{name}")
     gradient.name = name
     result.replace_all_uses_with(gradient, replace_graph_outputs=True)
 
@@ -339,7 +339,7 @@ def _repeated(
     place: str | None,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """Repeat the nodes between `moved` and y at the given values; return the new y and values of xs, zs."""
-    names = Names(model)
+    names = Context.of(model)
     replaced = dict(moved)
     fixed = set(named)
     copies: list[ir.Node] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.canonical.loops.recurrence import Recurrence, prune
-from kfac_onnx.graph.emit import Emit
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.graph.values import all_graphs, dtype_of, int_attribute, unchanged
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def float_value(value: ir.Value, like: ir.Value | None) -> bool:
     return dtype is not None and dtype.is_floating_point()
 
 
-def zeros_like(emit: Emit, value: ir.Value) -> ir.Value:
+def zeros_like(emit: Emitter, value: ir.Value) -> ir.Value:
     """Emit zeros of a value's shape and type."""
     return emit.zeros(emit.shape(value), dtype_of(value) or ir.DataType.FLOAT)
 
@@ -37,7 +37,7 @@ class BodyCopy:
 
     def __init__(self, body: ir.Graph, back: Backward) -> None:
         self.names = names = back.names
-        self.emit = Emit(names, back.node, "gradient/body")
+        self.emit = Emitter.in_place_of(names, back.node, "gradient/body")
         self._propagate = back.propagate
         self.graph = body.clone(allow_outer_scope_values=True)
         self._copies: dict[ir.Value, ir.Value] = {}
@@ -172,7 +172,7 @@ def saved_states(back: Backward, loop: Recurrence) -> tuple[list[ir.Value], ir.V
     return result, _count(emit, loop, result)
 
 
-def _count(emit: Emit, loop: Recurrence, stacks: Sequence[ir.Value]) -> ir.Value:
+def _count(emit: Emitter, loop: Recurrence, stacks: Sequence[ir.Value]) -> ir.Value:
     if loop.read:
         return emit.entry(emit.op("Shape", loop.read[0].outer), loop.read[0].axis)
     if loop.collected:

@@ -27,7 +27,8 @@ import onnx_ir as ir
 
 from kfac_onnx.autodiff.backward import dimensions
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.emit import HALF_TYPES, Emit, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import HALF_TYPES, Emitter
 from kfac_onnx.graph.values import dtype_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def append_loss(
         UserError: if the name of the labels is taken, or the logits do not fit the loss.
 
     """
-    names = Names(model)
+    names = Context.of(model)
+    names.invalidate()
     if names.fresh(labels) != labels:
         raise UserError(
             f"the graph already has a value '{labels}', so the labels cannot be called that",
@@ -87,7 +89,7 @@ def append_loss(
             place=place,
             help="export the model with the shapes of its inputs",
         )
-    emit = Emit(names, ir.Node("", "Loss", [], outputs=[ir.Value(name="loss")]), "loss")
+    emit = Emitter.in_place_of(names, ir.Node("", "Loss", [], outputs=[ir.Value(name="loss")]), "loss")
     scores = emit.cast(logits, ir.DataType.FLOAT, dtype) if dtype in HALF_TYPES else logits
     work = ir.DataType.FLOAT if dtype in HALF_TYPES else dtype
     if kind == "cross-entropy":
@@ -150,7 +152,7 @@ class _CrossEntropy:
     work: ir.DataType
 
     def of(
-        self, emit: Emit, scores: ir.Value, labels: ir.Value, axis: int, dims: Sequence[int | str | None]
+        self, emit: Emitter, scores: ir.Value, labels: ir.Value, axis: int, dims: Sequence[int | str | None]
     ) -> ir.Value:
         """Return the loss; the operator wants classes at axis 1, so others are made a matrix of examples."""
         rank, classes = len(dims), dims[axis]
@@ -176,7 +178,9 @@ class _CrossEntropy:
         logs.shape = scores.shape
         return self._smoothed(emit, each, logs, labels, rank)
 
-    def _smoothed(self, emit: Emit, each: ir.Value, logs: ir.Value, labels: ir.Value, rank: int) -> ir.Value:
+    def _smoothed(
+        self, emit: Emitter, each: ir.Value, logs: ir.Value, labels: ir.Value, rank: int
+    ) -> ir.Value:
         """Return the loss of all examples, from the unsmoothed one of each and log p: float[N, C, ..]."""
         if self.weights is not None:
             beside = (
@@ -190,7 +194,7 @@ class _CrossEntropy:
         spread = emit.op("Div", spread, classes)
         kept = None
         if self.ignored is not None:
-            mark = emit.names.constant(np.array(self.ignored, np.int64))
+            mark = emit.constant(np.array(self.ignored, np.int64))
             kept = emit.op("Not", emit.op("Equal", labels, mark))
             spread = emit.op("Where", kept, spread, emit.scalar(0.0, self.work))
         both = emit.op(
@@ -201,7 +205,7 @@ class _CrossEntropy:
         total = emit.op("ReduceSum", both, keepdims=0)
         return total if self.reduction == "sum" else emit.op("Div", total, self._divisor(emit, labels, kept))
 
-    def _divisor(self, emit: Emit, labels: ir.Value, kept: ir.Value | None) -> ir.Value:
+    def _divisor(self, emit: Emitter, labels: ir.Value, kept: ir.Value | None) -> ir.Value:
         """Return what a mean divides by, rank 0: how many labels count, or the sum of their weights."""
         if self.weights is None and kept is None:
             return emit.cast(emit.op("Size", labels), self.work, ir.DataType.INT64)
@@ -209,7 +213,7 @@ class _CrossEntropy:
             return emit.op("ReduceSum", emit.cast(kept, self.work, ir.DataType.BOOL), keepdims=0)
         places = labels
         if kept is not None:  # an ignored label need not be a class
-            places = emit.op("Where", kept, labels, emit.names.constant(np.array(0, np.int64)))
+            places = emit.op("Where", kept, labels, emit.constant(np.array(0, np.int64)))
         counts = emit.op("Gather", self.weights, places, axis=0)
         if kept is not None:
             counts = emit.op("Where", kept, counts, emit.scalar(0.0, self.work))

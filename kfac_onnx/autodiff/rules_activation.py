@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kfac_onnx.autodiff.backward import Backward, Gradients, Rule
-    from kfac_onnx.graph.emit import Emit
+    from kfac_onnx.graph.emit import Emitter
 
-    Formula: TypeAlias = Callable[[Emit, ir.Node, ir.Value, ir.Value], ir.Value]
+    Formula: TypeAlias = Callable[[Emitter, ir.Node, ir.Value, ir.Value], ir.Value]
 
 __all__ = ["RULES", "of_input", "of_output"]
 
@@ -51,23 +51,23 @@ def of_output(formula: Formula) -> Rule:
     return rule
 
 
-def _below(emit: Emit, x: ir.Value) -> ir.Value:
+def _below(emit: Emitter, x: ir.Value) -> ir.Value:
     """Return min(X, 0), whose exponential cannot overflow."""
     return emit.op("Min", x, number(emit, 0, x))
 
 
-def _positive(emit: Emit, x: ir.Value) -> ir.Value:
+def _positive(emit: Emitter, x: ir.Value) -> ir.Value:
     return emit.op("Greater", x, number(emit, 0, x))
 
 
-def elu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def elu(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Elu(X; alpha=1): dY where X > 0, else dY alpha exp(X)."""
     slope = emit.op("Exp", _below(emit, x))
     alpha = number(emit, float_attribute(node, "alpha", 1.0), x)
     return emit.op("Where", _positive(emit, x), dy, emit.op("Mul", dy, emit.op("Mul", slope, alpha)))
 
 
-def selu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def selu(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Selu(X; alpha, gamma): dY gamma where X > 0, else dY gamma alpha exp(X)."""
     alpha = float_attribute(node, "alpha", 1.67326319217681884765625)
     gamma = float_attribute(node, "gamma", 1.05070102214813232421875)
@@ -75,27 +75,27 @@ def selu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     return emit.op("Mul", dy, emit.op("Where", _positive(emit, x), number(emit, gamma, x), low))
 
 
-def celu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def celu(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Celu(X; alpha=1): dY where X > 0, else dY exp(X / alpha)."""
     alpha = float_attribute(node, "alpha", 1.0)
     slope = emit.op("Exp", emit.op("Div", _below(emit, x), number(emit, alpha, x)))
     return emit.op("Where", _positive(emit, x), dy, emit.op("Mul", dy, slope))
 
 
-def thresholded_relu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def thresholded_relu(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """ThresholdedRelu(X; alpha=1): dY where X > alpha, else 0."""
     above = emit.op("Greater", x, number(emit, float_attribute(node, "alpha", 1.0), x))
     return emit.op("Where", above, dy, number(emit, 0, x))
 
 
-def hard_sigmoid(emit: Emit, node: ir.Node, dy: ir.Value, y: ir.Value) -> ir.Value:
+def hard_sigmoid(emit: Emitter, node: ir.Node, dy: ir.Value, y: ir.Value) -> ir.Value:
     """HardSigmoid(X; alpha=0.2, beta=0.5): dY alpha where 0 < Y < 1, else 0."""
     alpha = float_attribute(node, "alpha", 0.2)
     inside = emit.op("And", _positive(emit, y), emit.op("Less", y, number(emit, 1, y)))
     return emit.op("Where", inside, emit.op("Mul", dy, number(emit, alpha, y)), number(emit, 0, y))
 
 
-def hard_swish(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def hard_swish(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """HardSwish(X): 0 where X <= −3, dY where X >= 3, dY (X/3 + 1/2) between."""
     slope = emit.op("Add", emit.op("Div", x, number(emit, 3, x)), number(emit, 0.5, x))
     below = emit.op("LessOrEqual", x, number(emit, -3, x))
@@ -104,89 +104,89 @@ def hard_swish(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     return emit.op("Where", below, number(emit, 0, x), emit.op("Mul", dy, slope))
 
 
-def softplus(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def softplus(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Softplus(X) = log(1 + exp(X)): dY sigmoid(X)."""
     return emit.op("Mul", dy, emit.op("Sigmoid", x))
 
 
-def softsign(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def softsign(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Softsign(X) = X / (1 + |X|): dY / (1 + |X|)²."""
     root = emit.op("Add", emit.op("Abs", x), number(emit, 1, x))
     return emit.op("Div", dy, emit.op("Mul", root, root))
 
 
-def mish(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def mish(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Mish(X) = X t, t = tanh(softplus(X)): dY (t + X (1 − t²) sigmoid(X))."""
     t = emit.op("Tanh", emit.op("Softplus", x))
     bend = emit.op("Mul", emit.op("Sub", number(emit, 1, x), emit.op("Mul", t, t)), emit.op("Sigmoid", x))
     return emit.op("Mul", dy, emit.op("Add", t, emit.op("Mul", x, bend)))
 
 
-def quick_gelu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def quick_gelu(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """com.microsoft QuickGelu(X; alpha=1.702) = X s, s = sigmoid(alpha X): dY s (1 + alpha X (1 − s))."""
     return activations.quick_gelu_grad(emit, node, dy, x)
 
 
-def gelu(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def gelu(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Gelu(X; approximate): dY (Φ(X) + X φ(X)), or the derivative of the tanh approximation."""
     found = node.attributes.get("approximate")
     exact = found is None or found.as_string() != "tanh"
     return (activations.gelu_grad if exact else activations.fast_gelu_grad)(emit, node, dy, x)
 
 
-def erf(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def erf(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Erf(X): dY 2/√π exp(−X²)."""
     bell = emit.op("Exp", emit.op("Neg", emit.op("Mul", x, x)))
     return emit.op("Mul", dy, emit.op("Mul", bell, number(emit, 2 / math.sqrt(math.pi), x)))
 
 
-def shrink(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def shrink(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Shrink(X; lambd=0.5, bias): dY where |X| > lambd, else 0."""
     far = emit.op("Greater", emit.op("Abs", x), number(emit, float_attribute(node, "lambd", 0.5), x))
     return emit.op("Where", far, dy, number(emit, 0, x))
 
 
-def _one_plus_square(emit: Emit, x: ir.Value, sign: int) -> ir.Value:
+def _one_plus_square(emit: Emitter, x: ir.Value, sign: int) -> ir.Value:
     """Return 1 + X² or 1 − X²."""
     return emit.op("Add" if sign > 0 else "Sub", number(emit, 1, x), emit.op("Mul", x, x))
 
 
-def asin(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def asin(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Asin(X): dY / √(1 − X²)."""
     return emit.op("Div", dy, emit.op("Sqrt", _one_plus_square(emit, x, -1)))
 
 
-def acos(emit: Emit, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def acos(emit: Emitter, node: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Acos(X): −dY / √(1 − X²)."""
     return emit.op("Neg", asin(emit, node, dy, x))
 
 
-def atan(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def atan(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Atan(X): dY / (1 + X²)."""
     return emit.op("Div", dy, _one_plus_square(emit, x, 1))
 
 
-def sinh(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def sinh(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Sinh(X): dY cosh(X)."""
     return emit.op("Mul", dy, emit.op("Cosh", x))
 
 
-def cosh(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def cosh(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Cosh(X): dY sinh(X)."""
     return emit.op("Mul", dy, emit.op("Sinh", x))
 
 
-def asinh(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def asinh(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Asinh(X): dY / √(1 + X²)."""
     return emit.op("Div", dy, emit.op("Sqrt", _one_plus_square(emit, x, 1)))
 
 
-def acosh(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def acosh(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Acosh(X): dY / √(X² − 1)."""
     return emit.op("Div", dy, emit.op("Sqrt", emit.op("Neg", _one_plus_square(emit, x, -1))))
 
 
-def atanh(emit: Emit, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
+def atanh(emit: Emitter, _: ir.Node, dy: ir.Value, x: ir.Value) -> ir.Value:
     """Atanh(X): dY / (1 − X²)."""
     return emit.op("Div", dy, _one_plus_square(emit, x, -1))
 

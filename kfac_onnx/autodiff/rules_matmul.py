@@ -12,12 +12,12 @@ from kfac_onnx.graph.values import int_attribute, rank_of
 
 if TYPE_CHECKING:
     from kfac_onnx.autodiff.backward import Backward, Gradients, Rule
-    from kfac_onnx.graph.emit import Emit
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = ["RULES", "matmul_gradients", "swap_last_two"]
 
 
-def swap_last_two(emit: Emit, value: ir.Value, rank: int) -> ir.Value:
+def swap_last_two(emit: Emitter, value: ir.Value, rank: int) -> ir.Value:
     """Return a value of this rank (2 or more) with its last two axes exchanged."""
     return emit.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
 

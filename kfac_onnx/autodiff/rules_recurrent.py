@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from kfac_onnx.autodiff.backward import Backward, Gradients, Rule
-    from kfac_onnx.graph.emit import Emit
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = ["RULES"]
 
 
 def _lstm(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
 ) -> Sequence[ir.Value] | Miss:
     """X, W, R, bias, lengths, h0, c0, peepholes, dY, dY_h, dY_c -> dX, dW, dR, dbias, dh0, dc0."""
     layer = _layer(emit, node, inputs, reverse, {7: "peephole weights"})
@@ -46,7 +46,7 @@ def _lstm(
 
 
 def _gru(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
 ) -> Sequence[ir.Value] | Miss:
     """X, W, R, bias, lengths, h0, dY, dY_h -> dX, dW, dR, dbias, dh0."""
     layer = _layer(emit, node, inputs, reverse, {})
@@ -58,7 +58,7 @@ def _gru(
 
 
 def _rnn(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
 ) -> Sequence[ir.Value] | Miss:
     """X, W, R, bias, lengths, h0, dY, dY_h -> dX, dW, dR, dbias, dh0."""
     layer = _layer(emit, node, inputs, reverse, {})
@@ -69,7 +69,7 @@ def _rnn(
 
 
 def _layer(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool, unfit: dict[int, str]
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool, unfit: dict[int, str]
 ) -> Layer | Miss:
     refused = refusal(node, unfit)
     if refused is not None:

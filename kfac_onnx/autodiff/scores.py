@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from kfac_onnx.autodiff.backward import dimensions
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.values import ONNX_DOMAINS, constant, int_attribute
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _denominator(node: ir.Node) -> ir.Value | None:
 
 def _again(model: ir.Model, ending: Ending) -> ir.Value:
     """Return the activation's input behind copies of the views that the output is behind."""
-    value, names = ending.source, Names(model)
+    value, names = ending.source, Context.of(model)
     for view in ending.views:
         copy = ir.Node(
             view.domain,

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.autodiff.rules_quantize import DOMAIN, PAIR
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.values import ONNX_DOMAINS, constant, dtype_of, int_attribute, rank_of
 
 __all__ = ["join_pairs", "part_pairs"]
@@ -21,7 +21,7 @@ def join_pairs(model: ir.Model) -> int:
     A table of one scale whose rows are looked up is quantized after the lookup, which gives the same rows
     and leaves a lookup of the table itself.
     """
-    names, count = Names(model), 0
+    names, count = Context.of(model), 0
     for node in list(model.graph):
         first = _quantizer(node)
         if first is None or node.graph is None:
@@ -65,7 +65,7 @@ def _equal(one: ir.Value | None, other: ir.Value | None) -> bool:
     return first is not None and second is not None and np.array_equal(first, second)
 
 
-def _look_up_first(node: ir.Node, table: ir.Value, names: Names) -> None:
+def _look_up_first(node: ir.Node, table: ir.Value, names: Context) -> None:
     """Put the lookups of a quantized table before its quantization."""
     first = node.inputs[0].producer() if node.inputs[0] is not None else None
     for reader, index in list(node.outputs[0].uses()):
@@ -105,7 +105,7 @@ def _hand_over(old: ir.Value, new: ir.Value) -> None:
     old.name, new.name = f"{name}.before", name
 
 
-def _join(node: ir.Node, first: ir.Node, x: ir.Value, names: Names) -> None:
+def _join(node: ir.Node, first: ir.Node, x: ir.Value, names: Context) -> None:
     output = node.outputs[0]
     dtype = dtype_of(first.outputs[0]) or ir.DataType.UINT8
     pair = ir.Node(
@@ -129,7 +129,7 @@ def _join(node: ir.Node, first: ir.Node, x: ir.Value, names: Names) -> None:
 
 def part_pairs(model: ir.Model) -> None:
     """Put the two standard operators back in the place of each node that `join_pairs` made."""
-    names = Names(model)
+    names = Context.of(model)
     for node in list(model.graph):
         if (node.domain, node.op_type) != (DOMAIN, PAIR) or node.graph is None:
             continue

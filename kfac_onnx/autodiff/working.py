@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kfac_onnx.autodiff.backward import Backward
-    from kfac_onnx.graph.emit import Emit, Lowered
+    from kfac_onnx.graph.emit import Emitter, Lowered
     from kfac_onnx.graph.emit import Rule as Lowering
 
 __all__ = ["Working", "by_lowering", "float_attribute"]
@@ -26,7 +26,7 @@ class Working:
     The operators round once, at their end; so do the gradients.
     """
 
-    emit: Emit
+    emit: Emitter
     own: ir.DataType
     """The type of the gradients that the rule returns."""
     work: ir.DataType

@@ -22,7 +22,8 @@ import numpy as np
 
 from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
-from kfac_onnx.graph.emit import Emit, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.graph.numbering import Numbering
 from kfac_onnx.graph.operators import SCATTERS, VIEWS
 from kfac_onnx.graph.values import (
@@ -48,7 +49,7 @@ __all__ = ["MaskDroppedRows", "mask_dropped_rows"]
 
 def mask_dropped_rows(model: ir.Model) -> int:
     """Rewrite scatters of selected rows to scatters of masked rows; return how many there were."""
-    names, numbering = Names(model), Numbering()
+    names, numbering = Context.of(model), Numbering()
     facts = Constants(model.graph.inputs, model.opset_imports.get("", 18))
     changed = 0
     for graph in list(all_graphs(model.graph)):
@@ -67,7 +68,7 @@ def _adds_rows(node: ir.Node) -> bool:
     return adds and (node.op_type == "ScatterND" or int_attribute(node, "axis", 0) == 0)
 
 
-def _mask(names: Names, numbering: Numbering, facts: Constants, node: ir.Node) -> bool:
+def _mask(names: Context, numbering: Numbering, facts: Constants, node: ir.Node) -> bool:
     picked_ids, picked_rows = _selection(node.inputs[1]), _selection(node.inputs[2])
     if picked_ids is None or picked_rows is None or not numbering.same(picked_ids[1], picked_rows[1]):
         return False
@@ -81,7 +82,7 @@ def _mask(names: Names, numbering: Numbering, facts: Constants, node: ir.Node) -
     ranks = (rank_of(ids), rank_of(rows))
     if kind is None or number is None or any(rank is None or rank == 0 for rank in ranks):
         return False
-    emit = Emit(names, node, "kept")
+    emit = Emitter.in_place_of(names, node, "kept")
     for index, value, dtype, rank in ((1, ids, number, ranks[0]), (2, rows, kind, ranks[1])):
         axes = emit.ints(*range(1, rank or 1))
         condition = kept if rank == 1 else emit.op("Unsqueeze", kept, axes)

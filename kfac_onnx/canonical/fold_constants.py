@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -157,7 +157,8 @@ def _restore_names(model: ir.Model, before: dict[ir.Value, str | None]) -> None:
     free = {item for item in inner if before.get(item) and before[item] not in taken}
     for value in free:
         value.name = before[value]
-    names = Names(model)
+    names = Context.of(model)
+    names.invalidate()  # what was folded has new names
     for value in inner:
         if value not in free:
             value.name = names.fresh(f"kfac/fold-constants/{value.name}")

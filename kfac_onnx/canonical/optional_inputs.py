@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
 from kfac_onnx.pipeline.registry import register
@@ -34,7 +34,7 @@ def require_optional_inputs(model: ir.Model) -> list[str]:
     nodes = list(_optional_nodes(model))
     if not nodes:
         return _note(inputs)
-    names = Names(model)
+    names = Context.of(model)
     for node in nodes:
         source = node.inputs[0] if node.inputs else None
         if node.op_type == "OptionalHasElement":

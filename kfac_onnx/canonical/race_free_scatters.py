@@ -12,7 +12,8 @@ from kfac_onnx.canonical.lowering.scatter import scatter_elements
 from kfac_onnx.canonical.row_sums import add_rows, joined_column
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import HALF_TYPES, Emit, Miss, Names, replace_node
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import HALF_TYPES, Emitter, Miss, replace_node
 from kfac_onnx.graph.values import (
     ONNX_DOMAINS,
     all_graphs,
@@ -43,14 +44,14 @@ def make_scatters_race_free(model: ir.Model) -> int:
         UserError: if a reducing ScatterND has an unknown type or number of index columns.
 
     """
-    names = Names(model)
+    names = Context.of(model)
     changed = 0
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
             if not _races(node):
                 continue
             rewrite = _as_elements if node.op_type == "ScatterND" else _in_float
-            _replace(node, rewrite(Emit(names, node, "scatter"), node))
+            _replace(node, rewrite(Emitter.in_place_of(names, node, "scatter"), node))
             changed += 1
     return changed
 
@@ -69,7 +70,7 @@ def _reduction(node: ir.Node) -> str:
     return "none" if found is None else found.as_string()
 
 
-def _replace(node: ir.Node, outcome: tuple[Emit, ir.Value] | Miss) -> None:
+def _replace(node: ir.Node, outcome: tuple[Emitter, ir.Value] | Miss) -> None:
     if isinstance(outcome, Miss):
         raise UserError(
             f"the scatter node '{node.name}' cannot be made safe for several threads: {outcome.reason}",
@@ -79,7 +80,7 @@ def _replace(node: ir.Node, outcome: tuple[Emit, ir.Value] | Miss) -> None:
     replace_node(node, emit, [result])
 
 
-def _as_elements(emit: Emit, node: ir.Node) -> tuple[Emit, ir.Value] | Miss:
+def _as_elements(emit: Emitter, node: ir.Node) -> tuple[Emitter, ir.Value] | Miss:
     data, indices, updates = node.inputs[:3]
     dtype = dtype_of(updates) or dtype_of(data)
     if data is None or indices is None or updates is None or dtype is None:
@@ -94,7 +95,7 @@ def _as_elements(emit: Emit, node: ir.Node) -> tuple[Emit, ir.Value] | Miss:
     return result if isinstance(result, Miss) else (emit, result)
 
 
-def _in_float(emit: Emit, node: ir.Node) -> tuple[Emit, ir.Value] | Miss:
+def _in_float(emit: Emitter, node: ir.Node) -> tuple[Emitter, ir.Value] | Miss:
     data, indices, updates = node.inputs[:3]
     dtype = dtype_of(updates)
     if data is None or indices is None or updates is None or dtype is None:

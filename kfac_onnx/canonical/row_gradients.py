@@ -16,7 +16,8 @@ from kfac_onnx import metadata
 from kfac_onnx.canonical.row_sums import add_rows
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Emit, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.graph.values import dtype_of, static_shape
 from kfac_onnx.metadata import RowGradient
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
@@ -91,7 +92,7 @@ def scatter_row_gradients(model: ir.Model, found: Sequence[RowGradient]) -> list
         UserError: if a parameter is unknown, or the shape of one is.
 
     """
-    names = Names(model)
+    names = Context.of(model)
     parameters = {str(value.name): value for value in model.graph.inputs} | dict(model.graph.initializers)
     values = {str(value.name): value for value in _values(model)}
     done: list[RowGradient] = []
@@ -119,7 +120,7 @@ def scatter_row_gradients(model: ir.Model, found: Sequence[RowGradient]) -> list
 
 
 def _scatter(
-    names: Names,
+    names: Context,
     shape: tuple[int, ...],
     dtype: ir.DataType,
     ids: ir.Value,
@@ -134,7 +135,7 @@ def _scatter(
             path=f"outputs {item.values}, {item.indices}",
             help="export the gradients as outputs of the training graph",
         )
-    emit = Emit(names, anchor, "row-gradient")
+    emit = Emitter.in_place_of(names, anchor, "row-gradient")
     total = add_rows(emit, emit.ints(*shape), shape, ids, rows, dtype)
     result = emit.op("Identity", total)
     result.name = names.fresh(f"{item.parameter}{GRADIENT}")

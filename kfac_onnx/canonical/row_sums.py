@@ -17,7 +17,7 @@ from kfac_onnx.graph.values import constant, dtype_of, int_attribute, rank_of, s
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.graph.emit import Emit
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = ["add_rows", "joined_column"]
 
@@ -26,7 +26,7 @@ Length: TypeAlias = "tuple[str, int | str | ir.Value]"
 
 
 def add_rows(
-    emit: Emit,
+    emit: Emitter,
     shape: ir.Value,
     static: tuple[int, ...] | None,
     ids: ir.Value,

@@ -25,7 +25,8 @@ import onnx_ir as ir
 
 from kfac_onnx.canonical.row_sums import add_rows
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Emit, Names, replace_node
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter, replace_node
 from kfac_onnx.graph.values import (
     ONNX_DOMAINS,
     all_graphs,
@@ -52,7 +53,7 @@ def raise_segment_sums(model: ir.Model) -> int:
     Ids are int64[n] and rows [n, ...], both of any static or dynamic n. Ids in [-V, -1] count from the end,
     as in the grid.
     """
-    names = Names(model)
+    names = Context.of(model)
     raised = 0
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
@@ -60,7 +61,7 @@ def raise_segment_sums(model: ir.Model) -> int:
             if found is None:
                 continue
             ids, rows, segments = found
-            emit = Emit(names, node, "segment-sum")
+            emit = Emitter.in_place_of(names, node, "segment-sum")
             result = _scatter(emit, node.outputs[0], ids, rows, segments)
             if result is not None:
                 replace_node(node, emit, [result])
@@ -69,7 +70,7 @@ def raise_segment_sums(model: ir.Model) -> int:
 
 
 def _scatter(
-    emit: Emit, output: ir.Value, ids: ir.Value, rows: ir.Value, segments: ir.Value
+    emit: Emitter, output: ir.Value, ids: ir.Value, rows: ir.Value, segments: ir.Value
 ) -> ir.Value | None:
     dtype = dtype_of(rows)
     if dtype is None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.operators import ELEMENTWISE, ORDERED_VIEWS, Trait, having
 from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute, operators_in, rank_of, static_shape
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
@@ -39,7 +39,7 @@ SAME_LENGTH: Final = ELEMENTWISE - BROADCAST
 
 def settle_summed_axes(model: ir.Model) -> int:
     """Make the axes of such sums constant; return of how many."""
-    names = Names(model)
+    names = Context.of(model)
     constants = Constants(model.graph.inputs, model.opset_imports.get("", 18))
     settled = 0
     for node in model.graph:

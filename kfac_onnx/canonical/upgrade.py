@@ -11,7 +11,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.operators import REDUCTIONS
 from kfac_onnx.graph.values import all_graphs, bodies_of
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
@@ -97,7 +97,7 @@ def _name_nodes(model: ir.Model) -> None:
             node.name = node.name or f"{function.name}/{index}"
 
 
-def _axes_to_input(names: Names, node: ir.Node) -> None:
+def _axes_to_input(names: Context, node: ir.Node) -> None:
     """Opset 18: the axes of a reduction are an input."""
     axes = node.attributes.pop("axes", None)
     if axes is not None:
@@ -105,20 +105,20 @@ def _axes_to_input(names: Names, node: ir.Node) -> None:
         node.replace_input_with(1, names.constant(np.array(axes.as_ints(), np.int64)))
 
 
-def _split_count(_: Names, node: ir.Node) -> None:
+def _split_count(_: Context, node: ir.Node) -> None:
     """Opset 18: a Split without lengths says how many parts it makes."""
     if len(node.inputs) < 2 or node.inputs[1] is None:
         node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
 
 
-def _roi_align_mode(_: Names, node: ir.Node) -> None:
+def _roi_align_mode(_: Context, node: ir.Node) -> None:
     """Opset 16 changed the default of coordinate_transformation_mode."""
     if "coordinate_transformation_mode" not in node.attributes:
         value = ir.AttrString("coordinate_transformation_mode", "output_half_pixel")
         node.attributes["coordinate_transformation_mode"] = value
 
 
-def _batch_norm_training(_: Names, node: ir.Node) -> None:
+def _batch_norm_training(_: Context, node: ir.Node) -> None:
     """Opset 14: an attribute says that the batch's own statistics are used; before, further outputs did."""
     if not any(value.name for value in node.outputs[1:]):
         return
@@ -128,7 +128,7 @@ def _batch_norm_training(_: Names, node: ir.Node) -> None:
 
 
 MOVED = REDUCTIONS - {"ReduceSum"}  # whose axes are an input since opset 13
-CHANGES: Final[dict[str, tuple[int, Callable[[Names, ir.Node], None]]]] = {
+CHANGES: Final[dict[str, tuple[int, Callable[[Context, ir.Node], None]]]] = {
     **dict.fromkeys(MOVED, (18, _axes_to_input)),
     "Split": (18, _split_count),
     "RoiAlign": (16, _roi_align_mode),
@@ -158,7 +158,7 @@ def upgrade(model: ir.Model, place: str | None) -> str | None:
             place=place,
             help="export it again with opset 17 or newer",
         )
-    names = Names(model)
+    names = Context.of(model)
     for graph in all_graphs(model.graph):
         for node in graph:
             since, change = CHANGES.get(node.op_type, (0, None))

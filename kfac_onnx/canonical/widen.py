@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import onnx_ir as ir
 
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Emit, Names, replace_node
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter, replace_node
 from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.values import all_graphs, dtype_of
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
@@ -48,7 +49,7 @@ def _narrow(node: ir.Node) -> ir.DataType | None:
 
 def widen(model: ir.Model) -> list[str]:
     """Wrap nodes in casts where their type has no CPU kernel. Returns what was done, in sentences."""
-    names = Names(model)
+    names = Context.of(model)
     counts: dict[ir.DataType, int] = {}
     for graph in list(all_graphs(model.graph)):
         for node in list(graph):
@@ -63,8 +64,8 @@ def widen(model: ir.Model) -> list[str]:
     ]
 
 
-def _wrap(names: Names, node: ir.Node, narrow: ir.DataType) -> None:
-    emit = Emit(names, node, "widen")
+def _wrap(names: Context, node: ir.Node, narrow: ir.DataType) -> None:
+    emit = Emitter.in_place_of(names, node, "widen")
     inputs = [
         _in_float(emit, value) if value is not None and dtype_of(value) == narrow else value
         for value in node.inputs
@@ -80,7 +81,7 @@ def _wrap(names: Names, node: ir.Node, narrow: ir.DataType) -> None:
     replace_node(node, emit, back)
 
 
-def _in_float(emit: Emit, value: ir.Value) -> ir.Value:
+def _in_float(emit: Emitter, value: ir.Value) -> ir.Value:
     cast = emit.cast(value, ir.DataType.FLOAT)
     cast.type, cast.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
     return cast

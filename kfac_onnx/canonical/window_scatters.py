@@ -25,7 +25,8 @@ import onnx_ir as ir
 
 from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
-from kfac_onnx.graph.emit import Emit, Names, replace_node
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter, replace_node
 from kfac_onnx.graph.values import (
     ONNX_DOMAINS,
     all_graphs,
@@ -44,7 +45,7 @@ __all__ = ["RaiseWindowScatters", "raise_window_scatters"]
 
 def raise_window_scatters(model: ir.Model) -> int:
     """Replace every scatter of whole rows or columns by entries; return how many there were."""
-    names = Names(model)
+    names = Context.of(model)
     facts = Constants(model.graph.inputs, model.opset_imports.get("", 18))
     raised = 0
     for graph in list(all_graphs(model.graph)):
@@ -60,7 +61,7 @@ def _names_entries(node: ir.Node) -> bool:
     return rank_of(node.inputs[2]) == 1
 
 
-def _raise(names: Names, node: ir.Node, facts: Constants) -> bool:
+def _raise(names: Context, node: ir.Node, facts: Constants) -> bool:
     base, places, entries = node.inputs[:3]
     shape = static_shape(base) or static_shape(node.outputs[0])
     if base is None or entries is None or shape is None or rank_of(entries) != 1:
@@ -71,7 +72,7 @@ def _raise(names: Names, node: ir.Node, facts: Constants) -> bool:
     ids, axis = found
     others = [index for index in range(len(shape)) if index != axis]
     order = [axis, *others]
-    emit = Emit(names, node, "window")
+    emit = Emitter.in_place_of(names, node, "window")
     rows = _rows(emit, entries, [shape[index] for index in others])
     table = emit.op("Transpose", base, perm=order)
     reduction = node.attributes.get("reduction")
@@ -89,7 +90,7 @@ def _raise(names: Names, node: ir.Node, facts: Constants) -> bool:
     return True
 
 
-def _rows(emit: Emit, entries: ir.Value, row: list[int]) -> ir.Value:
+def _rows(emit: Emitter, entries: ir.Value, row: list[int]) -> ir.Value:
     """Return the entries as one row of this shape per window, as they were before they were flattened."""
     flat = _producer(entries, "Reshape", "Flatten")
     source = None if flat is None else flat.inputs[0]

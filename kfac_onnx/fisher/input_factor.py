@@ -19,7 +19,7 @@ from kfac_onnx.fisher.errors import FisherValueError
 from kfac_onnx.fisher.lookups import Lookups, as_towers, tower_lookups
 from kfac_onnx.fisher.settings import FactorSettings
 from kfac_onnx.fisher.symbols import SparseRows, Update
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
 from kfac_onnx.step.draft import BOOL, DOUBLE, FLOAT, INT64, Renormalization, Undo
 

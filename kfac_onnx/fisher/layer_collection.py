@@ -11,7 +11,7 @@ from kfac_onnx.fisher.errors import FisherKeyError, FisherTypeError, FisherValue
 from kfac_onnx.fisher.output_rows import OutputRowFB
 from kfac_onnx.fisher.place import Place
 from kfac_onnx.fisher.settings import FactorSettings
-from kfac_onnx.graph.rewriter import Emitter
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.step.draft import Draft
 
 if TYPE_CHECKING:

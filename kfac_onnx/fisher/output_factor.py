@@ -20,7 +20,7 @@ from kfac_onnx.fisher.roots import any_root
 from kfac_onnx.fisher.sampling import GradientRows, Sample
 from kfac_onnx.fisher.settings import FactorSettings
 from kfac_onnx.fisher.symbols import SparseRows, StoredPower, Update
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase, RootCheck
 from kfac_onnx.step.draft import BOOL, FLOAT, INT64
 

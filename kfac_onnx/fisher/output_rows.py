@@ -25,7 +25,7 @@ from kfac_onnx.fisher.row_scales import RowUpdate
 from kfac_onnx.fisher.sampling import GradientRows, Sample
 from kfac_onnx.fisher.settings import Average
 from kfac_onnx.fisher.symbols import SparseRows
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
 from kfac_onnx.step.draft import FLOAT
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from kfac_onnx.graph.rewriter import Emitter, Out
+    from kfac_onnx.graph.emit import Emitter, Out
     from kfac_onnx.step.draft import Draft
 
 __all__ = ["Place"]

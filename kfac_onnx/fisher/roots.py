@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.step.draft import FLOAT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.graph.rewriter import Emitter
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = ["HostEigh", "Inverse", "InverseRoot", "Product", "RootMethod", "any_root", "step_root"]
 

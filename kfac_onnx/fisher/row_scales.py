@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor, running_scale
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
 from kfac_onnx.step.draft import DOUBLE, FLOAT, INT64
 

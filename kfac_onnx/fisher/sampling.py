@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
 from kfac_onnx.step.draft import BOOL, FLOAT, INT64
 

@@ -8,7 +8,7 @@ return emit.changes
 ```
 
 An emitter writes at the end of a graph, before a node, or collects the nodes that are to replace one node
-(`Emitter.replacing`, then `replace_node`). Names are `<prefix>/<what>`, made unique by a number; the prefix
+(`Emitter.in_place_of`, then `replace_node`). Names are `<prefix>/<what>`, made unique by a number; the prefix
 says who emits for what:
 
     kfac/<pass>/<what>, kfac/<pass>/<site>/<what>       a pass, for one parameter
@@ -43,11 +43,9 @@ __all__ = [
     "HALF_TYPES",
     "Attribute",
     "Dims",
-    "Emit",
     "Emitter",
     "Lowered",
     "Miss",
-    "Names",
     "Out",
     "Rule",
     "replace_node",
@@ -168,17 +166,21 @@ class Emitter:
         """
         return self.derive(graph=ir.Graph([], [], nodes=[], name=self.context.fresh(self._full(name))))
 
-    def replacing(self, node: ir.Node, prefix: str | None = None) -> Emitter:
-        """Return an emitter that collects what `replace_node` puts in a node's place; counts are shared."""
-        other = self.derive()
-        other._collect(node, f"kfac/{self.pass_name}" if prefix is None else prefix)
-        return other
+    @classmethod
+    def in_place_of(
+        cls, context: Context, node: ir.Node, stem: str = "lower", *, prefix: str | None = None
+    ) -> Emitter:
+        """Return an emitter that collects what is to take a node's place, or belongs to it.
 
-    def _collect(self, node: ir.Node, prefix: str) -> None:
-        self._graph = None
+        Names are `<prefix>/<first output of the node>/<what>`; the prefix is `kfac/<stem>` if none is given.
+        Its nodes carry `kfac.lowered` and no pass: what counts as added by a pass is what it inserts.
+        """
+        emit = cls(context.model, stem)
+        emit._graph = None
         label = next((value.name for value in node.outputs if value.name), node.name or node.op_type)
-        self._prefix = f"{prefix}/{label}"
-        self._tags["kfac.lowered"] = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        emit._prefix = f"{prefix or f'kfac/{stem}'}/{label}"
+        emit._tags = {"kfac.lowered": f"{node.domain}::{node.op_type}" if node.domain else node.op_type}
+        return emit
 
     def _full(self, what: str) -> str:
         return f"{self._prefix}/{what}"
@@ -445,36 +447,6 @@ def _attribute(name: str, value: Any) -> ir.Attr:
 
 Rule: TypeAlias = Callable[[Emitter, ir.Node], Lowered]
 """Emits the standard nodes for one node through an emitter and returns its outputs; edits nothing."""
-
-
-if TYPE_CHECKING:
-    Names = Context
-else:
-
-    class Names(Context):
-        """The context of a model, with its names collected anew."""
-
-        def __new__(cls, model: ir.Model) -> Context:
-            """Return the model's own context."""
-            context = Context.of(model)
-            context.invalidate()
-            return context
-
-
-class Emit(Emitter):
-    """Collects nodes that take the place of `node`, named `kfac/<stem>/<first output of node>/<operator>`."""
-
-    def __init__(
-        self, names: Context, node: ir.Node, stem: str = "lower", *, prefix: str | None = None
-    ) -> None:
-        super().__init__(names.model, stem)
-        del self._tags["kfac.pass"]
-        self._collect(node, prefix or f"kfac/{stem}")
-
-    @property
-    def names(self) -> Context:
-        """The context."""
-        return self.context
 
 
 def replace_node(

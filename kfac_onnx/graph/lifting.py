@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import onnx_ir as ir
 
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def lift_constants(model: ir.Model) -> int:
     nested graphs use the same one. Single numbers of rank 0, integers and texts stay nodes.
     """
     lifted = list(_weights(model))
-    names = Names(model) if any(node.graph is not model.graph for node, _ in lifted) else None
+    names = Context.of(model) if any(node.graph is not model.graph for node, _ in lifted) else None
     for node, tensor in lifted:
         output, graph = node.outputs[0], node.graph
         name = str(output.name)
@@ -47,7 +47,7 @@ def lift_constants(model: ir.Model) -> int:
         if output.is_graph_output():  # a graph inside must make what it returns
             copy = ir.node("Identity", [value])
             copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = name, value.type, value.shape
-            value.name = tensor.name = (names or Names(model)).fresh(f"{name}.value")
+            value.name = tensor.name = (names or Context.of(model)).fresh(f"{name}.value")
             if graph is not None:
                 graph.insert_before(node, copy)
             output.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)

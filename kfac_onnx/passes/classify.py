@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kfac_onnx import metadata
-from kfac_onnx.graph.rewriter import Emitter
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.metadata import Parameter, Site
 from kfac_onnx.passes.find_embeddings import facts_of, values_by_name
 from kfac_onnx.pipeline.base import Changes, Pass

@@ -9,7 +9,7 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.rewriter import Emitter, Out
+from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.metadata import Carried, IdCheck, Loss, Parameter, Phase, State, Step
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.writing import drop_gradient

@@ -16,15 +16,14 @@ Source: onnxruntime/core/framework/fallback_cpu_capability.cc, GetCpuPreferredNo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import onnx_ir as ir
 
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.graph.operators import SIZES, Trait, having
 from kfac_onnx.graph.values import all_graphs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from kfac_onnx.metadata import Phase
 
 __all__ = ["Brought", "bring_sizes_to_device"]
 
@@ -52,9 +51,10 @@ class Brought:
 
 def bring_sizes_to_device(model: ir.Model) -> Brought:
     """Rewrite, in place, what nodes of this package read; a size of unknown shape stays as it is."""
-    added = edited = 0
+    edited = 0
+    emitter = Emitter(model, "lower")
     for graph in all_graphs(model.graph):
-        bridge = _Bridge(graph)
+        bridge = _Bridge(graph, emitter)
         for node in list(graph):
             if not _is_ours(node) or _is_host_work(node):
                 continue
@@ -66,8 +66,7 @@ def bring_sizes_to_device(model: ir.Model) -> Brought:
                 if brought is not None:
                     node.replace_input_with(place, brought)
                     edited += 1
-        added += bridge.added
-    return Brought(added, edited)
+    return Brought(emitter.changes.added, edited)
 
 
 def _is_ours(node: ir.Node) -> bool:
@@ -134,7 +133,7 @@ class _Bridge:
     """Makes the nodes of one graph that bring its sizes over, those of each size once."""
 
     graph: ir.Graph
-    added: int = 0
+    emitter: Emitter
     _done: dict[int, ir.Value] = field(default_factory=dict[int, ir.Value])
 
     def over(self, size: ir.Value, kind: ir.DataType, reader: ir.Node) -> ir.Value | None:
@@ -151,27 +150,25 @@ class _Bridge:
     def _bring(self, size: ir.Value, kind: ir.DataType, dims: tuple[int, ...], reader: ir.Node) -> ir.Value:
         maker = size.producer()
         before = reader if maker is None or maker.graph is not self.graph else _next(maker, reader)
-        phase = "gradients" if maker is None else maker.metadata_props.get("kfac.phase", "gradients")
-        tags = {"kfac.pass": "lower", "kfac.phase": phase}
-        make = _Maker(self.graph, before, kind, f"kfac/lower/{size.name}", tags)
-        scalar = make.constant("scalar", ir.tensor([], dtype=_INT64))
-        one = make.constant("one", ir.tensor(1, dtype=_INT64))
+        phase = Phase.GRADIENTS
+        if maker is not None and "kfac.phase" in maker.metadata_props:
+            phase = Phase(maker.metadata_props["kfac.phase"])
+        emit, label = self.emitter.derive(phase=phase, graph=self.graph, before=before), str(size.name)
+        scalar = _number(emit, f"{label}/scalar", ir.tensor([], dtype=_INT64))
+        one = _number(emit, f"{label}/one", ir.tensor(1, dtype=_INT64))
         numbers: list[ir.Value] = []
         for index in range(dims[0] if dims else 1):
             if len(dims) == 1 and dims[0] > 1:
-                which = make.constant(f"which_{index}", ir.tensor(index, dtype=_INT64))
-                number = make.node(f"number_{index}", "Gather", [size, which], [])
+                which = _number(emit, f"{label}/which_{index}", ir.tensor(index, dtype=_INT64))
+                number = emit.op("Gather", size, which, name=f"{label}/number_{index}")
             else:
-                number = make.node(f"number_{index}", "Reshape", [size, scalar], [])
-            numbers.append(make.brought(f"brought_{index}", number, one))
+                number = emit.op("Reshape", size, scalar, name=f"{label}/number_{index}")
+            numbers.append(_brought(emit, f"{label}/brought_{index}", number, one, kind))
         if not dims:
-            result = make.node("brought", "Reshape", [numbers[0], scalar], [])
-        elif len(numbers) == 1:
-            result = numbers[0]
-        else:
-            result = make.node("brought", "Concat", numbers, list(dims), {"axis": 0})
-        self.added += make.added
-        return result
+            return emit.op("Reshape", numbers[0], scalar, name=f"{label}/brought")
+        return (
+            numbers[0] if len(numbers) == 1 else emit.op("Concat", *numbers, name=f"{label}/brought", axis=0)
+        )
 
 
 def _next(maker: ir.Node, reader: ir.Node) -> ir.Node:
@@ -203,54 +200,19 @@ def _dims(size: ir.Value, reader: ir.Node) -> tuple[int, ...] | None:
     return None
 
 
-@dataclass
-class _Maker:
-    """Adds nodes in front of one node, for numbers of one type."""
+def _number(emit: Emitter, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add a constant as a node, beside what reads it."""
+    return emit.op("Constant", name=name, value=tensor)
 
-    graph: ir.Graph
-    before: ir.Node
-    kind: ir.DataType
-    prefix: str
-    tags: dict[str, str]
-    added: int = 0
 
-    def node(
-        self,
-        name: str,
-        op_type: str,
-        inputs: Sequence[ir.Value],
-        shape: list[int],
-        attributes: dict[str, ir.TensorProtocol | int] | None = None,
-        kind: ir.DataType | None = None,
-    ) -> ir.Value:
-        """Add a node and return what it makes, of this shape."""
-        full = f"{self.prefix}/{name}"
-        output = ir.Value(name=full, type=ir.TensorType(kind or self.kind), shape=ir.Shape(shape))
-        node = ir.Node(
-            "",
-            op_type,
-            inputs,
-            ir.convenience.convert_attributes(attributes or {}),
-            outputs=[output],
-            name=full,
-            metadata_props=dict(self.tags),
-        )
-        self.graph.insert_before(self.before, node)
-        self.added += 1
-        return output
-
-    def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """Add a constant."""
-        return self.node(name, "Constant", [], list(tensor.shape.numpy()), {"value": tensor}, tensor.dtype)
-
-    def brought(self, name: str, number: ir.Value, one: ir.Value) -> ir.Value:
-        """Bring one number, a scalar on the host, to the device as [1]."""
-        if self.kind == _INT64:
-            after = self.node(f"{name}/after", "Add", [number, one], [])
-            return self.node(name, "Range", [number, after, one], [1])
-        flat = self.constant(f"{name}/flat", ir.tensor([1], dtype=_INT64))
-        first = self.constant(f"{name}/first", ir.tensor([0], dtype=_INT64))
-        single = self.node(f"{name}/single", "Reshape", [number, flat], [1])
-        twice = self.node(f"{name}/twice", "Concat", [single, single], [2], {"axis": 0})
-        spread = self.node(f"{name}/spread", "OneHot", [first, one, twice], [1, 1])
-        return self.node(name, "Reshape", [spread, flat], [1])
+def _brought(emit: Emitter, name: str, number: ir.Value, one: ir.Value, kind: ir.DataType) -> ir.Value:
+    """Bring one number, a scalar on the host, to the device as [1]."""
+    if kind == _INT64:
+        after = emit.op("Add", number, one, name=f"{name}/after")
+        return emit.op("Range", number, after, one, name=name)
+    flat = _number(emit, f"{name}/flat", ir.tensor([1], dtype=_INT64))
+    first = _number(emit, f"{name}/first", ir.tensor([0], dtype=_INT64))
+    single = emit.op("Reshape", number, flat, name=f"{name}/single")
+    twice = emit.op("Concat", single, single, name=f"{name}/twice", axis=0)
+    spread = emit.op("OneHot", first, one, twice, name=f"{name}/spread")
+    return emit.op("Reshape", spread, flat, name=name)

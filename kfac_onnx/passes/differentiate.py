@@ -336,10 +336,10 @@ def _append(
 ) -> dict[ir.Value, ir.Value]:
     """Append the gradients and make each an output `<weight>_grad`."""
     from kfac_onnx.autodiff import append_gradients
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
     taken = {f"{value.name}_grad" for value in weights}
-    names = Names(model)
+    names = Context.of(model)
     for node in model.graph:
         for value in node.outputs:
             if value.name in taken and not value.is_graph_output():

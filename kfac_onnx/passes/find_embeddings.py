@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kfac_onnx import metadata
-from kfac_onnx.graph.rewriter import Emitter
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt

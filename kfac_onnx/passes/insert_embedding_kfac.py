@@ -14,7 +14,7 @@ from kfac_onnx.fisher import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, LayerCo
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.fisher.projections import emit_positions
 from kfac_onnx.fisher.sampling import Sample
-from kfac_onnx.graph.rewriter import Emitter, Out
+from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.metadata import Loss, Parameter, Phase, Refusal, Site, StepSettings
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET

@@ -10,7 +10,7 @@ import numpy as np
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.rewriter import Emitter, Out
+from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.graph.values import static_shape
 from kfac_onnx.metadata import Parameter, Phase, Role
 from kfac_onnx.passes.find_embeddings import values_by_name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kfac_onnx import metadata
 from kfac_onnx.fisher.row_scales import RowUpdate
-from kfac_onnx.graph.rewriter import Emitter, Out
+from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.metadata import Parameter, Phase, Site
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.writing import as_float32, drop_gradient, keep_parameter, write_table

@@ -14,7 +14,7 @@ from kfac_onnx.fisher.layer_collection import LayerCollection
 from kfac_onnx.fisher.output_rows import OutputRowSettings
 from kfac_onnx.fisher.presets import find_preset
 from kfac_onnx.fisher.settings import Average
-from kfac_onnx.graph.rewriter import Emitter, Out
+from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.graph.values import rank_of, static_shape
 from kfac_onnx.metadata import Parameter, Phase, Role
 from kfac_onnx.passes.find_embeddings import values_by_name

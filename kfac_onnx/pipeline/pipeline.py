@@ -132,6 +132,7 @@ class Pipeline:
             if verify:
                 _verify(model, f"after {where}")
             log.stale = not item.tells_shapes and (log.stale or bool(changes))
+        Context.of(model).invalidate()  # what follows may edit without an emitter, as passes may
         if self.passes and key is not None:
             before = model.metadata_props.get(key)
             model.metadata_props[key] = f"{before},{self}" if before else str(self)

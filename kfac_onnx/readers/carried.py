@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute
 from kfac_onnx.metadata import Carried
 
@@ -36,7 +36,7 @@ def carried_states(model: ir.Model, place: str | None) -> list[Carried]:
     pairs = metadata.read_list(model, "carried", Carried)
     _require_declared(model, pairs, place)
     sources = {pair.input for pair in pairs}
-    names: Names | None = None
+    names: Context | None = None
     last: dict[ir.Value, ir.Value] = {}
     for node in [node for node in model.graph if _updates_statistics(node)]:
         for source, result in _STATISTICS:
@@ -47,7 +47,7 @@ def carried_states(model: ir.Model, place: str | None) -> list[Carried]:
                 node.resize_outputs(result + 1)
             new = node.outputs[result]
             if not new.name or new.type is None or new.shape is None:
-                names = names or Names(model)
+                names = names or Context.of(model)
                 new.name = new.name or names.fresh(f"{old.name}.next")
                 new.type, new.shape = old.type, old.shape
             if old in last:

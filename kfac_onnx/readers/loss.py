@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.emit import Emit, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.graph.operators import ORDERED_VIEWS, Trait, having
 from kfac_onnx.graph.values import constant, dtype_of, int_attribute, is_float, static_shape
 from kfac_onnx.metadata import Loss, read
@@ -150,9 +151,9 @@ def emit_divisor(model: ir.Model) -> ir.Value | None:
     anchor = reduction.node or loss.producer()
     if anchor is None:
         return None
-    emit = Emit(Names(model), anchor, "divisor")
+    emit = Emitter.in_place_of(Context.of(model), anchor, "divisor")
     result = _divisor(emit, reduction)
-    emit.nodes[-1].outputs[0].name = emit.names.fresh("kfac/divisor")
+    emit.nodes[-1].outputs[0].name = emit.context.fresh("kfac/divisor")
     for node in emit.nodes:
         node.metadata_props.pop("kfac.lowered", None)
     model.graph.extend(emit.nodes)
@@ -160,11 +161,11 @@ def emit_divisor(model: ir.Model) -> ir.Value | None:
     return result
 
 
-def _divisor(emit: Emit, reduction: Reduction) -> ir.Value:
+def _divisor(emit: Emitter, reduction: Reduction) -> ir.Value:
     node = reduction.node
     if node is None:
         return emit.op("Identity", emit.scalar(1.0))
-    scalar = emit.names.constant(np.zeros(0, np.int64))
+    scalar = emit.constant(np.zeros(0, np.int64))
     if reduction.by == "divisor":
         divisor = node.inputs[1]
         return emit.op("Reshape", emit.op("Cast", divisor, to=int(ir.DataType.FLOAT)), scalar)
@@ -180,20 +181,20 @@ def _divisor(emit: Emit, reduction: Reduction) -> ir.Value:
     labels = label if label is None else emit.cast(label, ir.DataType.INT64, dtype_of(label))
     kept = None
     if ignored is not None:
-        mark = emit.names.constant(np.array(ignored.as_int(), np.int64))
+        mark = emit.constant(np.array(ignored.as_int(), np.int64))
         kept = emit.op("Not", emit.op("Equal", labels, mark))
     if weight is None:
         return emit.op("ReduceSum", emit.op("Cast", kept, to=int(ir.DataType.FLOAT)), keepdims=0)
     known = labels
     if kept is not None:
-        known = emit.op("Where", kept, labels, emit.names.constant(np.array(0, np.int64)))
+        known = emit.op("Where", kept, labels, emit.constant(np.array(0, np.int64)))
     importance = emit.op("Gather", emit.op("Cast", weight, to=int(ir.DataType.FLOAT)), known, axis=0)
     if kept is not None:
         importance = emit.op("Where", kept, importance, emit.scalar(0.0))
     return emit.op("ReduceSum", importance, keepdims=0)
 
 
-def _elements(emit: Emit, node: ir.Node) -> ir.Value:
+def _elements(emit: Emitter, node: ir.Node) -> ir.Value:
     """Return how many entries of a ReduceMean's input one entry of its output averages."""
     size = emit.op("Size", node.inputs[0])
     count = emit.op("Div", size, emit.op("Size", node.outputs[0]))

@@ -22,7 +22,7 @@ from kfac_onnx.metadata import LearningRate, Phase, RootCheck, State, StepSettin
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from kfac_onnx.graph.rewriter import Emitter, Out
+    from kfac_onnx.graph.emit import Emitter, Out
 
 __all__ = ["DOMAIN", "EARLY_REFRESHES", "GUARD", "Draft", "Renormalization", "Undo"]
 

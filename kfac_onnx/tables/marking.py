@@ -18,7 +18,7 @@ from kfac_onnx.tables.padding import drop_padding
 from kfac_onnx.tables.terms import DenseTerm, RowTerm
 
 if TYPE_CHECKING:
-    from kfac_onnx.graph.rewriter import Emitter
+    from kfac_onnx.graph.emit import Emitter
     from kfac_onnx.tables.matching import SiteMatch
     from kfac_onnx.tables.terms import RowStep
 

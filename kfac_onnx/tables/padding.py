@@ -18,7 +18,7 @@ from kfac_onnx.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kfac_onnx.graph.rewriter import Emitter
+    from kfac_onnx.graph.emit import Emitter
     from kfac_onnx.metadata import Site
     from kfac_onnx.tables.matching import SiteMatch
 

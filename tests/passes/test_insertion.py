@@ -11,7 +11,7 @@ from small_graphs import model_of, training_graph
 from kfac_onnx import metadata
 from kfac_onnx.api import TransformOptions, transform
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.rewriter import Emitter
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.metadata import Phase, State, Step
 from kfac_onnx.passes.find_embeddings import FindEmbeddings
 from kfac_onnx.pipeline.log import Log

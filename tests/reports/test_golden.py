@@ -12,7 +12,7 @@ import pytest
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.fisher import damping, output_factor
-from kfac_onnx.graph.rewriter import Emitter
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.reference import BlockReference
 from kfac_onnx.reports import golden
 from kfac_onnx.reports.golden import relative_error, verify_golden

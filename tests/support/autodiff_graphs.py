@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from kfac_onnx.autodiff import propagate
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.graph.shapes import infer_shapes
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def append_gradients(
     model: ir.Model, seeds: Mapping[ir.Value, ir.Value], wrt: list[ir.Value]
 ) -> dict[str, str]:
     """Differentiate Σ seed·value, and make the gradients outputs; return their names by value."""
-    names, missing = Names(model), list[str]()
+    names, missing = Context.of(model), list[str]()
     found, nodes = propagate(names, list(model.graph), seeds, wrt, missing)
     assert not missing, missing
     model.graph.extend(nodes)

@@ -33,7 +33,8 @@ from kfac_onnx.canonical.loops.states import (
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
 from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.constants import Constants
-from kfac_onnx.graph.emit import Miss, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Miss
 from kfac_onnx.graph.operators import BODIES
 from kfac_onnx.graph.shapes import infer_shapes
 from kfac_onnx.graph.values import all_graphs, bodies_of, operators_in
@@ -56,8 +57,9 @@ def open_loops(model: ir.Model) -> list[str]:
     """Move what can be out of the loops and branches of a model; return one note per kind of rewrite."""
     if not any(node.op_type in BODIES for graph in all_graphs(model.graph) for node in graph):
         return []
-    name_values_apart(model, Names(model))
+    name_values_apart(model, Context.of(model))
     LiftSubgraphInitializersToMainGraphPass()(model)
+    Context.of(model).invalidate()
     counts: Counter[str] = Counter()
     for _ in range(SWEEPS):
         before = counts.total()
@@ -70,7 +72,7 @@ def open_loops(model: ir.Model) -> list[str]:
 
 
 def _sweep(model: ir.Model, counts: Counter[str]) -> None:
-    names = Names(model)
+    names = Context.of(model)
     name_types_of_casts(model, names)
     constants = _constants(model)
     counts["branches that are always taken"] += take_known_branches(model, names, constants)
@@ -87,7 +89,7 @@ def why_not_outside(model: ir.Model, node: ir.Node) -> str:
     loop = None if owner is None else Recurrence.of(owner)
     if loop is None:
         return "it runs under a condition, so that the number of its lookups is not known before"
-    vec = Vectorizer(loop, Names(model), _constants(model), RULES)
+    vec = Vectorizer(loop, Context.of(model), _constants(model), RULES)
     table, ids = (vec.lane(value) for value in node.inputs[:2])
     prune_emitted(vec.emit)
     if isinstance(table, Miss):
@@ -111,7 +113,7 @@ def _constants(model: ir.Model) -> Constants:
     return Constants(model.graph.inputs, model.opset_imports.get("", 18))
 
 
-def _open(loop: Recurrence, names: Names, constants: Constants, counts: Counter[str]) -> None:
+def _open(loop: Recurrence, names: Context, constants: Constants, counts: Counter[str]) -> None:
     counted = counts_iterations(loop, names, constants)
     if counted is not None:
         loop = counted

@@ -18,14 +18,14 @@ from kfac_onnx.canonical.loops.recurrence import State, prune
 from kfac_onnx.canonical.loops.results import prune_emitted
 from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
-from kfac_onnx.graph.emit import Emit, Miss
+from kfac_onnx.graph.emit import Emitter, Miss
 from kfac_onnx.graph.operators import SCATTERS, VIEWS, Keeps, Trait, having, keeping
 from kfac_onnx.graph.values import ONNX_DOMAINS, dtype_of, int_attribute, is_float, rank_of, unchanged
 
 if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.recurrence import Recurrence
     from kfac_onnx.graph.constants import Constants
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["scatter_after"]
 
@@ -45,7 +45,7 @@ class _Sum:
     others: tuple[ir.Value, ...]
 
 
-def scatter_after(loop: Recurrence, names: Names, constants: Constants) -> tuple[Recurrence, int]:
+def scatter_after(loop: Recurrence, names: Context, constants: Constants) -> tuple[Recurrence, int]:
     """Take the scatters out of the accumulators of a loop; return the loop, and how many scatters.
 
     A loop of a known number of iterations or not: the rows are results of the loop in either case.
@@ -205,7 +205,7 @@ def _joined(vec: Vectorizer, stack: ir.Value, rank: int, axis: int) -> ir.Value:
 
 
 def _take_out(
-    loop: Recurrence, state: State, found: _Sum, names: Names, constants: Constants
+    loop: Recurrence, state: State, found: _Sum, names: Context, constants: Constants
 ) -> Recurrence | None:
     before = list(loop.collected)
     vec = Vectorizer(loop, names, constants, RULES, leaf=ROW_STEPS)
@@ -240,7 +240,7 @@ def _take_out(
     return written
 
 
-def _take_name(old: ir.Value, new: ir.Value, names: Names) -> None:
+def _take_name(old: ir.Value, new: ir.Value, names: Context) -> None:
     """Let the readers of one value read another, which takes its name where it is an output."""
     new.type, new.shape = new.type or old.type, new.shape or old.shape
     if old.is_graph_output():
@@ -258,9 +258,9 @@ def _zeros_like(vec: Vectorizer, value: ir.Value) -> ir.Value:
     return vec.emit.zeros(vec.emit.shape(value), dtype)
 
 
-def _rest(loop: Recurrence, state: State, found: _Sum, names: Names) -> ir.Value:
+def _rest(loop: Recurrence, state: State, found: _Sum, names: Context) -> ir.Value:
     """Keep an accumulator of the terms that are no scatters; return its final value."""
-    emit = Emit(names, loop.node, "loop/body")
+    emit = Emitter.in_place_of(names, loop.node, "loop/body")
     total = state.inner
     for value in found.others:
         total = emit.op("Add", total, value)

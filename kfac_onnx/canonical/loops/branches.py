@@ -11,12 +11,12 @@ from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs
 
 if TYPE_CHECKING:
     from kfac_onnx.graph.constants import Constants
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["take_known_branches"]
 
 
-def take_known_branches(model: ir.Model, names: Names, constants: Constants) -> int:
+def take_known_branches(model: ir.Model, names: Context, constants: Constants) -> int:
     """Put the nodes of the branch taken in the place of every If with a constant condition; count them."""
     taken = 0
     again = True
@@ -35,7 +35,7 @@ def take_known_branches(model: ir.Model, names: Names, constants: Constants) -> 
     return taken
 
 
-def _take(graph: ir.Graph, node: ir.Node, names: Names, *, chosen: bool) -> None:
+def _take(graph: ir.Graph, node: ir.Node, names: Context, *, chosen: bool) -> None:
     branch = node.attributes["then_branch" if chosen else "else_branch"].as_graph()
     other = node.attributes["else_branch" if chosen else "then_branch"].as_graph()
     results = list(branch.outputs)

@@ -9,12 +9,12 @@ import onnx_ir as ir
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of
 
 if TYPE_CHECKING:
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["name_types_of_casts"]
 
 
-def name_types_of_casts(model: ir.Model, names: Names) -> int:
+def name_types_of_casts(model: ir.Model, names: Context) -> int:
     """Replace every CastLike whose other operand has a known type by a Cast; return how many."""
     count = 0
     for graph in list(all_graphs(model.graph)):

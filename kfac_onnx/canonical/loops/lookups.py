@@ -15,14 +15,14 @@ from kfac_onnx.canonical.loops.recurrence import Read, prune
 from kfac_onnx.canonical.loops.results import prune_emitted
 from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer, is_table
-from kfac_onnx.graph.emit import Emit
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.graph.operators import LOOKUPS
 from kfac_onnx.graph.values import ONNX_DOMAINS
 
 if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.recurrence import Recurrence
     from kfac_onnx.graph.constants import Constants
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["look_up_before", "lookups_in"]
 
@@ -36,7 +36,7 @@ def lookups_in(loop: Recurrence, vec: Vectorizer) -> list[ir.Node]:
     ]
 
 
-def look_up_before(loop: Recurrence, names: Names, constants: Constants) -> tuple[Recurrence, int]:
+def look_up_before(loop: Recurrence, names: Context, constants: Constants) -> tuple[Recurrence, int]:
     """Hoist the lookups of a body that can be; return the loop as it then is, and how many there were."""
     vec = Vectorizer(loop, names, constants, RULES)
     found: list[tuple[ir.Node, Stacked | Ragged]] = []
@@ -63,14 +63,14 @@ def look_up_before(loop: Recurrence, names: Names, constants: Constants) -> tupl
 
 
 def _instance(
-    loop: Recurrence, vec: Vectorizer, lane: Stacked | Ragged, names: Names
+    loop: Recurrence, vec: Vectorizer, lane: Stacked | Ragged, names: Context
 ) -> tuple[ir.Value, list[ir.Node]]:
     """Return the value of the body that is an iteration's own instance, and the nodes that read it."""
     if isinstance(lane, Stacked) and loop.is_scan:
         inner = ir.Value(name=names.fresh("kfac/loop/rows"))
         loop.read.append(Read(lane.value, inner))
         return inner, []
-    emit = Emit(names, loop.node, "loop/body")
+    emit = Emitter.in_place_of(names, loop.node, "loop/body")
     number = iteration_number(loop, vec, names)
     if isinstance(lane, Stacked):
         rows = emit.op("Gather", lane.value, number, axis=0)
@@ -82,7 +82,7 @@ def _instance(
     return rows, emit.nodes
 
 
-def iteration_number(loop: Recurrence, vec: Vectorizer, names: Names) -> ir.Value:
+def iteration_number(loop: Recurrence, vec: Vectorizer, names: Context) -> ir.Value:
     """Return the number of the iteration as a value of the body, int64 of rank 0."""
     if loop.number is not None:
         return loop.number

@@ -16,7 +16,7 @@ from kfac_onnx.graph.values import ONNX_DOMAINS, bodies_of, int_attribute
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["Collected", "Read", "Recurrence", "State", "captured", "prune", "reads"]
 
@@ -107,7 +107,7 @@ class Recurrence:
         self.collected.append(item)
         return item.outer
 
-    def write(self, names: Names) -> Recurrence:
+    def write(self, names: Context) -> Recurrence:
         """Put a node of these lists in the old one's place and return it taken apart anew.
 
         Results keep their names and readers; the body's outputs are made distinct values.
@@ -149,7 +149,7 @@ class Recurrence:
         return written
 
 
-def _set_interface(body: ir.Graph, starts: list[ir.Value], ends: list[ir.Value], names: Names) -> None:
+def _set_interface(body: ir.Graph, starts: list[ir.Value], ends: list[ir.Value], names: Context) -> None:
     body.outputs.clear()
     body.inputs.clear()
     body.inputs.extend(starts)

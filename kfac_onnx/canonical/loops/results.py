@@ -12,7 +12,7 @@ from kfac_onnx.canonical.loops.recurrence import Collected, prune
 from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.states import replace_result
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
-from kfac_onnx.graph.emit import Emit, Miss, Names, replace_node
+from kfac_onnx.graph.emit import Emitter, Miss, replace_node
 from kfac_onnx.graph.values import int_attribute, rank_of, unchanged
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     from kfac_onnx.canonical.loops.recurrence import Recurrence, State
     from kfac_onnx.graph.constants import Constants
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["compute_outside", "stack_sequences"]
 
 
-def compute_outside(loop: Recurrence, names: Names, constants: Constants) -> int:
+def compute_outside(loop: Recurrence, names: Context, constants: Constants) -> int:
     """Compute the stacks that no state is needed for outside of the loop; return how many."""
     vec = Vectorizer(loop, names, constants, RULES)
     found: list[tuple[ir.Value, ir.Value]] = []
@@ -59,7 +60,7 @@ def _moved(rank: int, axis: int) -> list[int]:
     return [*others[:axis], 0, *others[axis:]]
 
 
-def stack_sequences(loop: Recurrence, names: Names, constants: Constants) -> Recurrence | None:
+def stack_sequences(loop: Recurrence, names: Context, constants: Constants) -> Recurrence | None:
     """Collect what the iterations append to sequences that are only joined after a Loop; None if nothing.
 
     The instances that are joined along an axis of their own must have one shape: they are known to where
@@ -84,7 +85,7 @@ def stack_sequences(loop: Recurrence, names: Names, constants: Constants) -> Rec
         stack = loop.result(part)
         rank = _rank(vec.lane(part), part)
         for node in joins:
-            emit = Emit(names, node, "loop")
+            emit = Emitter.in_place_of(names, node, "loop")
             replace_node(node, emit, [_joined(emit, node, stack, rank)])
     dropped = [state for state, _, _ in found]
     loop.states = [state for state in loop.states if state not in dropped]
@@ -93,7 +94,7 @@ def stack_sequences(loop: Recurrence, names: Names, constants: Constants) -> Rec
     return written
 
 
-def prune_emitted(emit: Emit) -> None:
+def prune_emitted(emit: Emitter) -> None:
     """Take back nodes that were emitted for a question and are in no graph."""
     for node in reversed(emit.nodes):
         if node.graph is None:
@@ -128,7 +129,7 @@ def _joinable(node: ir.Node, part: ir.Value, lane: Lane) -> bool:
     return False
 
 
-def _joined(emit: Emit, node: ir.Node, stack: ir.Value, rank: int | None) -> ir.Value:
+def _joined(emit: Emitter, node: ir.Node, stack: ir.Value, rank: int | None) -> ir.Value:
     if rank is None:
         raise AssertionError("a sequence of parts of unknown rank is not stacked")
     axis = int_attribute(node, "axis", 0)

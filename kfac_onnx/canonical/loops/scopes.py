@@ -9,12 +9,12 @@ from kfac_onnx.graph.values import all_graphs
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["name_values_apart"]
 
 
-def name_values_apart(model: ir.Model, names: Names) -> int:
+def name_values_apart(model: ir.Model, names: Context) -> int:
     """Rename values of nested graphs that are called like another value; return how many."""
     taken: set[str] = set()
     count = 0

@@ -18,12 +18,13 @@ from kfac_onnx.canonical.loops.lanes import (
     inverse,
 )
 from kfac_onnx.canonical.loops.orders import is_length, permutation
-from kfac_onnx.graph.emit import Emit, Miss, Names
+from kfac_onnx.graph.emit import Emitter, Miss
 from kfac_onnx.graph.values import dtype_of, rank_of
 
 if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.recurrence import Recurrence
     from kfac_onnx.graph.constants import Constants
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["Stacks"]
 
@@ -33,11 +34,11 @@ INT64_MIN = np.iinfo(np.int64).min
 class Stacks:
     """Emits stacks of the instances of one loop's values, outside of it, into `emit.nodes`."""
 
-    def __init__(self, loop: Recurrence, names: Names, constants: Constants) -> None:
+    def __init__(self, loop: Recurrence, names: Context, constants: Constants) -> None:
         self.loop = loop
         self.names = names
         self.constants = constants
-        self.emit = Emit(names, loop.node, "loop")
+        self.emit = Emitter.in_place_of(names, loop.node, "loop")
         self.ranks: dict[ir.Value, int] = {}
         self._count: ir.Value | None = None
         self._inside = {loop.body, *loop.body.subgraphs()}

@@ -12,14 +12,14 @@ from kfac_onnx.canonical.loops.recurrence import prune, reads
 from kfac_onnx.canonical.loops.rules import RULES
 from kfac_onnx.canonical.loops.shapes_inside import infer_inside
 from kfac_onnx.canonical.loops.vectorizer import Vectorizer
-from kfac_onnx.graph.emit import Emit
+from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.graph.operators import COMPARISONS
 from kfac_onnx.graph.values import dtype_of, static_shape, unchanged
 
 if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.recurrence import Recurrence
     from kfac_onnx.graph.constants import Constants
-    from kfac_onnx.graph.emit import Names
+    from kfac_onnx.graph.context import Context
 
 __all__ = [
     "counts_iterations",
@@ -53,7 +53,7 @@ def _is_true(constants: Constants, value: ir.Value) -> bool:
     return array is not None and array.size == 1 and bool(array.reshape(()))
 
 
-def counts_iterations(loop: Recurrence, names: Names, constants: Constants) -> Recurrence | None:
+def counts_iterations(loop: Recurrence, names: Context, constants: Constants) -> Recurrence | None:
     """Give a trip count to a Loop that goes on while an integer state is below a fixed limit.
 
     With i' = i + step and "go on while i' < limit", the body runs ⌈(limit − i) / step⌉ times, but at least
@@ -108,7 +108,7 @@ def counts_iterations(loop: Recurrence, names: Names, constants: Constants) -> R
 
 
 def _bounded(
-    loop: Recurrence, emit: Emit, names: Names, constants: Constants, distance: ir.Value
+    loop: Recurrence, emit: Emitter, names: Context, constants: Constants, distance: ir.Value
 ) -> ir.Value:
     """Return the number of iterations for a condition that holds at first, and for one that does not."""
     zero, one = (names.constant(np.array(item, np.int64)) for item in (0, 1))
@@ -130,7 +130,7 @@ def unchanged_inputs(node: ir.Node) -> list[ir.Value]:
     return [unchanged(value) for value in node.inputs if value is not None]
 
 
-def drop_unchanged(loop: Recurrence, names: Names) -> Recurrence | None:
+def drop_unchanged(loop: Recurrence, names: Context) -> Recurrence | None:
     """Read states that every iteration passes on as they are from outside; None if there are none."""
     found = [state for state in loop.states if unchanged(state.next) is state.inner]
     if not found:
@@ -147,7 +147,7 @@ def drop_unchanged(loop: Recurrence, names: Names) -> Recurrence | None:
     return written
 
 
-def _pass_through(loop: Recurrence, index: int, names: Names) -> None:
+def _pass_through(loop: Recurrence, index: int, names: Context) -> None:
     """Make a copy of a body input that is also a body output, in every list that names it."""
     value = loop.body.outputs[index]
     copy = ir.Node("", "Identity", [value], num_outputs=1)
@@ -166,7 +166,7 @@ def _pass_through(loop: Recurrence, index: int, names: Names) -> None:
         loop.goes_on = result
 
 
-def replace_result(loop: Recurrence, old: ir.Value, new: ir.Value, names: Names) -> None:
+def replace_result(loop: Recurrence, old: ir.Value, new: ir.Value, names: Context) -> None:
     """Let the readers of a result of the loop's node read another value; outputs keep their names."""
     if old.is_graph_output():
         copy = ir.Node("", "Identity", [new], num_outputs=1)
@@ -185,7 +185,7 @@ def _last_of(loop: Recurrence, value: ir.Value) -> ir.Node:
     return loop.node if node is None or node.graph is not loop.graph else node
 
 
-def drop_unread(loop: Recurrence, names: Names) -> Recurrence | None:
+def drop_unread(loop: Recurrence, names: Context) -> Recurrence | None:
     """Drop states and stacks that nothing depends on; None if there are none."""
     collected = [item for item in loop.collected if item.outer.uses() or item.outer.is_graph_output()]
     live = {state for state in loop.states if state.final.uses() or state.final.is_graph_output()}
@@ -233,7 +233,7 @@ def clear_body(loop: Recurrence) -> None:
     prune(loop.body)
 
 
-def read_shapes_outside(loop: Recurrence, names: Names, constants: Constants) -> int:
+def read_shapes_outside(loop: Recurrence, names: Context, constants: Constants) -> int:
     """Take the shape of a state that keeps it from its first value; return how many shapes were read."""
     count = 0
     infer_inside(loop, constants)
@@ -242,7 +242,7 @@ def read_shapes_outside(loop: Recurrence, names: Names, constants: Constants) ->
             continue
         if list(state.first.shape) != list(state.inner.shape):
             continue
-        emit = Emit(names, loop.node, "loop")
+        emit = Emitter.in_place_of(names, loop.node, "loop")
         for node in [node for node, _ in state.inner.uses() if node.op_type == "Shape"]:
             limits = {
                 key: node.attributes[key].as_int() for key in ("start", "end") if key in node.attributes

@@ -15,7 +15,7 @@ from kfac_onnx.canonical.loops.lanes import FORWARD, REVERSE, Fixed, Lane, compo
 from kfac_onnx.canonical.loops.orders import is_one
 from kfac_onnx.canonical.loops.recurrence import reads
 from kfac_onnx.canonical.loops.stacks import Stacks
-from kfac_onnx.graph.emit import Miss, Names
+from kfac_onnx.graph.emit import Miss
 from kfac_onnx.graph.operators import ELEMENTWISE, LOOKUPS, RANDOM, VIEWS, Keeps, keeping
 from kfac_onnx.graph.values import ONNX_DOMAINS, bodies_of, dtype_of, int_attribute, rank_of, unchanged
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kfac_onnx.canonical.loops.lanes import Segments
     from kfac_onnx.canonical.loops.recurrence import Recurrence
     from kfac_onnx.graph.constants import Constants
+    from kfac_onnx.graph.context import Context
 
 __all__ = ["LaneRule", "Vectorizer", "is_table"]
 
@@ -46,7 +47,7 @@ class Vectorizer(Stacks):
     def __init__(
         self,
         loop: Recurrence,
-        names: Names,
+        names: Context,
         constants: Constants,
         rules: Mapping[str, LaneRule],
         leaf: frozenset[str] | None = None,

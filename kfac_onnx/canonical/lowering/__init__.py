@@ -22,7 +22,8 @@ from kfac_onnx.canonical.lowering import (
 from kfac_onnx.device.kernels import has_cpu_kernel
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Emit, Miss, Names, Rule, replace_node
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter, Miss, Rule, replace_node
 from kfac_onnx.graph.shapes import infer_shapes
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, label
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
@@ -83,7 +84,7 @@ def lower_training_operators(
 
 def _sweep(model: ir.Model, counts: dict[str, int], keep: Collection[str]) -> list[str]:
     """Lower every node that has a rule, adding to `counts`; return what is missing, one line per node."""
-    names = Names(model)
+    names = Context.of(model)
     missing: list[str] = []
     for graph in list(all_graphs(model.graph)):
         retired: list[ir.Node] = []
@@ -95,7 +96,7 @@ def _sweep(model: ir.Model, counts: dict[str, int], keep: Collection[str]) -> li
             if rule is None:
                 missing.append(f"{label(node)}: no rule for {domain or 'ai.onnx'}::{node.op_type}")
                 continue
-            emit = Emit(names, node)
+            emit = Emitter.in_place_of(names, node)
             results = rule(emit, node)
             if isinstance(results, Miss):
                 missing.append(f"{label(node)}: {results.reason}")

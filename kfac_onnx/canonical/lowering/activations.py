@@ -16,7 +16,7 @@ from kfac_onnx.graph.values import dtype_of, int_attribute
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kfac_onnx.graph.emit import Emit, Lowered, Rule
+    from kfac_onnx.graph.emit import Emitter, Lowered, Rule
 
 __all__ = [
     "RULES",
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 
-def elementwise(formula: Callable[[Emit, ir.Node, ir.Value, ir.Value], ir.Value]) -> Rule:
+def elementwise(formula: Callable[[Emitter, ir.Node, ir.Value, ir.Value], ir.Value]) -> Rule:
     """Make a rule of `formula(emit, node, dY, X or Y)`, computed in float32 where the type is a half.
 
     The operators round once, at their end; so does the rule.
     """
 
-    def rule(emit: Emit, node: ir.Node) -> Lowered:
+    def rule(emit: Emitter, node: ir.Node) -> Lowered:
         grad, other = node.inputs[:2]
         dtype = dtype_of(grad) or dtype_of(other)
         if grad is None or other is None or dtype is None:
@@ -52,29 +52,29 @@ def elementwise(formula: Callable[[Emit, ir.Node, ir.Value, ir.Value], ir.Value]
     return rule
 
 
-def number(emit: Emit, value: float, like: ir.Value) -> ir.Value:
+def number(emit: Emitter, value: float, like: ir.Value) -> ir.Value:
     """Return a constant of the type that `like` has."""
     return emit.scalar(value, dtype_of(like) or ir.DataType.FLOAT)
 
 
-def tanh_grad(emit: Emit, _: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
+def tanh_grad(emit: Emitter, _: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
     """TanhGrad(dY, Y) = dY (1 − Y²)."""
     return emit.op("Mul", grad, emit.op("Sub", number(emit, 1, grad), emit.op("Mul", output, output)))
 
 
-def sigmoid_grad(emit: Emit, _: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
+def sigmoid_grad(emit: Emitter, _: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
     """SigmoidGrad(dY, Y) = dY Y (1 − Y)."""
     slope = emit.op("Mul", output, emit.op("Sub", number(emit, 1, grad), output))
     return emit.op("Mul", grad, slope)
 
 
-def relu_grad(emit: Emit, _: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
+def relu_grad(emit: Emitter, _: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
     """ReluGrad(dY, Y) = dY where Y > 0, else 0."""
     zero = number(emit, 0, grad)
     return emit.op("Where", emit.op("Greater", output, zero), grad, zero)
 
 
-def leaky_relu_grad(emit: Emit, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
+def leaky_relu_grad(emit: Emitter, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
     """LeakyReluGrad(dY, Y; alpha) = dY where Y > 0, else alpha dY."""
     found = node.attributes.get("alpha")
     alpha = number(emit, 0.01 if found is None else found.as_float(), grad)
@@ -82,7 +82,7 @@ def leaky_relu_grad(emit: Emit, node: ir.Node, grad: ir.Value, output: ir.Value)
     return emit.op("Where", positive, grad, emit.op("Mul", grad, alpha))
 
 
-def gelu_grad(emit: Emit, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
+def gelu_grad(emit: Emitter, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
     """GeluGrad(dY, X) = dY (Φ(X) + X φ(X)), the exact Gelu with Φ, φ of the normal distribution."""
     error = emit.op("Erf", emit.op("Mul", x, number(emit, math.sqrt(0.5), grad)))
     below = emit.op("Mul", emit.op("Add", error, number(emit, 1, grad)), number(emit, 0.5, grad))
@@ -91,7 +91,7 @@ def gelu_grad(emit: Emit, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
     return emit.op("Mul", grad, emit.op("Add", below, emit.op("Mul", x, density)))
 
 
-def fast_gelu_grad(emit: Emit, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
+def fast_gelu_grad(emit: Emitter, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
     """FastGeluGrad(dY, X): Gelu ≈ X/2 (1 + tanh u), u = √(2/π) (X + 0.044715 X³)."""
     k, cubic = math.sqrt(2 / math.pi), 0.044715
     square = emit.op("Mul", x, x)
@@ -104,7 +104,7 @@ def fast_gelu_grad(emit: Emit, _: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Va
     return emit.op("Mul", grad, emit.op("Mul", total, number(emit, 0.5, grad)))
 
 
-def quick_gelu_grad(emit: Emit, node: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
+def quick_gelu_grad(emit: Emitter, node: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
     """QuickGeluGrad(dY, X; alpha) = dY s (1 + alpha X (1 − s)), s = sigmoid(alpha X)."""
     found = node.attributes.get("alpha")
     scaled = emit.op("Mul", x, number(emit, 1.702 if found is None else found.as_float(), grad))
@@ -113,10 +113,10 @@ def quick_gelu_grad(emit: Emit, node: ir.Node, grad: ir.Value, x: ir.Value) -> i
     return emit.op("Mul", grad, emit.op("Mul", s, emit.op("Add", rest, number(emit, 1, grad))))
 
 
-def with_bias(formula: Callable[[Emit, ir.Node, ir.Value, ir.Value], ir.Value]) -> Rule:
+def with_bias(formula: Callable[[Emitter, ir.Node, ir.Value, ir.Value], ir.Value]) -> Rule:
     """Make a rule of a formula in X for an operator whose third input is a bias added to X first."""
 
-    def biased(emit: Emit, node: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
+    def biased(emit: Emitter, node: ir.Node, grad: ir.Value, x: ir.Value) -> ir.Value:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is None:
             return formula(emit, node, grad, x)
@@ -127,24 +127,24 @@ def with_bias(formula: Callable[[Emit, ir.Node, ir.Value, ir.Value], ir.Value]) 
     return elementwise(biased)
 
 
-def softmax_grad(emit: Emit, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
+def softmax_grad(emit: Emitter, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
     """SoftmaxGrad_13(dY, Y; axis=−1) = Y (dY − Σ dY Y) along axis."""
     axes = emit.ints(int_attribute(node, "axis", -1))
     total = emit.op("ReduceSum", emit.op("Mul", grad, output), axes, keepdims=1)
     return emit.op("Mul", output, emit.op("Sub", grad, total))
 
 
-def log_softmax_grad(emit: Emit, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
+def log_softmax_grad(emit: Emitter, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
     """LogSoftmaxGrad_13(dY, Y; axis=−1) = dY − exp(Y) Σ dY along axis."""
     axes = emit.ints(int_attribute(node, "axis", -1))
     total = emit.op("ReduceSum", grad, axes, keepdims=1)
     return emit.op("Sub", grad, emit.op("Mul", emit.op("Exp", output), total))
 
 
-def flattened(formula: Callable[[Emit, ir.Node, ir.Value, ir.Value], ir.Value]) -> Rule:
+def flattened(formula: Callable[[Emitter, ir.Node, ir.Value, ir.Value], ir.Value]) -> Rule:
     """Make a rule for the operators before opset 13, which see the tensor as a matrix split at `axis`."""
 
-    def matrix(emit: Emit, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
+    def matrix(emit: Emitter, node: ir.Node, grad: ir.Value, output: ir.Value) -> ir.Value:
         axis = int_attribute(node, "axis", 1)
         shape = emit.op("Shape", grad)
         rows, columns = (emit.op("Flatten", item, axis=axis) for item in (grad, output))

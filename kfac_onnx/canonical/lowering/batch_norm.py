@@ -15,12 +15,12 @@ from kfac_onnx.graph.emit import HALF_TYPES, Miss
 from kfac_onnx.graph.values import dtype_of, rank_of
 
 if TYPE_CHECKING:
-    from kfac_onnx.graph.emit import Emit, Lowered
+    from kfac_onnx.graph.emit import Emitter, Lowered
 
 __all__ = ["RULES"]
 
 
-def _spread(emit: Emit, value: ir.Value, rank: int, work: ir.DataType) -> ir.Value:
+def _spread(emit: Emitter, value: ir.Value, rank: int, work: ir.DataType) -> ir.Value:
     """Return statistics float[C] as float[C, 1, ...], which broadcasts over X."""
     trailing = emit.ints(-1, *[1] * (rank - 2))
     return emit.op("Reshape", emit.cast(value, work, dtype_of(value)), trailing)
@@ -31,7 +31,7 @@ def _attribute(node: ir.Node, name: str, default: float) -> float:
     return default if found is None else found.as_float()
 
 
-def batch_norm_internal(emit: Emit, node: ir.Node) -> Lowered:
+def batch_norm_internal(emit: Emitter, node: ir.Node) -> Lowered:
     """BatchNormInternal(X, scale, bias, mean, var; epsilon, momentum), which normalizes by the batch.
 
     -> Y, running mean, running variance, mean of the batch, 1/√(variance of the batch + epsilon). A
@@ -67,7 +67,7 @@ def batch_norm_internal(emit: Emit, node: ir.Node) -> Lowered:
     return results[: len(node.outputs)]
 
 
-def batch_normalization_grad(emit: Emit, node: ir.Node) -> Lowered:
+def batch_normalization_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """BatchNormalizationGrad(dY, X, scale, mean, invstd) -> dX, dscale, dbias.
 
     x̂ = (X − mean) invstd: dX = scale invstd (dY − mean(dY) − x̂ mean(dY x̂)), dscale = Σ dY x̂, dbias = Σ dY.

@@ -19,7 +19,7 @@ from kfac_onnx.graph.values import dtype_of, int_attribute, static_shape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kfac_onnx.graph.emit import Emit, Lowered
+    from kfac_onnx.graph.emit import Emitter, Lowered
 
 __all__ = ["RULES", "Window", "average_gradient", "input_gradient", "max_pool_grad", "weight_gradient"]
 
@@ -74,7 +74,7 @@ def _window(node: ir.Node, kernel: tuple[int, ...] | None) -> Window | Miss:
     return Window(size, ints("strides", 1, len(size)), ints("dilations", 1, len(size)), pads)
 
 
-def conv_grad(emit: Emit, node: ir.Node) -> Lowered:
+def conv_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """ConvGrad(dY, X, W; attributes of Conv) -> dX, dW, dbias.
 
     dX is the transposed convolution of dY with W. dW[o, c, k] = Σ_{b,t} dY[b, o, t] X[b, c, t stride +
@@ -104,7 +104,7 @@ def conv_grad(emit: Emit, node: ir.Node) -> Lowered:
 
 
 def input_gradient(
-    emit: Emit, dy: ir.Value, lengths: ir.Value, weight: ir.Value, window: Window, group: int
+    emit: Emitter, dy: ir.Value, lengths: ir.Value, weight: ir.Value, window: Window, group: int
 ) -> ir.Value:
     """Return dX of a convolution; `lengths` int64[n] are those of X's spatial axes."""
     attributes: dict[str, Any] = {"strides": window.strides, "dilations": window.dilations}
@@ -117,7 +117,7 @@ def input_gradient(
     return emit.op("Slice", padded, begins, emit.op("Add", lengths, begins), emit.ints(*window.axes))
 
 
-def weight_gradient(emit: Emit, dy: ir.Value, x: ir.Value, window: Window, group: int) -> ir.Value:
+def weight_gradient(emit: Emitter, dy: ir.Value, x: ir.Value, window: Window, group: int) -> ir.Value:
     """Return dW of a convolution."""
     swap = (1, 0, *window.axes)
     by_group = [(x, dy)]
@@ -142,7 +142,7 @@ def weight_gradient(emit: Emit, dy: ir.Value, x: ir.Value, window: Window, group
     return pieces[0] if group == 1 else emit.op("Concat", *pieces, axis=0)
 
 
-def max_pool_grad(emit: Emit, node: ir.Node) -> Lowered:
+def max_pool_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """MaxPoolGrad(dY, indices): zeros like X with dY added at the flat positions that MaxPool chose."""
     grad, indices = node.inputs[:2]
     dtype = dtype_of(grad)
@@ -163,7 +163,7 @@ def max_pool_grad(emit: Emit, node: ir.Node) -> Lowered:
     return [emit.op("Reshape", added, shape)]
 
 
-def average_pool_grad(emit: Emit, node: ir.Node) -> Lowered:
+def average_pool_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """AveragePoolGrad(dY; attributes of AveragePool): every entry of a window gets dY / (its entries).
 
     One channel at a time this is a transposed convolution with a kernel of ones.
@@ -185,7 +185,7 @@ def average_pool_grad(emit: Emit, node: ir.Node) -> Lowered:
 
 
 def average_gradient(
-    emit: Emit,
+    emit: Emitter,
     node: ir.Node,
     grad: ir.Value,
     lengths: ir.Value,
@@ -201,11 +201,11 @@ def average_gradient(
     if int_attribute(node, "ceil_mode", 0) and (known is None or any(window.left_over(tuple(known)))):
         return Miss("ceil_mode=1 is not supported where the last window is cut")
     ones = np.ones((1, 1, *window.kernel), work.numpy())
-    kernel = emit.names.constant(ones)
+    kernel = emit.constant(ones)
     if padding or not any(window.pads):
         counts = emit.scalar(float(ones.size), work)
     elif known is not None:
-        counts = emit.names.constant(_window_counts(window, list(known)).astype(work.numpy()))
+        counts = emit.constant(_window_counts(window, list(known)).astype(work.numpy()))
     else:
         plane = emit.op("Expand", emit.scalar(1.0, work), emit.concat(emit.ints(1, 1), lengths))
         sizes = {"strides": window.strides, "dilations": window.dilations, "pads": window.pads}

@@ -14,7 +14,7 @@ from kfac_onnx.graph.emit import HALF_TYPES, Miss
 from kfac_onnx.graph.values import constant, dtype_of
 
 if TYPE_CHECKING:
-    from kfac_onnx.graph.emit import Emit, Lowered
+    from kfac_onnx.graph.emit import Emitter, Lowered
 
 __all__ = ["RULES", "loss_gradient"]
 
@@ -39,7 +39,7 @@ def _reduction(node: ir.Node) -> str:
     return "mean" if found is None else found.as_string()
 
 
-def loss_internal(emit: Emit, node: ir.Node) -> Lowered:
+def loss_internal(emit: Emitter, node: ir.Node) -> Lowered:
     """SoftmaxCrossEntropyLossInternal(scores, label, weight, ignore_index) -> loss, log_prob."""
     ignored = _ignored(node)
     if isinstance(ignored, Miss):
@@ -57,7 +57,7 @@ def loss_internal(emit: Emit, node: ir.Node) -> Lowered:
     return [emit.cast(results[0], ir.DataType(wanted.as_int())), *results[1:]]
 
 
-def loss_grad(emit: Emit, node: ir.Node) -> Lowered:
+def loss_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """SoftmaxCrossEntropyLossGrad(dL, log_prob, label, weight; reduction, ignore_index) -> dscores.
 
     w (exp(log_prob) − onehot(label)) dL / divisor, 0 where label = ignore_index; w = weight[label], or 1;
@@ -84,7 +84,7 @@ def _work(dtype: ir.DataType) -> ir.DataType:
 
 
 def loss_gradient(
-    emit: Emit,
+    emit: Emitter,
     grad: ir.Value,
     log_prob: ir.Value,
     label: ir.Value,
@@ -104,20 +104,18 @@ def loss_gradient(
     zero = emit.scalar(0.0, work)
     labels = emit.cast(label, ir.DataType.INT64, dtype_of(label))
     classes = emit.entry(emit.op("Shape", log_prob), 1)
-    bounds = emit.names.constant(np.array([0, 1] if through_softmax else [0, -1], np.float32))
+    bounds = emit.constant(np.array([0, 1] if through_softmax else [0, -1], np.float32))
     (hot,) = emit.many("OneHot", [labels, classes, bounds], 1, {"axis": 1})
     error = emit.cast(hot, work, ir.DataType.FLOAT)
     if through_softmax:
         error = emit.op("Sub", emit.op("Exp", emit.cast(log_prob, work, dtype)), error)
     kept = None
     if ignored is not None:
-        kept = emit.op("Not", emit.op("Equal", labels, emit.names.constant(np.array(ignored, np.int64))))
+        kept = emit.op("Not", emit.op("Equal", labels, emit.constant(np.array(ignored, np.int64))))
     importance = None
     if weight is not None:
         known = (
-            labels
-            if kept is None
-            else emit.op("Where", kept, labels, emit.names.constant(np.array(0, np.int64)))
+            labels if kept is None else emit.op("Where", kept, labels, emit.constant(np.array(0, np.int64)))
         )
         importance = emit.op("Gather", emit.cast(weight, work, dtype_of(weight)), known, axis=0)
         if kept is not None:
@@ -136,7 +134,7 @@ def loss_gradient(
 
 
 def _divisor(
-    emit: Emit, labels: ir.Value, kept: ir.Value | None, importance: ir.Value | None, work: ir.DataType
+    emit: Emitter, labels: ir.Value, kept: ir.Value | None, importance: ir.Value | None, work: ir.DataType
 ) -> ir.Value:
     """Return the number that the mean divides by, rank 0."""
     if importance is not None:

@@ -16,7 +16,7 @@ from kfac_onnx.graph.values import dtype_of, int_attribute, rank_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kfac_onnx.graph.emit import Emit, Lowered
+    from kfac_onnx.graph.emit import Emitter, Lowered
 
 __all__ = ["RULES", "normalized_axes", "normalized_gradient"]
 
@@ -33,7 +33,7 @@ def normalized_axes(node: ir.Node, x: ir.Value, scale: ir.Value) -> tuple[int, .
 
 
 def normalized_gradient(
-    emit: Emit, g: ir.Value, x_hat: ir.Value, inverse: ir.Value, along: ir.Value, *, centred: bool
+    emit: Emitter, g: ir.Value, x_hat: ir.Value, inverse: ir.Value, along: ir.Value, *, centred: bool
 ) -> ir.Value:
     """Return the gradient of X from g, that of x̂ = (X − mean) inverse, or of x̂ = X inverse.
 
@@ -48,7 +48,7 @@ def normalized_gradient(
 
 
 def _norm_backward(
-    emit: Emit,
+    emit: Emitter,
     node: ir.Node,
     inputs: tuple[ir.Value | None, ...],
     standardized: Callable[[ir.Value, ir.Value], ir.Value],
@@ -81,7 +81,7 @@ def _norm_backward(
     return results[: len(node.outputs)]
 
 
-def layer_normalization_grad(emit: Emit, node: ir.Node) -> Lowered:
+def layer_normalization_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """LayerNormalizationGrad(dY, X, scale, mean, invstd; axis=−1) -> dX, dscale, dbias.
 
     x̂ = (X − mean) invstd, G = dY scale: dX = invstd (G − mean(G) − x̂ mean(G x̂)), dscale = Σ dY x̂,
@@ -99,7 +99,7 @@ def layer_normalization_grad(emit: Emit, node: ir.Node) -> Lowered:
     return _norm_backward(emit, node, inputs, standardized, centred=True)
 
 
-def simplified_layer_normalization_grad(emit: Emit, node: ir.Node) -> Lowered:
+def simplified_layer_normalization_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """SimplifiedLayerNormalizationGrad(dY, X, scale, invstd; axis=−1) -> dX, dscale, with x̂ = X invstd."""
     if len(node.inputs) < 4:
         return Miss("the saved inverse deviation is missing")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import onnx_ir as ir
 
-from kfac_onnx.graph.emit import Emit, Lowered, Miss, Rule
+from kfac_onnx.graph.emit import Emitter, Lowered, Miss, Rule
 from kfac_onnx.graph.values import dtype_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _attribute(node: ir.Node, name: str, default: float) -> float:
 class _Formula:
     """Arithmetic in one element type; constants of zero and one vanish, numbers are emitted once."""
 
-    def __init__(self, emit: Emit, node: ir.Node, dtype: ir.DataType) -> None:
+    def __init__(self, emit: Emitter, node: ir.Node, dtype: ir.DataType) -> None:
         self.emit = emit
         self.node = node
         self.dtype = dtype
@@ -75,7 +75,7 @@ class _Formula:
         emit, value = self.emit, _given(self.node.inputs[index])
 
         def make() -> ir.Value:
-            flat = emit.op("Reshape", value, emit.names.constant(np.zeros(0, np.int64)))
+            flat = emit.op("Reshape", value, emit.constant(np.zeros(0, np.int64)))
             return emit.cast(flat, self.dtype, dtype_of(value))
 
         return self.once(f"input {index}", make)
@@ -95,7 +95,7 @@ class _Formula:
         """Return `then` if T > 0, else `first`."""
         emit, T = self.emit, self.node.inputs[1]
         zero = emit.scalar(0, dtype_of(T) or ir.DataType.INT64)
-        flat = emit.op("Reshape", T, emit.names.constant(np.zeros(0, np.int64)))
+        flat = emit.op("Reshape", T, emit.constant(np.zeros(0, np.int64)))
         return emit.op("Where", emit.op("Greater", flat, zero), then, first)
 
 
@@ -158,7 +158,7 @@ def _given(value: ir.Value | None) -> ir.Value:
 
 
 def _lowered(formula: Callable[..., tuple[ir.Value, ...] | Miss]) -> Rule:
-    def rule(emit: Emit, node: ir.Node) -> Lowered:
+    def rule(emit: Emitter, node: ir.Node) -> Lowered:
         groups = tensors_of(node)
         if groups is None:
             return Miss("its inputs are not R, T and as many tensors as gradients and states")

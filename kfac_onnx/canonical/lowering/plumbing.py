@@ -13,12 +13,12 @@ from kfac_onnx.graph.values import constant, dtype_of, int_attribute, static_sha
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kfac_onnx.graph.emit import Emit, Lowered
+    from kfac_onnx.graph.emit import Emitter, Lowered
 
 __all__ = ["RULES"]
 
 
-def concat_training(emit: Emit, node: ir.Node) -> Lowered:
+def concat_training(emit: Emitter, node: ir.Node) -> Lowered:
     """ConcatTraining(x..; axis) -> Concat, int64[n] length of each input along axis."""
     axis = int_attribute(node, "axis", 0)
     results: list[ir.Value | None] = [emit.op("Concat", *node.inputs, axis=axis)]
@@ -31,7 +31,7 @@ def concat_training(emit: Emit, node: ir.Node) -> Lowered:
     return [*results, emit.concat(*lengths)]
 
 
-def split_training(emit: Emit, node: ir.Node) -> Lowered:
+def split_training(emit: Emitter, node: ir.Node) -> Lowered:
     """SplitTraining(X, int64[n] lengths; axis) -> Split with these lengths."""
     lengths = constant(node.inputs[1])
     split = node.inputs[1] if lengths is None else emit.ints(*(int(length) for length in lengths))
@@ -40,7 +40,7 @@ def split_training(emit: Emit, node: ir.Node) -> Lowered:
     )
 
 
-def scale(emit: Emit, node: ir.Node) -> Lowered:
+def scale(emit: Emitter, node: ir.Node) -> Lowered:
     """Scale(X, s; scale_down) = X / s if scale_down, else X s. s may be of another type."""
     x, factor = node.inputs[:2]
     dtype = dtype_of(x)
@@ -49,13 +49,11 @@ def scale(emit: Emit, node: ir.Node) -> Lowered:
     work = ir.DataType.FLOAT if dtype in HALF_TYPES else dtype
     operator = "Div" if int_attribute(node, "scale_down", 0) else "Mul"
     # The factor is one number in a tensor of any rank; as rank 0 it does not change the result's rank.
-    one = emit.op(
-        "Reshape", emit.cast(factor, work, dtype_of(factor)), emit.names.constant(np.zeros(0, np.int64))
-    )
+    one = emit.op("Reshape", emit.cast(factor, work, dtype_of(factor)), emit.constant(np.zeros(0, np.int64)))
     return [emit.cast(emit.op(operator, emit.cast(x, work, dtype), one), dtype, work)]
 
 
-def broadcast_gradient_args(emit: Emit, node: ir.Node) -> Lowered:
+def broadcast_gradient_args(emit: Emitter, node: ir.Node) -> Lowered:
     """BroadcastGradientArgs(shape A, shape B) -> axes to sum over for A, for B (shapes aligned right)."""
     left, right = node.inputs[:2]
     if left is None or right is None:
@@ -65,12 +63,12 @@ def broadcast_gradient_args(emit: Emit, node: ir.Node) -> Lowered:
 
 
 def _summed_axes(
-    emit: Emit, shapes: tuple[ir.Value, ir.Value], wanted: Sequence[bool]
+    emit: Emitter, shapes: tuple[ir.Value, ir.Value], wanted: Sequence[bool]
 ) -> list[ir.Value | None]:
     """Return for each wanted one of two operands the axes of their broadcast result to sum over."""
     ranks = [emit.op("Shape", value) for value in shapes]
     rank = emit.op("Max", *ranks)
-    one, one_scalar = emit.ints(1), emit.names.constant(np.array(1, np.int64))
+    one, one_scalar = emit.ints(1), emit.constant(np.array(1, np.int64))
     padded = [
         emit.concat(emit.op("Expand", one, emit.op("Sub", rank, own)), value)
         for own, value in zip(ranks, shapes, strict=True)
@@ -86,7 +84,7 @@ def _summed_axes(
     return results
 
 
-def div_grad(emit: Emit, node: ir.Node) -> Lowered:
+def div_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """DivGrad(dY, A, B) -> dA = dY / B, dB = −dY A / B², summed over the axes that broadcasting added."""
     grad, top, bottom = node.inputs[:3]
     dtype = dtype_of(grad)
@@ -112,7 +110,7 @@ def div_grad(emit: Emit, node: ir.Node) -> Lowered:
     return results
 
 
-def dropout_grad(emit: Emit, node: ir.Node) -> Lowered:
+def dropout_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """DropoutGrad(dY, mask, ratio=0.5, training) = dY mask / (1 − ratio) in training, else dY."""
     grad, mask = node.inputs[:2]
     ratio = node.inputs[2] if len(node.inputs) > 2 else None
@@ -139,7 +137,7 @@ def dropout_grad(emit: Emit, node: ir.Node) -> Lowered:
     return [emit.cast(result, dtype, work)]
 
 
-def reduce_sum_training(emit: Emit, node: ir.Node) -> Lowered:
+def reduce_sum_training(emit: Emitter, node: ir.Node) -> Lowered:
     """ReduceSumTraining(X, axes; keepdims, noop_with_empty_axes) = ReduceSum."""
     attributes = {name: int_attribute(node, name, 0) for name in ("noop_with_empty_axes",)}
     attributes["keepdims"] = int_attribute(node, "keepdims", 1)

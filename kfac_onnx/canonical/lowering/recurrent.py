@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from kfac_onnx.graph.emit import Emit
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = ["RULES"]
 
 
 def lstm_training(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
 ) -> Sequence[ir.Value] | Miss:
     """LSTMTraining(X, W, R, bias, -, h0, c0) -> Y, Y_h, Y_c, c of every step, gates i|o|f|c of every step."""
     unfit = refusal(node, {4: "sequence lengths", 7: "peephole weights"})
@@ -56,7 +56,7 @@ def lstm_training(
 
 
 def lstm_grad(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
 ) -> Sequence[ir.Value] | Miss:
     """LSTMGrad(X, W, R, -, h0, c0, Y, cells, gates, dY, dY_h, dY_c) -> dX, dW, dR, dbias, dh0, dc0."""
     unfit = refusal(node, {3: "sequence lengths"})
@@ -73,7 +73,7 @@ def lstm_grad(
 
 
 def gru_training(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
 ) -> Sequence[ir.Value] | Miss:
     """GRUTraining(X, W, R, bias, -, h0) -> Y, Y_h, gates z|r|h of every step."""
     unfit = refusal(node, {4: "sequence lengths"})
@@ -89,7 +89,7 @@ def gru_training(
 
 
 def gru_grad(
-    emit: Emit, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], reverse: bool
 ) -> Sequence[ir.Value] | Miss:
     """GRUGrad(X, W, R, bias, -, h0, Y, gates, dY, dY_h) -> dX, dW, dR, dbias, dh0."""
     unfit = refusal(node, {4: "sequence lengths"})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from kfac_onnx.canonical.lowering.scatter import END
-from kfac_onnx.graph.emit import HALF_TYPES, Emit, Miss
+from kfac_onnx.graph.emit import HALF_TYPES, Emitter, Miss
 from kfac_onnx.graph.values import dtype_of, int_attribute
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def refusal(node: ir.Node, optional: dict[int, str]) -> Miss | None:
 class Step:
     """The values of one time step: states carried along, and slices of the scanned tensors."""
 
-    emit: Emit
+    emit: Emitter
     states: tuple[ir.Value, ...]
     slices: tuple[ir.Value, ...]
 
 
 def scan(
-    emit: Emit,
+    emit: Emitter,
     node: ir.Node,
     states: Sequence[ir.Value],
     scanned: Sequence[ir.Value],
@@ -73,11 +73,11 @@ def scan(
 ) -> tuple[ir.Value, ...]:
     """Run `step` over the first axis (backwards if asked); return final states and stacked outputs."""
     dtype = dtype_of(node.inputs[0]) or ir.DataType.FLOAT
-    inner = Emit(emit.names, node)
+    inner = Emitter.in_place_of(emit.context, node)
     label = next((value.name for value in node.outputs if value.name), node.op_type)
 
     def parameter(what: str) -> ir.Value:
-        name = emit.names.fresh(f"kfac/lower/{label}/{what}")
+        name = emit.context.fresh(f"kfac/lower/{label}/{what}")
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([None, None]))
 
     carried = tuple(parameter("state") for _ in states)
@@ -91,7 +91,7 @@ def scan(
         [*carried, *slices],
         results,
         nodes=inner.nodes,
-        name=emit.names.fresh(f"kfac/lower/{label}/step"),
+        name=emit.context.fresh(f"kfac/lower/{label}/step"),
     )
     direction = [int(backward)]
     return emit.many(
@@ -111,7 +111,7 @@ def scan(
 class Cell:
     """The parts that forward and backward share: weights without their direction axis, and sizes."""
 
-    emit: Emit
+    emit: Emitter
     node: ir.Node
     reverse: bool
     """The recurrence runs from the last time step to the first."""
@@ -178,7 +178,7 @@ DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, 
 
 
 def by_direction(
-    rule: Callable[[Emit, ir.Node, Sequence[ir.Value | None], bool], Sequence[ir.Value] | Miss],
+    rule: Callable[[Emitter, ir.Node, Sequence[ir.Value | None], bool], Sequence[ir.Value] | Miss],
     *,
     inputs: str,
     outputs: str,
@@ -189,7 +189,7 @@ def by_direction(
     an output without one is the sum over directions. Inputs that a node leaves out are None.
     """
 
-    def every(emit: Emit, node: ir.Node) -> Lowered:
+    def every(emit: Emitter, node: ir.Node) -> Lowered:
         given = node.attributes.get("direction")
         name = "forward" if given is None else given.as_string()
         if name not in DIRECTIONS:
@@ -219,6 +219,6 @@ def by_direction(
     return every
 
 
-def _one(emit: Emit, value: ir.Value, place: int, axis: int) -> ir.Value:
+def _one(emit: Emitter, value: ir.Value, place: int, axis: int) -> ir.Value:
     """Return one direction of a value, the axis kept."""
     return emit.op("Slice", value, emit.ints(place), emit.ints(place + 1), emit.ints(axis))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kfac_onnx.canonical.lowering.recurrent_parts import Step
-    from kfac_onnx.graph.emit import Emit
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = [
     "Layer",
@@ -64,7 +64,7 @@ class Layer:
         mask = None
         if lengths is not None:
             steps = emit.entry(emit.op("Shape", x), 0)
-            zero, one = (emit.names.constant(np.array(number, np.int64)) for number in (0, 1))
+            zero, one = (emit.constant(np.array(number, np.int64)) for number in (0, 1))
             place = emit.op("Unsqueeze", emit.op("Range", zero, steps, one), emit.ints(1))
             running = emit.op("Less", place, emit.cast(lengths, ir.DataType.INT64, dtype_of(lengths)))
             dtype = dtype_of(x) or ir.DataType.FLOAT
@@ -72,7 +72,7 @@ class Layer:
         return cls(cell, x, cell.squeeze(weight), cell.squeeze(recurrent), cell.biases(bias), mask)
 
     @property
-    def emit(self) -> Emit:
+    def emit(self) -> Emitter:
         """What the nodes outside the Scan are emitted through."""
         return self.cell.emit
 
@@ -112,22 +112,22 @@ class Layer:
         return names[-1 if self.cell.reverse else 0].capitalize()
 
 
-def part(emit: Emit, value: ir.Value, gates: int) -> tuple[ir.Value, ...]:
+def part(emit: Emitter, value: ir.Value, gates: int) -> tuple[ir.Value, ...]:
     """Return equal parts along the last axis."""
     return emit.many("Split", [value], gates, {"axis": -1, "num_outputs": gates})
 
 
-def choose(emit: Emit, condition: ir.Value | None, value: ir.Value, other: ir.Value) -> ir.Value:
+def choose(emit: Emitter, condition: ir.Value | None, value: ir.Value, other: ir.Value) -> ir.Value:
     """Return `value`, or `other` where a condition that there is does not hold."""
     return value if condition is None else emit.op("Where", condition, value, other)
 
 
-def through_sigmoid(emit: Emit, grad: ir.Value, gate: ir.Value, one: ir.Value) -> ir.Value:
+def through_sigmoid(emit: Emitter, grad: ir.Value, gate: ir.Value, one: ir.Value) -> ir.Value:
     """Return the gradient of what the gate is the sigmoid of."""
     return emit.op("Mul", grad, emit.op("Mul", gate, emit.op("Sub", one, gate)))
 
 
-def through_tanh(emit: Emit, grad: ir.Value, output: ir.Value, one: ir.Value) -> ir.Value:
+def through_tanh(emit: Emitter, grad: ir.Value, output: ir.Value, one: ir.Value) -> ir.Value:
     """Return the gradient of what `output` is the tanh of."""
     return emit.op("Mul", grad, emit.op("Sub", one, emit.op("Mul", output, output)))
 

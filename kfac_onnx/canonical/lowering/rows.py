@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from kfac_onnx.graph.emit import Emit, Lowered
+    from kfac_onnx.graph.emit import Emitter, Lowered
 
 __all__ = ["RULES", "place_slice", "scatter_nd"]
 
 
 def shape_and_static(
-    emit: Emit, shape: ir.Value, result: ir.Value
+    emit: Emitter, shape: ir.Value, result: ir.Value
 ) -> tuple[ir.Value, tuple[int, ...] | None]:
     """Return a run-time shape input and its numbers, where the result's shape or a constant tells them."""
     array = constant(shape)
@@ -37,7 +37,7 @@ def shape_and_static(
     return (shape, None) if known is None else (emit.ints(*known), known)
 
 
-def gather_grad(emit: Emit, node: ir.Node) -> Lowered:
+def gather_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """GatherGrad(shape, ids, dY; axis): zeros(shape) with out[.., ids, ..] += dY along axis."""
     shape, ids, grad = node.inputs[:3]
     dtype = dtype_of(grad)
@@ -53,7 +53,7 @@ def gather_grad(emit: Emit, node: ir.Node) -> Lowered:
 
 
 def scatter_nd(
-    emit: Emit,
+    emit: Emitter,
     base: ir.Value | None,
     shape: ir.Value,
     static: tuple[int, ...] | None,
@@ -91,7 +91,7 @@ def scatter_nd(
     return emit.op("Reshape", added, shape)
 
 
-def gather_nd_grad(emit: Emit, node: ir.Node) -> Lowered:
+def gather_nd_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """GatherNDGrad(shape, indices, dY; batch_dims=0): zeros(shape) with the indexed slices += dY."""
     shape, indices, grad = node.inputs[:3]
     dtype = dtype_of(grad)
@@ -104,7 +104,7 @@ def gather_nd_grad(emit: Emit, node: ir.Node) -> Lowered:
     return result if isinstance(result, Miss) else [result]
 
 
-def gather_elements_grad(emit: Emit, node: ir.Node) -> Lowered:
+def gather_elements_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """GatherElementsGrad(dY, shape, indices; axis): zeros(shape), ScatterElements add."""
     grad, shape, indices = node.inputs[:3]
     dtype = dtype_of(grad)
@@ -115,7 +115,7 @@ def gather_elements_grad(emit: Emit, node: ir.Node) -> Lowered:
     return [scatter_elements(emit, None, runtime, indices, grad, axis=axis, dtype=dtype)]
 
 
-def slice_grad(emit: Emit, node: ir.Node) -> Lowered:
+def slice_grad(emit: Emitter, node: ir.Node) -> Lowered:
     """SliceGrad(dY, shape, starts, ends, axes, steps): zeros(shape) with out[slice] = dY.
 
     With constant starts and steps of 1 this is a Pad; otherwise the positions that the slice would
@@ -130,7 +130,7 @@ def slice_grad(emit: Emit, node: ir.Node) -> Lowered:
 
 
 def place_slice(
-    emit: Emit,
+    emit: Emitter,
     grad: ir.Value,
     runtime: ir.Value,
     static: tuple[int, ...] | None,
@@ -146,7 +146,7 @@ def place_slice(
         starts_at, along = first.reshape(-1).tolist(), chosen.reshape(-1).tolist()
         return _pad(emit, grad, runtime, static, starts_at, along, dtype)
     size = emit.op("ReduceProd", runtime, emit.ints(0), keepdims=0)
-    zero, one = (emit.names.constant(np.array(number, np.int64)) for number in (0, 1))
+    zero, one = (emit.constant(np.array(number, np.int64)) for number in (0, 1))
     numbering = emit.op("Reshape", emit.op("Range", zero, size, one), runtime)
     inputs = [numbering, *bounds]
     picked = emit.many("Slice", inputs, 1)[0]
@@ -164,7 +164,7 @@ def place_slice(
 
 
 def _pad(
-    emit: Emit,
+    emit: Emitter,
     grad: ir.Value,
     shape: ir.Value,
     static: tuple[int, ...] | None,
@@ -197,7 +197,7 @@ def _pad(
     return emit.op("Pad", grad, emit.concat(begin, after_value), emit.scalar(0.0, dtype))
 
 
-def aten(emit: Emit, node: ir.Node) -> Lowered:
+def aten(emit: Emitter, node: ir.Node) -> Lowered:
     """ATen embedding(W, ids, padding_idx, ..) and embedding_backward(g, ids, num_weights, padding_idx, ..).
 
     torch drops the gradient of the row `padding_idx`; a negative `padding_idx` means none.

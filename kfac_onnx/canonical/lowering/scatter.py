@@ -15,7 +15,7 @@ import onnx_ir as ir
 from kfac_onnx.graph.emit import HALF_TYPES
 
 if TYPE_CHECKING:
-    from kfac_onnx.graph.emit import Emit
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = ["END", "linear_index", "scatter_elements", "scatter_slices"]
 
@@ -24,7 +24,7 @@ END = np.iinfo(np.int64).max
 
 
 def scatter_elements(
-    emit: Emit,
+    emit: Emitter,
     base: ir.Value | None,
     shape: ir.Value,
     index: ir.Value,
@@ -43,7 +43,7 @@ def scatter_elements(
 
 
 def scatter_slices(
-    emit: Emit,
+    emit: Emitter,
     base: ir.Value | None,
     shape: ir.Value,
     ids: ir.Value,
@@ -79,7 +79,7 @@ def scatter_slices(
     return scatter_elements(emit, base, shape, index, rows, axis=axis, dtype=dtype, reduction=reduction)
 
 
-def linear_index(emit: Emit, indices: ir.Value, shape: ir.Value, columns: int) -> ir.Value:
+def linear_index(emit: Emitter, indices: ir.Value, shape: ir.Value, columns: int) -> ir.Value:
     """Return int64[...]: the position of each k-column index (int64[..., k]) in the first k dimensions.
 
     Negative entries count from the end of their dimension, as in ScatterND.
@@ -87,11 +87,11 @@ def linear_index(emit: Emit, indices: ir.Value, shape: ir.Value, columns: int) -
     if columns == 1:
         return emit.op("Squeeze", indices, emit.ints(-1))
     dims = emit.part(shape, 0, columns)
-    negative = emit.op("Less", indices, emit.names.constant(np.array(0, np.int64)))
+    negative = emit.op("Less", indices, emit.constant(np.array(0, np.int64)))
     wrapped = emit.op("Where", negative, emit.op("Add", indices, dims), indices)
     position: ir.Value | None = None
     for column in range(columns):
-        entry = emit.op("Gather", wrapped, emit.names.constant(np.array(column, np.int64)), axis=-1)
+        entry = emit.op("Gather", wrapped, emit.constant(np.array(column, np.int64)), axis=-1)
         if position is not None:
             entry = emit.op("Add", emit.op("Mul", position, emit.entry(dims, column)), entry)
         position = entry

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx import metadata
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase, RowGradient, Site
 from kfac_onnx.step.draft import FLOAT, INT64, Draft
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from kfac_onnx.fisher.row_scales import RowUpdate
-    from kfac_onnx.graph.rewriter import Emitter
+    from kfac_onnx.graph.emit import Emitter
 
 __all__ = [
     "as_float32",

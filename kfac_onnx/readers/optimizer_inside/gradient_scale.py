@@ -16,7 +16,8 @@ import onnx_ir as ir
 from kfac_onnx.autodiff import differentiate
 from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.emit import HALF_TYPES, Emit, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import HALF_TYPES, Emitter
 from kfac_onnx.graph.values import dtype_of, static_shape
 from kfac_onnx.readers.optimizer_inside.host_update import OURS
 
@@ -83,7 +84,7 @@ def scaled(model: ir.Model, gradient: ir.Value, factor: float) -> ir.Value:
     node = gradient.producer()
     if node is None:
         raise AssertionError("a gradient is computed")
-    emit = Emit(Names(model), node, "gradient")
+    emit = Emitter.in_place_of(Context.of(model), node, "gradient")
     result = emit.op("Mul", gradient, emit.scalar(factor, dtype_of(gradient) or ir.DataType.FLOAT))
     result.type, result.shape = gradient.type, gradient.shape
     emit.nodes[0].metadata_props.pop("kfac.lowered", None)

@@ -9,7 +9,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kfac_onnx.autodiff.gradient_nodes import is_derivative
 from kfac_onnx.errors import NoGradientsError, UserError
-from kfac_onnx.graph.emit import Emit, Miss, Names
+from kfac_onnx.graph.context import Context
+from kfac_onnx.graph.emit import Emitter, Miss
 from kfac_onnx.graph.values import dtype_of, rank_of, static_shape
 from kfac_onnx.readers.interface import Interface
 from kfac_onnx.readers.optimizer_inside.find_pairs import Pairs, find_pairs, scalar_losses
@@ -180,13 +181,13 @@ def _gradient(model: ir.Model, update: Update) -> ir.Value:
     anchor = update.new.producer()
     if anchor is None:
         raise AssertionError("a new value is computed")
-    emit = Emit(Names(model), anchor, "gradient")
+    emit = Emitter.in_place_of(Context.of(model), anchor, "gradient")
     terms = [_part(emit, item, update.parameter) for item in parts]
     total = terms[0]
     for term in terms[1:]:
         total = emit.op("Add", total, term)
     shape = static_shape(update.parameter)
-    total.name = emit.names.fresh(f"{update.parameter.name}{GRADIENT}")
+    total.name = emit.context.fresh(f"{update.parameter.name}{GRADIENT}")
     total.type = ir.TensorType(dtype_of(parts[0].value) or ir.DataType.FLOAT)
     total.shape = None if shape is None else ir.Shape(shape)
     for node in emit.nodes:
@@ -196,7 +197,7 @@ def _gradient(model: ir.Model, update: Update) -> ir.Value:
     return total
 
 
-def _part(emit: Emit, part: Part, parameter: ir.Value) -> ir.Value:
+def _part(emit: Emitter, part: Part, parameter: ir.Value) -> ir.Value:
     dtype = dtype_of(part.value) or dtype_of(parameter) or ir.DataType.FLOAT
     value = part.value
     for view in part.views:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from kfac_onnx import metadata
-from kfac_onnx.graph.rewriter import Emitter, Out
+from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.graph.verifier import problems_of
 from kfac_onnx.metadata import Phase
 from kfac_onnx.pipeline.base import Changes

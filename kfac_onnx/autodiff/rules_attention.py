@@ -157,7 +157,7 @@ def _bias(
             bias = emit.op("Pad", bias, emit.concat(emit.ints(0), more), never, emit.ints(-1))
     if not int_attribute(back.node, "is_causal", 0):
         return bias
-    first, one = (emit.names.constant(np.array(number, np.int64)) for number in (0, 1))
+    first, one = (emit.constant(np.array(number, np.int64)) for number in (0, 1))
     row, column = (
         emit.op("Range", first, emit.op("Squeeze", count, emit.ints(0)), one) for count in (queries, keys)
     )

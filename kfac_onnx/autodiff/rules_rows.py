@@ -82,7 +82,7 @@ def _batched_gather_nd(back: Backward, x: ir.Value, ids: ir.Value, batch: int) -
     known = static_shape(x)
     merged_static = None if known is None else (int(np.prod(known[:batch])), *known[batch:])
     inner = emit.concat(count, emit.part(id_shape, batch, END))
-    zero, one = (emit.names.constant(np.array(number, np.int64)) for number in (0, 1))
+    zero, one = (emit.constant(np.array(number, np.int64)) for number in (0, 1))
     numbers = emit.op("Range", zero, emit.op("Squeeze", count, emit.ints(0)), one)
     column_shape = emit.concat(emit.part(inner, 0, -1), emit.ints(1))
     ones = emit.ints(*(1 for _ in range(len(dims) - batch)))
@@ -140,7 +140,7 @@ def one_hot(back: Backward) -> Gradients:
     """OneHot(ids, depth, values = [off, on]; axis): Σ dY over the entries that are off, and that are on."""
     emit, dy = back.emit, back.dy
     dtype = back.dtype(back.x(2))
-    ends = emit.names.constant(np.array([0, 1]).astype(dtype.numpy()))
+    ends = emit.constant(np.array([0, 1]).astype(dtype.numpy()))
     hot = emit.op("OneHot", back.x(0), back.x(1), ends, axis=int_attribute(back.node, "axis", -1))
     on = emit.op("ReduceSum", emit.op("Mul", dy, hot), keepdims=0)
     off = emit.op("Sub", emit.op("ReduceSum", dy, keepdims=0), on)

@@ -166,7 +166,7 @@ def _repeated_borders(back: Backward, x: ir.Value, dy: ir.Value) -> ir.Value:
 def _numbering(back: Backward, shape: ir.Value) -> ir.Value:
     """Return the numbers 0, 1, 2, .. in a tensor of this shape, int64."""
     emit = back.emit
-    zero, one = (emit.names.constant(np.array(number, np.int64)) for number in (0, 1))
+    zero, one = (emit.constant(np.array(number, np.int64)) for number in (0, 1))
     size = emit.op("ReduceProd", shape, emit.ints(0), keepdims=0)
     return emit.op("Reshape", emit.op("Range", zero, size, one), shape)
 

@@ -102,6 +102,16 @@ def _sliced_numbers(node: ir.Node) -> list[Dimension] | None:
     return numbers[int(start.reshape(())) : int(end.reshape(()))]
 
 
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    """Return a value's type where it is told; of an operator without a rule nothing is guessed."""
+    if value is None:
+        return None
+    if value.dtype is not None or value.const_value is not None:
+        return value.dtype or dtype_of(value)
+    node = value.producer()
+    return dtype_of(value) if node is not None and node.op_type in RULES else None
+
+
 def _input(node: ir.Node, place: int) -> ir.Value | None:
     return node.inputs[place] if place < len(node.inputs) else None
 
@@ -156,7 +166,7 @@ def broadcast(shapes: Sequence[Dimensions | None]) -> list[Dimension] | None:
 
 def _same(node: ir.Node) -> list[Described]:
     """Type and shape of the first input."""
-    return [(dtype_of(node.inputs[0]), dimensions_of(node.inputs[0]))]
+    return [(_dtype(node.inputs[0]), dimensions_of(node.inputs[0]))]
 
 
 def _truths(node: ir.Node) -> list[Described]:
@@ -165,7 +175,7 @@ def _truths(node: ir.Node) -> list[Described]:
 
 
 def _broadcast(node: ir.Node) -> list[Described]:
-    return [(dtype_of(node.inputs[0]), broadcast([dimensions_of(value) for value in node.inputs]))]
+    return [(_dtype(node.inputs[0]), broadcast([dimensions_of(value) for value in node.inputs]))]
 
 
 def _comparison(node: ir.Node) -> list[Described]:
@@ -173,7 +183,7 @@ def _comparison(node: ir.Node) -> list[Described]:
 
 
 def _where(node: ir.Node) -> list[Described]:
-    dtype = dtype_of(node.inputs[1]) or dtype_of(node.inputs[2])
+    dtype = _dtype(node.inputs[1]) or _dtype(node.inputs[2])
     return [(dtype, broadcast([dimensions_of(value) for value in node.inputs]))]
 
 
@@ -182,7 +192,7 @@ def _cast(node: ir.Node) -> list[Described]:
 
 
 def _cast_like(node: ir.Node) -> list[Described]:
-    return [(dtype_of(node.inputs[1]), dimensions_of(node.inputs[0]))]
+    return [(_dtype(node.inputs[1]), dimensions_of(node.inputs[0]))]
 
 
 def _shape(node: ir.Node) -> list[Described]:
@@ -223,12 +233,12 @@ def _wanted(shape: ir.Value | None) -> list[Dimension] | None:
 
 def _expand(node: ir.Node) -> list[Described]:
     wanted = _wanted(node.inputs[1])
-    return [(dtype_of(node.inputs[0]), broadcast([dimensions_of(node.inputs[0]), wanted]))]
+    return [(_dtype(node.inputs[0]), broadcast([dimensions_of(node.inputs[0]), wanted]))]
 
 
 def _reshape(node: ir.Node) -> list[Described]:
     dims, wanted = dimensions_of(node.inputs[0]), _wanted(node.inputs[1])
-    dtype = dtype_of(node.inputs[0])
+    dtype = _dtype(node.inputs[0])
     if wanted is None:
         return [(dtype, None)]
     if not _int(node, "allowzero", 0):
@@ -252,7 +262,7 @@ def _product(dims: Dimensions) -> int | None:
 
 def _transpose(node: ir.Node) -> list[Described]:
     dims, order = dimensions_of(node.inputs[0]), node.attributes.get("perm")
-    dtype = dtype_of(node.inputs[0])
+    dtype = _dtype(node.inputs[0])
     if dims is None:
         return [(dtype, None)]
     if order is None:
@@ -261,7 +271,7 @@ def _transpose(node: ir.Node) -> list[Described]:
 
 
 def _unsqueeze(node: ir.Node) -> list[Described]:
-    dims, dtype = dimensions_of(node.inputs[0]), dtype_of(node.inputs[0])
+    dims, dtype = dimensions_of(node.inputs[0]), _dtype(node.inputs[0])
     axes = constant(_input(node, 1))
     if dims is None or axes is None:
         return [(dtype, None)]
@@ -272,7 +282,7 @@ def _unsqueeze(node: ir.Node) -> list[Described]:
 
 
 def _squeeze(node: ir.Node) -> list[Described]:
-    dims, dtype = dimensions_of(node.inputs[0]), dtype_of(node.inputs[0])
+    dims, dtype = dimensions_of(node.inputs[0]), _dtype(node.inputs[0])
     axes = None if dims is None else _axes(node, len(dims))
     if dims is None or axes is None:
         return [(dtype, None)]
@@ -284,7 +294,7 @@ def _squeeze(node: ir.Node) -> list[Described]:
 
 
 def _flatten(node: ir.Node) -> list[Described]:
-    dims, dtype = dimensions_of(node.inputs[0]), dtype_of(node.inputs[0])
+    dims, dtype = dimensions_of(node.inputs[0]), _dtype(node.inputs[0])
     if dims is None:
         return [(dtype, [None, None])]
     axis = _int(node, "axis", 1)
@@ -294,7 +304,7 @@ def _flatten(node: ir.Node) -> list[Described]:
 
 def _concat(node: ir.Node) -> list[Described]:
     shapes = [dimensions_of(value) for value in node.inputs]
-    dtype = next((kind for value in node.inputs if (kind := dtype_of(value)) is not None), None)
+    dtype = next((kind for value in node.inputs if (kind := _dtype(value)) is not None), None)
     known = [dims for dims in shapes if dims is not None]
     if len(known) < len(shapes):
         return [(dtype, None)]
@@ -318,7 +328,7 @@ def _total(dims: Dimensions) -> Dimension:
 
 
 def _split(node: ir.Node) -> list[Described]:
-    dims, dtype = dimensions_of(node.inputs[0]), dtype_of(node.inputs[0])
+    dims, dtype = dimensions_of(node.inputs[0]), _dtype(node.inputs[0])
     count = len(node.outputs)
     if dims is None:
         return [(dtype, None)] * count
@@ -335,7 +345,7 @@ def _split(node: ir.Node) -> list[Described]:
 
 
 def _slice(node: ir.Node) -> list[Described]:
-    dims, dtype = dimensions_of(node.inputs[0]), dtype_of(node.inputs[0])
+    dims, dtype = dimensions_of(node.inputs[0]), _dtype(node.inputs[0])
     if dims is None:
         return [(dtype, None)]
     starts, ends = (constant(_input(node, place)) for place in (1, 2))
@@ -358,7 +368,7 @@ def _slice(node: ir.Node) -> list[Described]:
 
 def _gather(node: ir.Node) -> list[Described]:
     dims, places = dimensions_of(node.inputs[0]), dimensions_of(node.inputs[1])
-    dtype = dtype_of(node.inputs[0])
+    dtype = _dtype(node.inputs[0])
     if dims is None or places is None:
         return [(dtype, None)]
     axis = _int(node, "axis", 0) % len(dims)
@@ -366,12 +376,12 @@ def _gather(node: ir.Node) -> list[Described]:
 
 
 def _gather_elements(node: ir.Node) -> list[Described]:
-    return [(dtype_of(node.inputs[0]), dimensions_of(node.inputs[1]))]
+    return [(_dtype(node.inputs[0]), dimensions_of(node.inputs[1]))]
 
 
 def _gather_nd(node: ir.Node) -> list[Described]:
     dims, places = dimensions_of(node.inputs[0]), dimensions_of(node.inputs[1])
-    dtype, batch = dtype_of(node.inputs[0]), _int(node, "batch_dims", 0)
+    dtype, batch = _dtype(node.inputs[0]), _int(node, "batch_dims", 0)
     if dims is None or not places or not isinstance(places[-1], int):
         return [(dtype, None)]
     return [(dtype, [*places[:-1], *dims[batch + places[-1] :]])]
@@ -379,7 +389,7 @@ def _gather_nd(node: ir.Node) -> list[Described]:
 
 def _matmul(node: ir.Node) -> list[Described]:
     left, right = (dimensions_of(value) for value in node.inputs[:2])
-    dtype = dtype_of(node.inputs[0]) or dtype_of(node.inputs[1])
+    dtype = _dtype(node.inputs[0]) or _dtype(node.inputs[1])
     if not left or not right:
         return [(dtype, None)]
     batch = broadcast([left[:-2], right[:-2]])
@@ -389,14 +399,14 @@ def _matmul(node: ir.Node) -> list[Described]:
 
 def _gemm(node: ir.Node) -> list[Described]:
     left, right = (dimensions_of(value) for value in node.inputs[:2])
-    dtype = dtype_of(node.inputs[0]) or dtype_of(node.inputs[1])
+    dtype = _dtype(node.inputs[0]) or _dtype(node.inputs[1])
     if left is None or right is None or len(left) != 2 or len(right) != 2:
         return [(dtype, [None, None])]
     return [(dtype, [left[_int(node, "transA", 0)], right[1 - _int(node, "transB", 0)]])]
 
 
 def _reduction(node: ir.Node) -> list[Described]:
-    dims, dtype = dimensions_of(node.inputs[0]), dtype_of(node.inputs[0])
+    dims, dtype = dimensions_of(node.inputs[0]), _dtype(node.inputs[0])
     if dims is None:
         return [(dtype, None)]
     axes, keep = _axes(node, len(dims)), _int(node, "keepdims", 1)
@@ -421,7 +431,7 @@ def _arg_reduction(node: ir.Node) -> list[Described]:
 
 
 def _top_k(node: ir.Node) -> list[Described]:
-    dims, dtype = dimensions_of(node.inputs[0]), dtype_of(node.inputs[0])
+    dims, dtype = dimensions_of(node.inputs[0]), _dtype(node.inputs[0])
     if dims is None:
         return [(dtype, None), (INT64, None)]
     count, axis = constant(node.inputs[1]), _int(node, "axis", -1) % len(dims)
@@ -432,7 +442,7 @@ def _top_k(node: ir.Node) -> list[Described]:
 
 def _range(node: ir.Node) -> list[Described]:
     ends = [constant(value) for value in node.inputs]
-    dtype = next((kind for value in node.inputs if (kind := dtype_of(value)) is not None), None)
+    dtype = next((kind for value in node.inputs if (kind := _dtype(value)) is not None), None)
     known = [float(end.reshape(())) for end in ends if end is not None and end.size == 1]
     if len(known) < 3 or known[2] == 0:
         return [(dtype, [None])]
@@ -446,7 +456,7 @@ def _non_zero(node: ir.Node) -> list[Described]:
 
 def _one_hot(node: ir.Node) -> list[Described]:
     places, depth = dimensions_of(node.inputs[0]), constant(node.inputs[1])
-    dtype = dtype_of(node.inputs[2])
+    dtype = _dtype(node.inputs[2])
     if places is None:
         return [(dtype, None)]
     axis = _int(node, "axis", -1) % (len(places) + 1)
@@ -456,7 +466,7 @@ def _one_hot(node: ir.Node) -> list[Described]:
 
 def _tile(node: ir.Node) -> list[Described]:
     dims, times = dimensions_of(node.inputs[0]), constant(node.inputs[1])
-    dtype = dtype_of(node.inputs[0])
+    dtype = _dtype(node.inputs[0])
     if dims is None:
         return [(dtype, None)]
     counts: list[int | None] = [None] * len(dims) if times is None else [int(number) for number in times]
@@ -473,7 +483,7 @@ def _tile(node: ir.Node) -> list[Described]:
 
 def _dropout(node: ir.Node) -> list[Described]:
     dims = dimensions_of(node.inputs[0])
-    return [(dtype_of(node.inputs[0]), dims), (BOOL, dims)]
+    return [(_dtype(node.inputs[0]), dims), (BOOL, dims)]
 
 
 _UNARY: Final = having(Trait.ELEMENTWISE) - having(Trait.BROADCASTS)

@@ -54,6 +54,8 @@ SECOND_RESULTS = {
     "Dropout": ir.DataType.BOOL,
     "ConcatTraining": ir.DataType.INT64,
     "TopK": ir.DataType.INT64,
+    "MaxPool": ir.DataType.INT64,
+    "Unique": ir.DataType.INT64,
     "LayerNormalization": ir.DataType.FLOAT,
 }
 """Element type of the results after the first, where it differs from the first input's."""

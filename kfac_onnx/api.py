@@ -1,4 +1,4 @@
-"""What users call from Python: `scan`, `transform`, `why` and `save` (DESIGN section 9)."""
+"""What users call from Python: `scan`, `transform`, `why` and `save`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Report:
     trainable: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON data (the contract of DESIGN section 9)."""
+        """Return the report as JSON data."""
         return {
             "trainable": self.trainable,
             "sites": [_site_json(site) for site in self.sites],

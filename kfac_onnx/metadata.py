@@ -74,7 +74,7 @@ T = TypeVar("T")
 
 
 class Phase(enum.StrEnum):
-    """When a node of the training step runs (DESIGN section 8). Nodes without one are `GRADIENTS`."""
+    """When a node of the training step runs (docs/architecture.md). Nodes without one are `GRADIENTS`."""
 
     GRADIENTS = "gradients"
     """Loss, gradients, rows, new G; reads tables. All threads."""

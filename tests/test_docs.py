@@ -106,10 +106,33 @@ def test_the_page_of_patterns_lists_every_finding_and_frontend() -> None:
     assert {scan(path).frontend for path in GRAPHS} <= readers
 
 
-def test_the_options_in_the_documents_are_those_of_the_code() -> None:
-    found = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    page = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
-    assert page == found["page"](), "run `make docs`"
+GENERATED = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+
+
+@pytest.mark.parametrize("name", ["docs/passes.md", "docs/architecture.md", "README.md", "CONTRIBUTING.md"])
+def test_generated_parts_are_those_of_the_code_and_the_table_of_rooms(name: str) -> None:
+    pages = GENERATED["pages"]()
+    assert (ROOT / name).read_text(encoding="utf-8") == pages[ROOT / name], "run `make docs`"
+
+
+def test_each_room_and_floor_is_drawn() -> None:
+    rooms = {path.stem for path in (ROOT / "kfac_onnx").iterdir() if path.suffix in ("", ".py")} - {
+        "__init__", "__main__", "__pycache__",
+    }  # fmt: skip
+    for name in ("README.md", "docs/architecture.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert set(re.findall(r"^\| `kfac_onnx/(\w+)(?:/|\.py)` \|", text, re.MULTILINE)) == rooms
+    for name in ("CONTRIBUTING.md", "docs/architecture.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        drawn = re.findall(r"^ ?\d+  ([a-z ]+)$", text, re.MULTILINE)
+        assert {room for line in drawn for room in line.split()} == rooms
+
+
+def test_what_architecture_names_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = re.findall(r"`((?:kfac_onnx|tests|docs|benchmarks)/[\w/.]+)`", text)
+    assert len(names) > 20
+    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 def test_the_makefile_prints_its_targets() -> None:

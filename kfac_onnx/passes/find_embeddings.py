@@ -80,7 +80,7 @@ class FindEmbeddings(Pass):
     Reads   `kfac.parameters` and `kfac.loss` of a canonical training graph.
     Adds    per table the values ids int64[N], rows float32[N, D], keep float32[N] (if rows are dropped)
     Writes  `kfac.sites`, `kfac.refused`, `kfac.id_checks`.
-    Source  DESIGN section 4: match by data flow, claim every use or report it.
+    Source  docs/architecture.md: match by data flow, claim every use or report it.
     """
 
     name: ClassVar[str] = "find-embeddings"

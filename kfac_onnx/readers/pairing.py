@@ -1,4 +1,4 @@
-"""Which value is the gradient of which parameter (DESIGN section 3).
+"""Which value is the gradient of which parameter.
 
 In this order: what the user says; what the reader found in the interface; as a last resort, position with
 a check of every shape.

@@ -1,4 +1,4 @@
-"""From an exported training graph to the canonical one that every pass relies on (DESIGN section 3)."""
+"""From an exported training graph to the canonical one that every pass relies on."""
 
 from __future__ import annotations
 

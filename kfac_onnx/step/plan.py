@@ -3,7 +3,7 @@
 The whole graph is functional: each state comes in under one name and leaves under another, and
 `Where(ok, new, old)` nodes keep a skipped step out of the state. A host that decides itself whether to
 keep a step drops those nodes, and a host that binds one buffer as a state's input and output must not let
-a session read a table that the same session writes (DESIGN section 8). Hence these stages:
+a session read a table that the same session writes (docs/architecture.md). Hence these stages:
 
 | stage        | runs                         | what it may do                                        |
 |--------------|------------------------------|-------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""How the pass `find-embeddings` recognises embedding tables by data flow (DESIGN section 4).
+"""How the pass `find-embeddings` recognises embedding tables by data flow.
 
 - `facts`: what can be known of a value without running the graph: constants, zeros, ancestors, shapes;
 - `lookups`: forward, from a table through views to the operators that read rows of it;

@@ -1,4 +1,4 @@
-"""One training step over an engine's stages: run, check, then keep or undo (DESIGN section 6)."""
+"""One training step over an engine's stages: run, check, then keep or undo (docs/architecture.md)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from kfac_onnx import metadata
-from kfac_onnx.graph.emit import Emitter, Out
+from kfac_onnx.graph.context import Context, names_in
+from kfac_onnx.graph.emit import Emitter, Out, replace_node
 from kfac_onnx.graph.verifier import problems_of
 from kfac_onnx.metadata import Phase
 from kfac_onnx.pipeline.base import Changes
@@ -163,3 +164,117 @@ def test_metadata_counts_only_when_it_changes(
 def test_removing_a_node_that_is_used_is_an_error(model: ir.Model) -> None:
     with pytest.raises(ValueError, match="still being used"):
         Emitter(model, "p").remove([model.graph.node(0)])
+
+
+def test_an_operator_is_typed_shaped_named_and_tagged(model: ir.Model) -> None:
+    emit = Emitter(model, "p", site="emb", phase=Phase.COUNT)
+    x = model.graph.inputs[0]
+    doubled = emit.op("Add", x, x, name="doubled")
+    total = emit.op("ReduceSum", doubled, emit.ints(0), phase=Phase.COMMIT, keepdims=0)
+    assert (doubled.name, total.name) == ("kfac/p/emb/doubled", "kfac/p/emb/ReduceSum")
+    assert (doubled.dtype, doubled.shape) == (ir.DataType.FLOAT, ir.Shape(["N"]))
+    assert (total.dtype, total.shape) == (ir.DataType.FLOAT, ir.Shape([]))
+    node = total.producer()
+    assert node is not None
+    assert node.metadata_props == {"kfac.pass": "p", "kfac.site": "emb", "kfac.phase": "commit"}
+    assert node.attributes["keepdims"].as_int() == 0
+    assert emit.changes == Changes(added=3)
+    assert problems_of(model) == []
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (3, ir.AttributeType.INT),
+        (True, ir.AttributeType.INT),
+        (0.5, ir.AttributeType.FLOAT),
+        ("add", ir.AttributeType.STRING),
+        ((1, 2), ir.AttributeType.INTS),
+        ([0.5, 1.5], ir.AttributeType.FLOATS),
+        (ir.tensor(np.zeros(1)), ir.AttributeType.TENSOR),
+        (ir.Graph([], [], nodes=[]), ir.AttributeType.GRAPH),
+        (ir.AttrFloat32("a", 2.0), ir.AttributeType.FLOAT),
+    ],
+)
+def test_attributes_of_every_kind(model: ir.Model, value: object, kind: ir.AttributeType) -> None:
+    (result,) = Emitter(model, "p").many("Other", [], 1, {"a": value}, "custom")  # pyright: ignore[reportArgumentType]
+    node = result.producer()
+    assert node is not None
+    assert node.attributes["a"].type == kind
+    assert model.opset_imports["custom"] == 1
+
+
+def test_what_takes_a_nodes_place_has_its_name_and_says_what_it_was(model: ir.Model) -> None:
+    node = model.graph.node(0)
+    emit = Emitter.in_place_of(Context.of(model), node, "lower")
+    x = node.inputs[0]
+    assert x is not None
+    square = emit.op("Mul", x, x)
+    root = emit.op("Sqrt", square)
+    assert [each.op_type for each in emit.nodes] == ["Mul", "Sqrt"]
+    assert square.name == "kfac/lower/t/Mul"
+    with pytest.raises(ValueError, match="an emitter that collects nodes has no graph"):
+        _ = emit.graph
+    replace_node(node, emit, [root])
+    assert [each.op_type for each in model.graph] == ["Mul", "Sqrt", "Neg"]
+    assert root.name == "t"
+    assert [each.metadata_props for each in emit.nodes] == [{"kfac.lowered": "Abs"}] * 2
+    assert problems_of(model) == []
+
+
+def test_an_input_that_is_passed_through_gets_an_identity(model: ir.Model) -> None:
+    node = model.graph.node(0)
+    replace_node(node, Emitter.in_place_of(Context.of(model), node), [node.inputs[0]])
+    assert [each.op_type for each in model.graph] == ["Identity", "Neg"]
+    assert problems_of(model) == []
+
+
+def test_a_model_has_one_context_which_all_emitters_share(model: ir.Model) -> None:
+    context = Context.of(model)
+    assert Emitter(model, "p").context is context
+    assert Emitter(model, "q").derive(site="w").context is context
+    assert Context.of(model.clone()) is not context
+    first = Emitter(model, "p").constant(np.float32(2.0))
+    assert Emitter(model, "q").constant(np.float32(2.0)) is first
+    assert context.names == names_in(model.graph)
+
+
+def test_names_are_forgotten_with_what_had_them(model: ir.Model) -> None:
+    context = Context.of(model)
+    assert context.fresh("t") == "t_2"
+    model.graph.node(0).outputs[0].name = "renamed"
+    assert context.fresh("renamed") == "renamed"  # nobody told the context
+    context.invalidate()
+    assert context.fresh("t") == "t"
+    assert context.fresh("renamed") == "renamed_2"
+    context.release("t")
+    assert context.take("t") == "t"
+
+
+def test_a_constant_that_was_removed_is_added_again_under_another_name(model: ir.Model) -> None:
+    emit = Emitter(model, "p")
+    first = emit.ints(1, 2)
+    del model.graph.initializers[str(first.name)]
+    second = emit.ints(1, 2)
+    assert second is not first
+    assert (first.name, second.name) == ("kfac/p/constant", "kfac/p/constant_2")
+    assert model.graph.initializers["kfac/p/constant_2"] is second
+    assert emit.changes == Changes(added=2)
+
+
+def test_zeros_shapes_and_parts(model: ir.Model) -> None:
+    emit = Emitter(model, "p")
+    x = model.graph.inputs[0]
+    shape = emit.shape(x)
+    node = shape.producer()
+    assert node is not None
+    assert node.op_type == "Shape"
+    static = emit.shape(emit.constant(np.zeros((2, 3), np.float32)))
+    assert static.const_value is not None
+    assert list(static.const_value.numpy()) == [2, 3]
+    zeros = emit.zeros(shape, ir.DataType.INT64)
+    assert (zeros.dtype, zeros.shape) == (ir.DataType.INT64, ir.Shape(["N"]))
+    assert emit.entry(shape, 0).shape == ir.Shape([])
+    assert emit.cast(x, ir.DataType.FLOAT, ir.DataType.FLOAT) is x
+    assert emit.concat(shape) is shape

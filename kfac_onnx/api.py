@@ -173,7 +173,13 @@ def transform_as(source: Source, options: TransformOptions) -> ir.Model:
         if first or options.parameters:
             _give_values(model, {**first, **(options.parameters or {})})
         shown = options.trace or Trace()
-        passes.run(model, print_after_change=shown.print_after_change, timing=shown.timing, log=options.log)
+        passes.run(
+            model,
+            print_after_change=shown.print_after_change,
+            timing=shown.timing,
+            log=options.log,
+            sound=True,
+        )
     return model
 
 

@@ -97,12 +97,13 @@ class Pipeline:
         timing: bool = False,
         log: Log | None = None,
         key: str | None = PIPELINE_KEY,
+        sound: bool = False,
     ) -> Report:
         """Run the passes over `model`, in place, and record the pipeline's text in its metadata.
 
-        With `verify` the model is checked before the first pass and after each. `print_after_change`
-        logs the model's text after each pass that changed it, `timing` each pass's seconds and
-        counts; both through `log` at level info (else the seconds at level debug). The text is appended to
+        With `verify` the model is checked before the first pass (unless it is `sound`: a reader has just
+        checked it) and after each. `print_after_change` logs the model's text after each pass that changed
+        it, `timing` each pass's seconds and counts; both through `log` at level info (else the seconds at level debug). The text is appended to
         the metadata entry `key`; with None it is not recorded.
 
         Raises VerifyError, naming the pass, when a pass leaves a broken model; UserError of a pass
@@ -110,7 +111,7 @@ class Pipeline:
         """
         log = log if log is not None else Log()
         reports: list[PassReport] = []
-        if verify:
+        if verify and not sound:
             _verify(model, "before the first pass")
         for number, item in enumerate(self.passes, start=1):
             where = f"{item.name}, pass {number} of {len(self.passes)}"

@@ -103,8 +103,8 @@ class Pipeline:
 
         With `verify` the model is checked before the first pass (unless it is `sound`: a reader has just
         checked it) and after each. `print_after_change` logs the model's text after each pass that changed
-        it, `timing` each pass's seconds and counts; both through `log` at level info (else the seconds at level debug). The text is appended to
-        the metadata entry `key`; with None it is not recorded.
+        it, `timing` each pass's seconds and counts; both through `log` at level info (else the seconds at
+        level debug). The text is appended to the metadata entry `key`; with None it is not recorded.
 
         Raises VerifyError, naming the pass, when a pass leaves a broken model; UserError of a pass
         gets the line `in: find-embeddings, pass 1 of 3`.

@@ -17,6 +17,7 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.exported_outputs` | frontends        | the exporter's outputs, where `kfac.updates` is |
 | `kfac.optimizer_states` | frontends        | list of `OptimizerState`                      |
 | `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
+| `kfac.vocabularies` | `encode-strings`     | list of `Vocabulary`                          |
 | `kfac.frozen`     | `differentiate`        | list of `Frozen`                              |
 | `kfac.id_checks`  | `find-embeddings`      | list of `IdCheck`                             |
 | `kfac.draft`      | inserting passes       | what `close-step` still has to assemble       |
@@ -64,6 +65,7 @@ __all__ = [
     "Step",
     "StepSettings",
     "Use",
+    "Vocabulary",
     "read",
     "read_list",
     "read_strings",
@@ -133,6 +135,14 @@ class Frozen:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The strings that a host gives an input of numbers for: the i-th key is i, any other their count."""
+
+    input: str
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)

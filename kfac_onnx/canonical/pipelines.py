@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["CANONICAL", "FINISH", "KERNELS", "PLAIN", "PREPARE", "STANDARD"]
 
-PLAIN: Final = "inline-functions,sort-nodes,lift-constants,require-optional-inputs"
+PLAIN: Final = "inline-functions,sort-nodes,lift-constants,require-optional-inputs,encode-strings"
 """What comes first: afterwards every input is a tensor, or the graph is refused."""
 
 PREPARE: Final = "upgrade-opset,infer-shapes,fold-constants,infer-shapes{when=changed}"

@@ -70,7 +70,11 @@ def npz_headers(path: str | Path) -> list[Header]:
         raise UserError(f"there is no file '{path}'") from e
     except ARCHIVE_ERRORS as e:
         refuse_other_format(path, "arrays")
-        raise UserError(f"'{path}' is not a readable .npz file: {first_line(e)}") from e
+        objects = "holds Python objects" in str(e)
+        raise UserError(
+            f"'{path}' is not a readable .npz file: {first_line(e)}",
+            help="save numbers or texts: array.astype(str) of strings" if objects else None,
+        ) from e
 
 
 def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header:

@@ -17,6 +17,7 @@ BUILT_IN: Final[dict[str, str]] = {
     "sort-nodes": "kfac_onnx.canonical.upgrade",
     "lift-constants": "kfac_onnx.canonical.lift_constants",
     "require-optional-inputs": "kfac_onnx.canonical.optional_inputs",
+    "encode-strings": "kfac_onnx.canonical.encoded_strings",
     "upgrade-opset": "kfac_onnx.canonical.upgrade",
     "infer-shapes": "kfac_onnx.canonical.infer_shapes",
     "fold-constants": "kfac_onnx.canonical.fold_constants",

@@ -151,7 +151,9 @@ class OpenStep:
         self.in_place_problem = plan_problem(plan, self.providers, self.device)
         self.holders = build_holders(plan, values, self.device, in_place=self.in_place_problem is None)
         self.constants = build_constants(plan, values, self.device)
-        self.batch_inputs = batch_inputs(plan, self.constants)
+        self.batch_inputs = batch_inputs(
+            plan, self.constants, metadata.read_list(loaded, "vocabularies", metadata.Vocabulary)
+        )
         self._rates = {rate.input: np.zeros((), np.float32) for rate in step.learning_rates}
         host = {step.ok, *step.ends, *watch, *self.extra}
         host.update(stage.condition for stage in plan.stages if stage.condition is not None)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import onnx
 
 from kfac_onnx import metadata
 from kfac_onnx.disk.memory import require_memory
@@ -24,11 +25,12 @@ from kfac_onnx.runtime.step.runner import Holder
 from kfac_onnx.runtime.step.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import onnx_ir as ir
 
     from kfac_onnx.disk.stored import Array
+    from kfac_onnx.metadata import Vocabulary
     from kfac_onnx.step.plan import Plan
 
 __all__ = [
@@ -230,8 +232,14 @@ def own_outputs(model: ir.Model, step: Step) -> list[str]:
     return [value.name for value in model.graph.outputs if value.name and value.name not in ours]
 
 
-def batch_inputs(plan: Plan, constants: Mapping[str, Buffer]) -> tuple[BatchInput, ...]:
-    """Return the inputs that every step must be given, in the graph's order."""
+def batch_inputs(
+    plan: Plan, constants: Mapping[str, Buffer], vocabularies: Iterable[Vocabulary] = ()
+) -> tuple[BatchInput, ...]:
+    """Return the inputs that every step must be given, in the graph's order.
+
+    Raises UserError for an input of strings that no vocabulary encodes: ONNX Runtime binds none.
+    """
+    keys = {item.input: item.keys for item in vocabularies}
     inputs: list[BatchInput] = []
     for name in plan.step.batch:
         if name in constants:
@@ -243,5 +251,11 @@ def batch_inputs(plan: Plan, constants: Mapping[str, Buffer]) -> tuple[BatchInpu
                 dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
                 for dim in kind.shape.dim
             )
-        inputs.append(BatchInput(name, kind.elem_type, dims))
+        if kind.elem_type == onnx.TensorProto.STRING:
+            raise UserError(
+                f"the input '{name}' holds strings, which a step cannot take: ONNX Runtime binds none",
+                help="give numbers: let a LabelEncoder be all that reads the strings, or export the graph "
+                "from behind what does",
+            )
+        inputs.append(BatchInput(name, kind.elem_type, dims, keys.get(name, ())))
     return tuple(inputs)

@@ -25,11 +25,15 @@ __all__ = ["BatchInput", "as_inputs", "checked_batch", "examples_in"]
 
 @dataclass(frozen=True)
 class BatchInput:
-    """A batch input: its ONNX element type and dimensions (a number, a shared name, or None)."""
+    """A batch input: its ONNX element type and dimensions (a number, a shared name, or None).
+
+    With `keys` it takes strings as well: the i-th key is i, any other string is their count.
+    """
 
     name: str
     element: int
     dims: tuple[int | str | None, ...] | None
+    keys: tuple[str, ...] = ()
 
 
 def checked_batch(
@@ -82,6 +86,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _typed(array: np.ndarray, item: BatchInput) -> np.ndarray:
+    if item.keys and array.dtype.kind in "UOST":
+        return _encoded(array, item)
     wanted = numpy_dtype(item.element)
     if array.dtype == wanted:
         return np.ascontiguousarray(array).reshape(array.shape)
@@ -92,6 +98,17 @@ def _typed(array: np.ndarray, item: BatchInput) -> np.ndarray:
         return array.astype(wanted, order="C")
     message = f"batch input '{item.name}' must be {dtype_name(item.element)}, got {array.dtype}"
     raise UserError(message, help=f"convert it: array.astype('{dtype_name(item.element)}')")
+
+
+def _encoded(array: np.ndarray, item: BatchInput) -> np.ndarray:
+    """Return the number of each string among the keys; how many there are for any other string."""
+    texts = array.reshape(-1).tolist()
+    for text in texts:
+        if not isinstance(text, (str, bytes)):
+            raise UserError(f"batch input '{item.name}' must hold strings, got {type(text).__name__}")
+    numbers = {key: number for number, key in enumerate(item.keys)}
+    plain = (text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts)
+    return np.array([numbers.get(text, len(numbers)) for text in plain], np.int64).reshape(array.shape)
 
 
 def _check_shape(array: np.ndarray, item: BatchInput, sizes: dict[str, tuple[str, int]]) -> None:

@@ -17,7 +17,7 @@ its two sides is right in float64; in float32 the verdict is `unclear` there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from kfac_onnx import metadata
 from kfac_onnx.device.providers import provider_list
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.values import ancestors
-from kfac_onnx.metadata import IdCheck, Loss, Parameter, Site
+from kfac_onnx.metadata import IdCheck, Loss, Parameter, Site, Vocabulary
 from kfac_onnx.runtime.feed.batches import BatchInput, checked_batch
 from kfac_onnx.runtime.feed.ids import check_ids
 from kfac_onnx.runtime.gradcheck.derivative import (
@@ -121,7 +121,8 @@ def verify_gradients(
     proto = ir.to_proto(model)
     values = _values(model, pairs, parameters or {})
     rng = np.random.default_rng(seed)
-    inputs = _batch_inputs(proto, values)
+    keys = {item.input: item.keys for item in metadata.read_list(model, "vocabularies", Vocabulary)}
+    inputs = [replace(item, keys=keys.get(item.name, ())) for item in _batch_inputs(proto, values)]
     fed_back = {name for name in loss.predictions.values() if name is not None and name not in batch}
     fed = checked_batch(batch, [item for item in inputs if item.name not in fed_back])
     arrays = {name: value for name, value in fed.items() if isinstance(value, np.ndarray)}

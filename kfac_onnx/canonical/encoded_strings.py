@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.graph.census import Census
-from kfac_onnx.graph.emit import Names
+from kfac_onnx.graph.context import Context
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
 from kfac_onnx.pipeline.registry import register
 
@@ -48,7 +48,7 @@ class EncodeStrings(Pass):
         if not strings:
             return NO_CHANGES
         census = Census(model)
-        names = Names(model)
+        names = Context.of(model)
         vocabularies = metadata.read_list(model, "vocabularies", metadata.Vocabulary)
         for value in strings:
             keys = _encode(value, names)
@@ -60,7 +60,7 @@ class EncodeStrings(Pass):
         return census.changes()
 
 
-def _encode(value: ir.Value, names: Names) -> tuple[str, ...] | None:
+def _encode(value: ir.Value, names: Context) -> tuple[str, ...] | None:
     """Make an input of strings one of numbers; return the keys, None where something else reads it."""
     views, encoders, stack = [value], list[ir.Node](), [value]
     while stack:

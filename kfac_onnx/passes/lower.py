@@ -39,19 +39,17 @@ class Lower(Pass):
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place; each attached or exchanged function, and each node, is one change."""
-        from onnx_ir import to_proto
-
         from kfac_onnx import dialect
 
         if self.target == "cuda" and self.deterministic:
             _warn_of_others(model, log)
-        before = {key: to_proto(function).SerializeToString() for key, function in model.functions.items()}
+        before = dict(model.functions)
         imports = dict(model.opset_imports)
         brought = bring_sizes_to_device(model) if self.target == "cuda" else Brought(0, 0)
         dialect.attach(model, self._variant)
-        after = {key: to_proto(function).SerializeToString() for key, function in model.functions.items()}
-        added = len(set(after) - set(before))
-        edited = sum(before[key] != after[key] for key in before if key in after)
+        after = model.functions
+        added, removed = len(set(after) - set(before)), len(set(before) - set(after))
+        edited = sum(_differ(before[key], after[key]) for key in before if key in after)
         edited += sum(imports.get(domain) != version for domain, version in model.opset_imports.items())
         step = metadata.read(model, "step", metadata.Step)
         if step is not None and step.target != self.target:
@@ -59,7 +57,7 @@ class Lower(Pass):
             edited += 1
         log.count("functions", added)
         log.count("sizes brought to the device", brought.edited)
-        return Changes(added=added + brought.added, edited=edited + brought.edited)
+        return Changes(added=added + brought.added, removed=removed, edited=edited + brought.edited)
 
     @property
     def _variant(self) -> Variant:
@@ -70,6 +68,13 @@ class Lower(Pass):
                 return "ordered" if self.deterministic else "atomic"
             case _:
                 assert_never(self.target)
+
+
+def _differ(one: ir.Function, other: ir.Function) -> bool:
+    """Say whether two functions are written differently."""
+    from onnx_ir import to_proto
+
+    return to_proto(one).SerializeToString() != to_proto(other).SerializeToString()
 
 
 def _warn_of_others(model: ir.Model, log: Log) -> None:

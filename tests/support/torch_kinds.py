@@ -292,10 +292,11 @@ class Recurrent(Layered):
 
 
 class WeightNorm(Layered):
-    """Weight normalization of a matrix: w = g v/|v|."""
+    """Weight normalization of a matrix and of a table: w = g v/|v|."""
 
     def __init__(self) -> None:
         super().__init__(nn.utils.parametrizations.weight_norm(nn.Linear(DIM, DIM)))
+        self.emb = nn.utils.parametrizations.weight_norm(self.emb)
 
 
 class Average(Layered):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-__all__ = ["carried_states", "hidden_states", "require_carried"]
+__all__ = ["carried_states", "close_states", "hidden_states", "open_states", "require_carried"]
 
 _STATISTICS: Final = ((3, 1), (4, 2))
 """Input and output of both running statistics, of ONNX's operator and of ONNX Runtime's BatchNormInternal."""
@@ -83,6 +83,30 @@ def _require_declared(model: ir.Model, pairs: Iterable[Carried], place: str | No
                     place=place,
                     help="kfac.carried in its metadata lists pairs of input and output; export it again",
                 )
+
+
+def open_states(model: ir.Model) -> list[str]:
+    """Make declared states that are initializers graph inputs too, so that no pass folds their values.
+
+    Return the names of those; `close_states` makes them plain initializers again.
+    """
+    opened: list[str] = []
+    for pair in metadata.read_list(model, "carried", Carried):
+        value = model.graph.initializers.get(pair.input)
+        if value is not None and not value.is_graph_input():
+            model.graph.inputs.append(value)
+            opened.append(pair.input)
+    return opened
+
+
+def close_states(model: ir.Model, names: Iterable[str]) -> None:
+    """Undo `open_states`."""
+    graph = model.graph
+    for name in names:
+        value = graph.initializers.get(name)
+        if value is not None and value.is_graph_input():
+            graph.inputs.remove(value)
+            graph.initializers.add(value)  # leaving the inputs makes it belong nowhere
 
 
 @contextmanager

@@ -18,7 +18,13 @@ from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.validity import require_consistent, require_inferable, require_tensors
 from kfac_onnx.graph.values import dtype_of, is_float, rank_of, static_shape
 from kfac_onnx.pipeline.registry import pass_class
-from kfac_onnx.readers.carried import carried_states, hidden_states, require_carried
+from kfac_onnx.readers.carried import (
+    carried_states,
+    close_states,
+    hidden_states,
+    open_states,
+    require_carried,
+)
 from kfac_onnx.readers.interface import READERS, Interface
 from kfac_onnx.readers.load import Exported, load
 from kfac_onnx.readers.loss import choose_loss, find_reduction, loss_candidates
@@ -74,6 +80,7 @@ def read_training_graph(
     exported, training = with_algorithm(load(source))
     model, place = exported.model, exported.place
     reading = Reading(model, place, trace, log)
+    opened = open_states(model)
     reading.run(PLAIN)
     require_tensors(model, place)
     reading.run(PREPARE if training is None else _without_states(training, model))
@@ -126,6 +133,7 @@ def read_training_graph(
     metadata.write(model, "refused", list(pairing.refused))
     reading.run(FINISH)
     metadata.write(model, "notes", reading.notes)
+    close_states(model, opened)
     reading.finish()
     return model
 

@@ -186,3 +186,17 @@ def test_statistics_of_the_batch_are_no_finding() -> None:
         W_grad = ReduceSum<keepdims = 0>(y, first)
     }}""")
     assert [finding.id for finding in kx.check(model).findings if "batch-norm" in finding.id] == []
+
+
+def test_a_counter_is_no_constant() -> None:
+    model = plain(", int64 count_new")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(5), "counted"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1), "one"))
+    model.graph.node.append(onnx.helper.make_node("Add", ["counted", "one"], ["once"]))
+    model.graph.node.append(onnx.helper.make_node("Add", ["once", "one"], ["count_new"]))
+    step = kx.transform(declared(model, ("counted", "count_new")), preset="plain-sgd", rest="sgd")
+    with kx.TrainingSession(step) as session:
+        for count in (7, 9, 11):
+            session.step({"x": np.ones((2, 2), np.float32)})
+            assert session.statistics["counted"] == count
+        assert session.batch_inputs[0].name == "x"

@@ -64,6 +64,10 @@ def fingerprint(model: Any) -> dict[str, str]:
                 constant = current.const_value
                 known[current] = current.name if constant is None else of_tensor(constant)
                 continue
+            if node.op_type == "Constant" and "value" in node.attributes:
+                # The same as an initializer with these contents.
+                known[node.outputs[0]] = of_tensor(node.attributes["value"].as_tensor())
+                continue
             inner = [
                 value
                 for attribute in node.attributes.values()

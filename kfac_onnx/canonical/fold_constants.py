@@ -10,12 +10,14 @@ stay in the graph for ever.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.context import Context
-from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of
+from kfac_onnx.graph.operators import Trait, having
+from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of, static_shape
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
@@ -32,10 +34,14 @@ __all__ = ["FoldConstants"]
 LARGEST: Final = 64
 """Entries that folded tensors have at most: as many as dimensions, or parts."""
 GRADIENT: Final = ("ai.onnx.preview.training", "Gradient")
-ALIASES: Final = frozenset({"SequenceAt", "SplitToSequence"})
-RANDOM: Final = frozenset(
-    {"RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLike", "Multinomial", "Bernoulli"}
-)
+SEQUENCES: Final = frozenset({"SequenceAt", "SplitToSequence"})
+STAYS: Final = having(Trait.RANDOM) | {
+    "ConstantOfShape",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "QuantizeLinear",
+}
+"""Operators that onnxscript folds never."""
 
 
 @register
@@ -120,10 +126,13 @@ def _names_inner_values(model: ir.Model) -> bool:
 
 def _folds(node: ir.Node, varying: Mapping[ir.Value, bool]) -> bool:
     """Say whether there is a reason to fold because of this node."""
-    if node.domain not in ONNX_DOMAINS or node.op_type in RANDOM:
+    if node.domain not in ONNX_DOMAINS or node.op_type in STAYS:
         return False
-    if node.op_type in ALIASES:
+    if node.op_type in SEQUENCES:
         return True
+    shape = static_shape(node.outputs[0]) if node.outputs else None
+    if shape is not None and math.prod(shape) > LARGEST:
+        return False
     inputs = [value for value in node.inputs if value is not None]
     return bool(inputs) and all(map(_is_constant, inputs)) and not _reads(node, varying)
 

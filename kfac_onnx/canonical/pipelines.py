@@ -18,7 +18,7 @@ PREPARE: Final = "upgrade-opset,infer-shapes,fold-constants,infer-shapes{when=ch
 
 STANDARD: Final = (
     "lower-training-operators,infer-shapes{when=missing},raise-window-scatters,mask-dropped-rows,open-loops,"
-    "widen,settle-summed-axes,raise-segment-sums,race-free-scatters,clean-imports,infer-shapes{when=missing}"
+    "widen,settle-summed-axes,raise-segment-sums,race-free-scatters,infer-shapes{when=missing},clean-imports"
 )
 """From exporters' operators and forms to standard ones; the rules look at shapes."""
 

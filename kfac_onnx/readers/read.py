@@ -97,9 +97,10 @@ def read_training_graph(
     exported = replace(
         exported, loss=loss or exported.loss, chosen=gradients or {}, keep_optimizer=keep_optimizer
     )
+    nodes = list(model.graph)
     with hidden_states(model, carried):
         interface = _read_interface(exported, gradients)
-    reading.log.stale = True  # a reader edits, too
+    reading.log.stale |= nodes != list(model.graph)  # a reader may edit, too
     rows = _scattered(reading, interface.rows)
     interface.gradients.update((item.parameter, item.gradient) for item in rows)
     reading.notes.extend(interface.notes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
 from kfac_onnx.options import function_with
@@ -97,6 +98,7 @@ def _canonical(
     )
 
 
+@checked
 @blames_the_graph
 def scan(
     source: Source,
@@ -268,6 +270,7 @@ def _first_values(source: Source) -> Mapping[str, Any]:
     return initial_values(source)
 
 
+@checked
 def save(model: ir.Model, path: str | Path) -> None:
     """Write a model; above 2 GB its tensors go into a file beside it.
 

@@ -15,6 +15,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from kfac_onnx.errors import did_you_mean
+from kfac_onnx.errors.signatures import require_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,12 +49,19 @@ def _with(cls: Callable[..., Any], function: Callable[..., R]) -> Callable[..., 
     names = {field.name for field in fields}
     allowed = names | {parameter.name for parameter in own}
 
+    own_signature = inspect.Signature(own)
+    annotations = {parameter.name: parameter.annotation for parameter in (*own, *fields)}
+
     @functools.wraps(function)
     def called(*arguments: Any, **keywords: Any) -> R:
         for name in keywords:
             if name not in allowed:
                 near = did_you_mean(name, sorted(allowed))
                 raise TypeError(f"{function.__name__}() has no argument '{name}'{near}")
+        bound = own_signature.bind_partial(
+            *arguments, **{k: v for k, v in keywords.items() if k not in names}
+        )
+        require_types(function.__qualname__, annotations, {**bound.arguments, **keywords})
         options = cls(**{name: value for name, value in keywords.items() if name in names})
         others = {name: value for name, value in keywords.items() if name not in names}
         return function(*arguments, **others, options=options)

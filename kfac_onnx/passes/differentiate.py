@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError, did_you_mean
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.pipeline.base import Changes, Pass
@@ -147,6 +148,7 @@ class Differentiate(Pass):
         )
 
 
+@checked
 @blames_the_graph
 def differentiate(
     source: Source,

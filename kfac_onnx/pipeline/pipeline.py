@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kfac_onnx.errors import UserError, VerifyError, did_you_mean
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.context import Context
 from kfac_onnx.pipeline.base import NO_CHANGES, Changes, Pass
 from kfac_onnx.pipeline.log import Log
@@ -159,6 +160,7 @@ def _verify(model: ir.Model, where: str) -> None:
         raise VerifyError(f"the model is broken {where}:{listed}{more}")
 
 
+@checked
 def parse_pipeline(text: str) -> Pipeline:
     """Return the pipeline that `text` describes, such as `find-embeddings,lower{target=cpu}`.
 

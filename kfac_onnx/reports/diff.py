@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kfac_onnx.disk.models import as_model
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.printer import node_text, type_text
 from kfac_onnx.graph.values import contents_of, graphs_of
@@ -74,6 +75,7 @@ class Difference:
         return "\n".join(lines) if lines else "the models are the same"
 
 
+@checked
 @blames_the_graph
 def diff(before: Source, after: Source) -> Difference:
     """Return what changed from `before` to `after`: files, or models in memory.

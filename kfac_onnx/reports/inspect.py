@@ -18,6 +18,7 @@ import numpy as np
 from kfac_onnx import dialect
 from kfac_onnx.disk.models import as_model
 from kfac_onnx.errors import UserError
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.verifier import require_sound
 from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, StepSettings, read, read_list
@@ -152,6 +153,7 @@ class Inspection:
         return asdict(self) | {"nodes_by_phase": self.nodes_by_phase}
 
 
+@checked
 @blames_the_graph
 def inspect(source: str | Path | ir.Model | onnx.ModelProto) -> Inspection:
     """Return what was inserted into a model: a file, a checkpoint or a folder of them, or one in memory.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.metadata import Parameter, Refusal
 
@@ -43,6 +44,7 @@ class Verdicts:
     remedy: str | None = None
 
 
+@checked
 @blames_the_graph
 def why(
     source: str | Path | ir.Model | onnx.ModelProto,

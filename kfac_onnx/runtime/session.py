@@ -29,6 +29,7 @@ from kfac_onnx.errors.arguments import (
     shown,
     whole_number,
 )
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.options import method_with
 from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.description import Parameters
@@ -230,6 +231,7 @@ class TrainingSession:
             self._open.require_whole()
             return {name: holder.live.read() for name, holder in self._holders.items()}
 
+    @checked
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
         """Return the loss per example over batches at the current weights, with dropout off.
 
@@ -248,6 +250,7 @@ class TrainingSession:
         """Raise UserError where the loss lies outside the graph, so that `what` cannot be done."""
         self._open.halves.require_loss(what)
 
+    @checked
     def assign(self, values: Mapping[str, np.ndarray]) -> None:
         """Replace the values of trained parameters; nothing is written if one does not fit.
 
@@ -275,6 +278,7 @@ class TrainingSession:
                 self.finish_saving()
             yield
 
+    @checked
     def forward(self, batch: Mapping[str, np.ndarray], *, training: bool = True) -> dict[str, np.ndarray]:
         """Return the predictions of a graph whose loss lies outside, by name: the first half of a step.
 
@@ -365,6 +369,7 @@ class TrainingSession:
         with self._turn("fit"):
             return fit(self, batches, options)
 
+    @checked
     def save(self, path: str | Path, *, keep: int | None = None, background: bool = False) -> Path:
         """Write a checkpoint with everything a run needs to go on, whole or not at all; return its file.
 
@@ -426,6 +431,7 @@ class TrainingSession:
 
         return write, file
 
+    @checked
     def require_place(self, path: str | Path) -> None:
         """Raise UserError where `save` would refuse this place: sooner than after hours of work."""
         if is_folder(path):
@@ -503,6 +509,7 @@ class TrainingSession:
         )
 
     @classmethod
+    @checked
     def resume(
         cls,
         path: str | Path,
@@ -568,6 +575,7 @@ class TrainingSession:
         session._damaged = damaged
         return session
 
+    @checked
     def require_model(self, model: ir.Model) -> None:
         """Raise UserError unless the session trains this model (values of parameters aside)."""
         if model_hash(model_bytes(partition(model), kfac_metadata(model))) != model_hash(self._model_bytes()):
@@ -578,6 +586,7 @@ class TrainingSession:
             self._serialized = model_bytes(self._plan, self._open.metadata)
         return self._serialized
 
+    @checked
     def export(
         self,
         path: str | Path,

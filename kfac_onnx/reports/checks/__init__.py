@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.reports.checks import operators, parameters, training
 from kfac_onnx.reports.checks.finding import CheckReport, Finding, Severity
@@ -48,6 +49,7 @@ CHECKS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
 ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "note")
 
 
+@checked
 @blames_the_graph
 def check(
     source: str | Path | ir.Model | onnx.ModelProto,

@@ -38,7 +38,10 @@ def _is_named(name: str) -> Callable[[object], bool]:
 
 
 def _is_many(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    """Say whether a value holds others one by one; a mapping holds pairs, an array of rank 0 nothing."""
+    if isinstance(value, (str, bytes, memoryview, Mapping)) or getattr(value, "ndim", 1) == 0:
+        return False
+    return isinstance(value, Iterable)
 
 
 _KINDS: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
@@ -48,6 +51,7 @@ _KINDS: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
     "float": ("a number", _is_number),
     "bool": ("True or False", lambda value: isinstance(plain(value), bool)),
     "None": ("None", lambda value: value is None),
+    "object": ("anything", lambda value: True),
     "ir.Model": ("a model of onnx_ir", _is_named("Model")),
     "onnx.ModelProto": ("an onnx.ModelProto", _is_named("ModelProto")),
     "Mapping": ("a mapping", lambda value: isinstance(value, Mapping)),
@@ -61,7 +65,7 @@ _KINDS: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
         lambda value: hasattr(value, "__array__") or isinstance(value, (list, int, float)),
     ),
 }
-_ALIASES: Final = {"Source": "str | Path | ir.Model | onnx.ModelProto"}
+_ALIASES: Final = {"Source": "str | Path | ir.Model | onnx.ModelProto", "Arrays": "Mapping[str, np.ndarray]"}
 
 
 def _split(text: str, mark: str) -> list[str]:
@@ -78,7 +82,7 @@ def _split(text: str, mark: str) -> list[str]:
 
 @functools.cache
 def _union(annotation: str) -> tuple[tuple[str, str], ...] | None:
-    """Return the members of an annotation, as outer type and what is in its brackets; None where one is unknown."""
+    """Return the members of an annotation: outer type, and what is in its brackets; None for unknown ones."""
     members: list[tuple[str, str]] = []
     for part in _split(_ALIASES.get(annotation, annotation), "|"):
         outer, _, inner = part.partition("[")
@@ -96,7 +100,7 @@ def _fits(value: object, annotation: str) -> bool:
 
 
 def _holds(value: object, inner: str) -> bool:
-    """Say whether what a container holds fits as well; an iterator is left alone, for it can be read only once."""
+    """Say whether what a container holds fits too; an iterator is left alone: it can be read only once."""
     if not inner:
         return True
     first, *others = _split(inner, ",")
@@ -105,7 +109,7 @@ def _holds(value: object, inner: str) -> bool:
         return not others or all(_fits(k, first) and _fits(v, others[0]) for k, v in keys_and_values.items())
     if isinstance(value, (list, tuple, Set)):
         items: Iterable[object] = value  # pyright: ignore[reportUnknownVariableType]  checked here
-        return all(_fits(item, first) for item in items)
+        return all(_fits(entry, first) for entry in items)
     return True
 
 
@@ -130,11 +134,10 @@ def require_types(owner: str, annotations: Mapping[str, object], values: Mapping
 
 
 def _require_name(what: str, path: str | bytes) -> None:
-    text = (
-        os.fsencode(path)
-        if isinstance(path, bytes) or path.isascii()
-        else path.encode(errors="surrogateescape")
-    )
+    try:
+        text = os.fsencode(path)
+    except UnicodeEncodeError as e:
+        raise UserError(f"{what} cannot be the name of a file: it holds half a character") from e
     if b"\0" in text:
         raise UserError(f"{what} cannot be the name of a file: there is a zero byte in it")
     if any(len(part) > _LONGEST_NAME for part in text.split(os.sep.encode())):
@@ -148,7 +151,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(function)
     annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    owner = function.__qualname__
+    owner = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def called(*arguments: P.args, **keywords: P.kwargs) -> R:

@@ -17,7 +17,7 @@ from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from pathlib import Path
 
     import onnx
@@ -72,6 +72,10 @@ class Differentiate(Pass):
         from kfac_onnx.pipeline.pipeline import parse_pipeline
         from kfac_onnx.readers.reading import READING_KEY
 
+        if not self.labels:
+            raise UserError(
+                "the input for the labels needs a name", help="labels=NAME; `labels` if not given"
+            )
         before = Census(model)
         place = None
         log.stale = True
@@ -161,10 +165,10 @@ def differentiate(
     class_axis: int | None = None,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: Iterable[float] = (),
+    class_weights: Sequence[float] = (),
     straight_through: bool = False,
-    train: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
     log: Log | None = None,
 ) -> ir.Model:
     """Return a forward-only model with labels, loss and the gradients of its weights: a training graph.

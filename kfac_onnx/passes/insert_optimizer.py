@@ -56,7 +56,9 @@ class InsertOptimizer(Pass):
     momentum: float = opt(0.9, "weight kept from the old velocity (momentum)", lo=0.0, hi=1.0)
     beta1: float = opt(0.9, "weight kept from the old first moment (adam, adamw)", lo=0.0, hi=1.0)
     beta2: float = opt(0.999, "weight kept from the old second moment (adam, adamw)", lo=0.0, hi=1.0)
-    epsilon: float | None = opt(None, "added to the root: 1e-8 for adam, 1e-10 for adagrad if none", lo=0.0)
+    epsilon: float | None = opt(
+        None, "added to the root: 1e-8 for adam, 1e-10 for adagrad if none", lo=0.0, hi=1.0
+    )
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, assert_never, get_args
 
 from kfac_onnx.errors import UserError, did_you_mean
-from kfac_onnx.errors.arguments import finite_number, whole_number
+from kfac_onnx.errors.arguments import finite_number, shown, whole_number
 
 __all__ = ["Schedule", "parse"]
 
@@ -47,8 +47,10 @@ class Schedule:
     decay: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):  # pyright: ignore[reportUnnecessaryIsInstance]  it comes from the user
+            raise UserError(f"the kind of a schedule is a word, not {shown(self.kind)}")
         if self.kind not in KINDS:
-            raise _unknown(str(self.kind))
+            raise _unknown(self.kind)
         plain: dict[str, object] = {
             "warmup": whole_number(self.warmup, "a schedule's warmup", least=0),
             "final": finite_number(self.final, "a schedule's final"),

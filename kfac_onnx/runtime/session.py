@@ -26,7 +26,6 @@ from kfac_onnx.errors.arguments import (
     LARGEST_SEED,
     finite_number,
     plain,
-    shown,
     whole_number,
 )
 from kfac_onnx.errors.signatures import checked
@@ -108,6 +107,7 @@ class TrainingSession:
 
     """
 
+    @checked
     def __init__(
         self,
         model: str | Path | ir.Model,
@@ -123,8 +123,6 @@ class TrainingSession:
     ) -> None:
         if seed is not None:
             seed = whole_number(seed, "the seed", least=0, most=LARGEST_SEED)
-        if schedule is not None and not isinstance(schedule, (str, schedules.Schedule)):  # pyright: ignore[reportUnnecessaryIsInstance]  it comes from the user
-            raise UserError(f"the schedule must be a Schedule or its text, got {shown(schedule)}")
         self._open = OpenStep(
             model,
             providers=providers,

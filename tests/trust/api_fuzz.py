@@ -12,6 +12,7 @@ a session that does not step afterwards, a file that is left in the folder.
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import itertools
 import math
@@ -45,7 +46,7 @@ class Rude:
 WRONG: tuple[Callable[[], Any], ...] = (
     lambda: None, lambda: True, lambda: 0, lambda: -1, lambda: 10**30, lambda: 10**5000, lambda: 1.5, lambda: math.nan,
     lambda: -math.inf, lambda: 1e39, lambda: 1j, lambda: "", lambda: "x", lambda: "a\0b", lambda: "\ud800", lambda: "x" * 5000,
-    lambda: "../..", lambda: "/dev/null", lambda: b"x", lambda: [], lambda: [None], lambda: ["x", 5], lambda: (), lambda: {},
+    lambda: "../..", lambda: "/dev/null", lambda: b"x", list, lambda: [None], lambda: ["x", 5], lambda: (), dict,
     lambda: {"x": 1}, lambda: {1: "x"}, lambda: {"x": None}, lambda: {"ids": "x"}, lambda: set(), lambda: object(),
     Rude, lambda: int, lambda: len, lambda: (x for x in ()), lambda: iter([5]), lambda: np.int64(3), lambda: np.float32(0.5),
     lambda: np.bool_(True), lambda: np.array([]), lambda: np.array([{}], object), lambda: np.array("2020", "M8[Y]"),
@@ -66,7 +67,11 @@ class Target:
     def parameters(self) -> list[str]:
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         parameters = inspect.signature(self.call).parameters.values()
-        return [item.name for item in parameters if item.kind not in kinds and item.name not in ("self", "log", "trace")]
+        return [
+            item.name
+            for item in parameters
+            if item.kind not in kinds and item.name not in ("self", "log", "trace")
+        ]
 
 
 @dataclass
@@ -116,7 +121,15 @@ class World:
                 yield Target(f"TrainingSession.{name}", getattr(self.session, name), good.get(key, {}))
         supply = Batches(self.batch, 2)
         for name in ("epoch", "since"):
-            yield Target(f"Batches.{name}", lambda *a, _of=getattr(supply, name), **k: list(itertools.islice(_of(*a, **k), 3)), {})
+            yield Target(f"Batches.{name}", first_batches(getattr(supply, name)), {})
+
+
+def first_batches(method: Callable[..., Any]) -> Callable[..., list[Any]]:
+    @functools.wraps(method)
+    def call(*arguments: Any, **keywords: Any) -> list[Any]:
+        return list(itertools.islice(method(*arguments, **keywords), 3))
+
+    return call
 
 
 def issubclass_of_exception(value: object) -> bool:

@@ -50,7 +50,7 @@ def checked_batch(
         raise UserError(message, help=f"the graph's batch inputs are {_listed(known)}")
     for name in batch:
         if name not in known and name not in allowed:
-            message = f"the batch has an unknown input '{name}'{did_you_mean(name, known)}"
+            message = f"the batch has an unknown input '{name}'{did_you_mean(str(name), known)}"
             raise UserError(message, help=f"the graph's batch inputs are {_listed(known)}")
     sizes: dict[str, tuple[str, int]] = {}
     result: dict[str, np.ndarray | ort.OrtValue] = {}

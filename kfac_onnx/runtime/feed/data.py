@@ -21,6 +21,7 @@ from kfac_onnx.disk.conversions import refuse_other_format
 from kfac_onnx.disk.npz import npz_headers, read_npz
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.errors.arguments import LARGEST_SEED, truth, whole_number
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.runtime.feed.content import content_of_arrays, content_of_files
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Batches:
 
     """
 
+    @checked
     def __init__(
         self,
         source: str | Path | Arrays,
@@ -156,6 +158,8 @@ class Batches:
 
     def epoch(self, number: int, *, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches of one epoch, without its first `skip`."""
+        number = whole_number(number, "the number of an epoch", least=0)
+        skip = whole_number(skip, "skip", least=0)
         random = None if self.seed is None else np.random.default_rng([self.seed, number])
         order = np.arange(len(self._shards))
         if random is not None:
@@ -183,6 +187,9 @@ class Batches:
 
     def since(self, position: int, *, epochs: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Yield batches from batch `position` of the whole run on, to the end of `epochs`, or for ever."""
+        position = whole_number(position, "the position", least=0)
+        if epochs is not None:
+            epochs = whole_number(epochs, "epochs", least=0)
         number, skip = divmod(position, len(self))
         while epochs is None or number < epochs:
             yield from self.epoch(number, skip=skip)

@@ -249,7 +249,7 @@ def _give_values(model: ir.Model, values: Mapping[str, Any]) -> None:
 
 
 def _refuse_transformed(model: ir.Model, source: Source) -> None:
-    if any(f"kfac.{key}" in model.metadata_props for key in ("step", "state", "draft")):
+    if any(f"kfac.{key}" in model.metadata_props for key in ("transformed", "step", "state", "draft")):
         raise UserError(
             "the model is already transformed, so it cannot be transformed again",
             place=str(source) if isinstance(source, (str, Path)) else None,

@@ -80,6 +80,7 @@ def read_training_graph(
     exported, training = with_algorithm(load(source))
     model, place = exported.model, exported.place
     reading = Reading(model, place, trace, log)
+    _forget_step(model)
     opened = open_states(model)
     reading.run(PLAIN)
     require_tensors(model, place)
@@ -137,6 +138,20 @@ def read_training_graph(
     close_states(model, opened)
     reading.finish()
     return model
+
+
+def _forget_step(model: ir.Model) -> None:
+    """Take out what a model that is a whole step already says of itself: it is read as a graph like others.
+
+    Its optimizer goes, as anybody's does, and with it the states that these entries name. That it was a step
+    is kept in `kfac.transformed`.
+    """
+    entries = [
+        f"kfac.{key}" for key in ("step", "state", "sites", "id_checks", "roles", "draft", "draft_states")
+    ]
+    present = [entry for entry in entries if model.metadata_props.pop(entry, None) is not None]
+    if present:
+        model.metadata_props["kfac.transformed"] = "true"
 
 
 @blames_the_graph

@@ -119,4 +119,6 @@ def test_what_the_wheel_lacks_is_named() -> None:
     with pytest.raises(UserError) as error:
         trained(graph, {})
     assert error.value.message == "the graph has 1 node that onnxruntime cannot run and no rule can lower"
-    assert error.value.tried == ("the node of 'z': no rule for com.microsoft::NoSuchOperator",)
+    assert error.value.tried == (
+        "com.microsoft::NoSuchOperator 'z': no rule for com.microsoft::NoSuchOperator",
+    )

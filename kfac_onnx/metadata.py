@@ -249,6 +249,8 @@ class Site:
     dense: str | None = None
     projections: tuple[Projection, ...] = ()
     """The dense part of the gradient as products; empty where there is none, or where it is no product."""
+    dead_ends: tuple[Use, ...] = ()
+    """Uses through which no gradient passes."""
 
 
 @dataclass(frozen=True)

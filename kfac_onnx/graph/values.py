@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import onnx_ir as ir
 
-from kfac_onnx.graph.operators import BODIES, VIEWS, Keeps, Trait, having, keeping
+from kfac_onnx.graph.operators import BODIES, NO_GRADIENT, VIEWS, Keeps, Trait, having, keeping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +17,10 @@ __all__ = [
     "all_graphs",
     "ancestors",
     "bodies_of",
+    "carrying",
     "constant",
     "contents_of",
+    "descendants",
     "dtype_of",
     "graphs_of",
     "int_attribute",
@@ -240,6 +242,45 @@ def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
                 stack.extend(item for inner in graph for item in inner.inputs if item is not None)
                 stack.extend(graph.outputs)
     return seen
+
+
+def descendants(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
+    """Return the values and everything in a sorted graph that is computed from them."""
+    reached = set(values)
+    for node in graph:
+        inner = (item for body in bodies_of(node) for each in all_graphs(body) for item in each)
+        read = (value for each in (node, *inner) for value in each.inputs)
+        outer = (value for body in bodies_of(node) for value in body.outputs)
+        if any(value in reached for value in (*read, *outer)):
+            reached.update(node.outputs)
+    return reached
+
+
+def carrying(ends: Iterable[ir.Value]) -> set[ir.Value]:
+    """Return the values through which a gradient of `ends` passes: float, and behind no operator without one.
+
+    Inside of graphs that a node holds, and in what they read from around them, no value is left out.
+    """
+    passed: set[ir.Value] = set()
+    stack = [value for value in ends if _may_be_float(value)]
+    while stack:
+        value = stack.pop()
+        if value in passed:
+            continue
+        node = value.producer()
+        if node is not None and node.op_type in NO_GRADIENT and node.domain in ONNX_DOMAINS:
+            continue
+        passed.add(value)
+        if node is None:
+            continue
+        inner = ancestors(value for body in bodies_of(node) for value in body.outputs)
+        stack.extend(item for item in (*node.inputs, *inner) if item is not None and _may_be_float(item))
+    return passed
+
+
+def _may_be_float(value: ir.Value) -> bool:
+    dtype = dtype_of(value)
+    return dtype is None or dtype.is_floating_point()
 
 
 def bodies_of(node: ir.Node) -> list[ir.Graph]:

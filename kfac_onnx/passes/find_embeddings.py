@@ -11,7 +11,7 @@ from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
-from kfac_onnx.tables.facts import Facts, ancestors
+from kfac_onnx.tables.facts import Facts
 from kfac_onnx.tables.labels import label_checks
 from kfac_onnx.tables.marking import id_checks, mark
 from kfac_onnx.tables.matching import Verdict, match_table
@@ -46,7 +46,7 @@ def facts_of(model: ir.Model, values: Mapping[str, ir.Value]) -> Facts:
     top = values.get(loss.value) if loss is not None and loss.value is not None else None
     facts = Facts(model, weights, top)
     if loss is not None and top is None:
-        facts.forward = ancestors(values[name] for name in loss.predictions if name in values)
+        facts.follow(values[name] for name in loss.predictions if name in values)
     return facts
 
 
@@ -106,6 +106,8 @@ class FindEmbeddings(Pass):
                 log.count("lookups", len(verdict.site.uses))
             elif verdict.refusal is not None:
                 refused.append(verdict.refusal)
+            elif verdict.aside is not None:
+                log.warning(f"'{verdict.aside.parameter}' is no table: {verdict.aside.reason}")
         for refusal in refused:
             log.warning(f"'{refusal.parameter}' is not transformed: {refusal.reason}")
         emitter.metadata("sites", sites)

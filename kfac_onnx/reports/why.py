@@ -108,7 +108,6 @@ def _verdict(item: Verdict, gradient: ir.Value | None, facts: Facts) -> Verdicts
 def _forward(model: ir.Model, parameter: str, error: NoGradientsError) -> Verdicts:
     """Tell the uses of a parameter of a graph without gradients."""
     from kfac_onnx.passes.find_embeddings import facts_of, values_by_name
-    from kfac_onnx.tables.facts import ancestors
     from kfac_onnx.tables.tracing import trace_forward
     from kfac_onnx.tables.untrained import forward_tables
 
@@ -119,7 +118,7 @@ def _forward(model: ir.Model, parameter: str, error: NoGradientsError) -> Verdic
     if not weight.dtype.is_floating_point():
         raise _unknown(model, parameter, values)
     facts = facts_of(model, values)
-    facts.forward = ancestors(model.graph.outputs)
+    facts.follow(model.graph.outputs)
     facts.trained = {weight}
     table = any(site.parameter == parameter for site in forward_tables(model))
     trail = (*trace_forward(weight, facts), f"not trained: {error.message}")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from kfac_onnx.graph.constants import Constants
 from kfac_onnx.graph.numbering import Numbering
-from kfac_onnx.graph.values import ancestors
+from kfac_onnx.graph.values import ancestors, carrying, descendants
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,9 +26,30 @@ class Facts(Constants):
         self.model = model
         self.trained = set(trained)
         self.inputs = set(model.graph.inputs)
-        self.forward = ancestors([loss]) if loss is not None else set[ir.Value]()
+        self.forward = set[ir.Value]()
+        self.carrying = set[ir.Value]()
+        """Values of `forward` through which a gradient of the ends passes."""
+        self.follow([] if loss is None else [loss])
         self.numbering = Numbering()
+        self._of_batch: set[ir.Value] | None = None
         super().__init__(self.trained | self.inputs, model.opset_imports.get("", 18))
+
+    def follow(self, ends: Iterable[ir.Value]) -> None:
+        """Take these values for what the graph is there for: its loss, or its predictions."""
+        ends = list(ends)
+        self.forward = ancestors(ends)
+        self.carrying = carrying(ends)
+
+    def depends_on_batch(self, value: ir.Value) -> bool:
+        """Say whether a value is other in each step for another reason than that parameters are trained."""
+        if self._of_batch is None:
+            given = self.inputs - self.trained - set(self.model.graph.initializers.values())
+            self._of_batch = descendants(self.model.graph, given)
+        return value in self._of_batch
+
+    def is_dead_end(self, node: ir.Node) -> bool:
+        """Say whether no gradient of the ends passes through a node, although they depend on it."""
+        return self.is_forward(node) and not any(value in self.carrying for value in node.outputs)
 
     def is_forward(self, node: ir.Node) -> bool:
         """Say whether the loss depends on this node; every other node belongs to the backward part."""

@@ -7,12 +7,13 @@ projection of tied weights. One rule per operator; a rule looks and never edits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.canonical.loops.orders import permutation
 from kfac_onnx.graph.operators import ORDERED_VIEWS, SIZES, VIEWS, Keeps, Trait, having, keeping
 from kfac_onnx.graph.values import int_attribute, static_shape
+from kfac_onnx.metadata import Use
 from kfac_onnx.tables.one_hot import reading
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "TABLE_VIEWS",
     "DenseUse",
     "Lookup",
+    "Uses",
     "adds_to_activations",
     "forward_uses",
     "ids_chain",
@@ -69,11 +71,27 @@ class DenseUse:
     node: ir.Node
     output: ir.Value
 
+    def describe(self) -> Use:
+        """Return the use as the metadata names it."""
+        return Use(self.node.op_type, None, str(self.output.name), None)
 
-def forward_uses(weight: ir.Value, facts: Facts) -> tuple[list[Lookup], list[DenseUse]]:
-    """Return every use of a parameter that the loss depends on: row lookups and dense uses."""
-    lookups: list[Lookup] = []
-    dense: list[DenseUse] = []
+
+@dataclass
+class Uses:
+    """Every use of a parameter that the loss depends on.
+
+    `dead` are uses through which no gradient passes: they lead only into ids, conditions, sizes or whole
+    numbers, so they have no part in how the parameter is trained.
+    """
+
+    lookups: list[Lookup] = field(default_factory=list[Lookup])
+    dense: list[DenseUse] = field(default_factory=list[DenseUse])
+    dead: list[DenseUse] = field(default_factory=list[DenseUse])
+
+
+def forward_uses(weight: ir.Value, facts: Facts) -> Uses:
+    """Return every use of a parameter that the loss depends on."""
+    uses = Uses()
     seen: set[ir.Value] = set()
     stack = [weight]
     while stack:
@@ -86,23 +104,28 @@ def forward_uses(weight: ir.Value, facts: Facts) -> tuple[list[Lookup], list[Den
                 continue
             rule = READERS.get(node.op_type)
             lookup = rule(node, index, facts) if rule is not None else None
-            if lookup is not None:
-                lookups.append(lookup)
-            elif is_view(node, index, value) and node.graph is weight.graph:
-                stack.append(node.outputs[0])
+            if any(use.node is node for use in (*uses.dead, *uses.dense)):
+                continue  # it reads the table twice, as a square does
+            if facts.is_dead_end(node):
+                uses.dead.append(DenseUse(node, node.outputs[0]))
+            elif lookup is not None:
+                uses.lookups.append(lookup)
+            elif is_view(node, index, value, facts) and node.graph is weight.graph:
+                stack.extend(output for output in node.outputs if output.uses())
             else:
-                dense.append(DenseUse(node, node.outputs[0]))
-    return lookups, dense
+                uses.dense.append(DenseUse(node, node.outputs[0]))
+    return uses
 
 
-def is_view(node: ir.Node, index: int, value: ir.Value) -> bool:
+def is_view(node: ir.Node, index: int, value: ir.Value, facts: Facts) -> bool:
     """Say whether what an operator makes of a table (its input `index`) is the table, seen differently."""
     if node.op_type in TABLE_VIEWS:
         return node.op_type == "Concat" or index == 0
-    if node.op_type == "Slice":
+    if node.op_type in keeping(Keeps.SOME):
         return index == 0
-    if node.op_type == "Split":
-        return False
+    if node.op_type in having(Trait.ADDS):  # a table that another one, or a constant, is added to
+        same = static_shape(node.outputs[0]) == static_shape(value) is not None
+        return same and len(static_shape(value) or ()) == 2 and not facts.depends_on_batch(node.outputs[0])
     if node.op_type in SCALINGS:
         return static_shape(node.outputs[0]) == static_shape(value) and (node.op_type == "Mul" or index == 0)
     return False

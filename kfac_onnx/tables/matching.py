@@ -6,7 +6,7 @@ else is a `Refusal` with its path, the nearest rule, the reason and what to do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kfac_onnx.graph.values import static_shape
@@ -15,6 +15,7 @@ from kfac_onnx.tables.facts import Facts, ancestors
 from kfac_onnx.tables.lookups import DenseUse, Lookup, forward_uses
 from kfac_onnx.tables.match_uses import MatchedUse, claim, with_clamping, with_shared
 from kfac_onnx.tables.nested import looked_up_inside
+from kfac_onnx.tables.passed_over import passed_over
 from kfac_onnx.tables.products import projections
 from kfac_onnx.tables.pull_back import Miss, Pulled
 from kfac_onnx.tables.scatters import gradient_terms
@@ -38,6 +39,7 @@ class SiteMatch:
     dense_uses: tuple[DenseUse, ...]
     dense_terms: tuple[DenseTerm, ...]
     projections: tuple[Projection, ...] = ()
+    dead_ends: tuple[DenseUse, ...] = ()
 
     @property
     def pulled(self) -> Pulled:
@@ -56,9 +58,8 @@ class SiteMatch:
             layout=self.pulled.layout,
             padding_idx=paddings[0] if paddings else None,
             uses=tuple(describe_lookup(use.lookup, use.output_gradient) for use in self.uses),
-            dense_uses=tuple(
-                Use(use.node.op_type, None, str(use.output.name), None) for use in self.dense_uses
-            ),
+            dense_uses=tuple(use.describe() for use in self.dense_uses),
+            dead_ends=tuple(use.describe() for use in self.dead_ends),
             gradient=str(self.gradient.name),
             projections=self.projections,
         )
@@ -81,6 +82,8 @@ class Verdict:
     weight: ir.Value
     site: SiteMatch | None = None
     refusal: Refusal | None = None
+    aside: Refusal | None = None
+    """Why a parameter is no table although rows are looked up in it; the optimizer of the rest trains it."""
     trail: list[str] = field(default_factory=list[str])
 
     def refuse(self, reason: str, path: list[str], remedy: str | None = None) -> Verdict:
@@ -97,7 +100,8 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
     The verdict of a parameter that no operator looks rows up in has neither site nor refusal.
     """
     verdict = Verdict(weight)
-    lookups, dense_uses = forward_uses(weight, facts)
+    every = forward_uses(weight, facts)
+    lookups, dense_uses = every.lookups, every.dense
     inside = looked_up_inside(weight, facts)
     if inside is not None:
         return verdict.refuse(
@@ -111,6 +115,7 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
     lookups = [use for use in lookups if use not in slices]
     if not lookups:
         verdict.trail.append("no operator looks up rows of this parameter: it is not an embedding table")
+        verdict.aside = passed_over(weight, facts)
         return verdict
     if gradient is None:
         return verdict.refuse(
@@ -119,7 +124,10 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
             f"name its gradient: --gradients {weight.name}=OUTPUT",
         )
     terms = gradient_terms(gradient, facts)
-    return _pair(verdict, gradient, lookups, dense_uses, terms, facts)
+    verdict = _pair(verdict, gradient, lookups, dense_uses, terms, facts)
+    if verdict.site is not None:
+        verdict.site = replace(verdict.site, dead_ends=tuple(every.dead))
+    return verdict
 
 
 def _pair(

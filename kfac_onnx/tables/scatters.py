@@ -50,6 +50,9 @@ def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm
             if all(static_shape(item) == shape for item in node.inputs):
                 stack.extend((item, steps) for item in node.inputs if item is not None)
                 continue
+        if node.op_type == "Concat" and (parts := _joined_parts(node)) is not None:
+            stack.extend((item, (*steps, view)) for item, view in parts)
+            continue
         placed = placed_rows(node, facts)
         rule = SCATTERS.get(node.op_type) if placed is None else None
         term = rule(node, steps, facts) if rule is not None else None
@@ -67,6 +70,24 @@ def gradient_terms(gradient: ir.Value, facts: Facts) -> list[RowTerm | DenseTerm
                 continue
         terms.append(DenseTerm(steps, value))
     return terms[::-1]
+
+
+def _joined_parts(node: ir.Node) -> list[tuple[ir.Value, ViewStep]] | None:
+    """Return the inputs of a Concat, each as a tensor that zeros are added before and after."""
+    shapes = [static_shape(item) for item in node.inputs]
+    whole = static_shape(node.outputs[0])
+    if whole is None or any(shape is None for shape in shapes):
+        return None
+    axis = int_attribute(node, "axis", 0) % len(whole)
+    parts: list[tuple[ir.Value, ViewStep]] = []
+    start = 0
+    for item, shape in zip(node.inputs, shapes, strict=True):
+        if item is None or shape is None:
+            return None
+        stop = start + shape[axis]
+        parts.append((item, ViewStep(node, "Pad", window=(axis, start, whole[axis] - stop))))
+        start = stop
+    return parts
 
 
 def other_operand(node: ir.Node, operand: ir.Value) -> ir.Value | None:

@@ -45,13 +45,17 @@ def _forward(
     for node, index in value.uses():
         if not facts.is_forward(node) or node.op_type in SIZES:
             continue
+        if facts.is_dead_end(node):
+            yield f"{pad}{label(node)} is a dead end: no gradient passes through it"
+            continue
         rule = READERS.get(node.op_type)
         lookup = rule(node, index, facts) if rule is not None else None
         if lookup is not None:
             yield f"{pad}{label(node)} reads rows {_lookup(lookup)}"
-        elif is_view(node, index, value) and node.graph is weight.graph:
+        elif is_view(node, index, value, facts) and node.graph is weight.graph:
             yield f"{pad}{label(node)} is a view of it{_factor(node, index)}"
-            yield from _forward(node.outputs[0], weight, facts, seen, depth + 1)
+            for output in node.outputs:
+                yield from _forward(output, weight, facts, seen, depth + 1)
         else:
             yield f"{pad}{label(node)} uses the whole table: {why_no_lookup(node, index, facts)}"
 

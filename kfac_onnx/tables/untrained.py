@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.graph.values import int_attribute, static_shape
-from kfac_onnx.metadata import Site, Use
-from kfac_onnx.tables.facts import Facts, ancestors
+from kfac_onnx.metadata import Site
+from kfac_onnx.tables.facts import Facts
 from kfac_onnx.tables.lookups import RESHAPES, SCALINGS, TABLE_VIEWS, forward_uses
 from kfac_onnx.tables.matching import describe_lookup
 
@@ -30,10 +30,11 @@ def forward_tables(model: ir.Model) -> list[Site]:
         if value.dtype is not None and value.dtype.is_floating_point() and static_shape(value)
     ]
     facts = Facts(model, tables, None)
-    facts.forward = ancestors(model.graph.outputs)
+    facts.follow(model.graph.outputs)
     sites: list[Site] = []
     for table in tables:
-        lookups, others = forward_uses(table, facts)
+        uses = forward_uses(table, facts)
+        lookups, others = uses.lookups, uses.dense
         if not lookups or (lookups[0].constant_ids is not None and lookups[0].op != "Gather"):
             continue
         found = _dimensions(table, lookups[0])
@@ -49,7 +50,8 @@ def forward_tables(model: ir.Model) -> list[Site]:
                 layout=layout,
                 padding_idx=None,
                 uses=tuple(describe_lookup(lookup, None) for lookup in lookups),
-                dense_uses=tuple(Use(use.node.op_type, None, str(use.output.name), None) for use in others),
+                dense_uses=tuple(use.describe() for use in others),
+                dead_ends=tuple(use.describe() for use in uses.dead),
             )
         )
     return sites

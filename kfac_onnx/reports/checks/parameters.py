@@ -321,7 +321,7 @@ def shared(subject: Subject) -> Iterator[Finding]:
         weight = subject.values.get(item.name)
         if weight is None or weight.shape is None or len(weight.shape) != 2:
             continue
-        lookups = forward_uses(weight, facts)[0]
+        lookups = forward_uses(weight, facts).lookups
         if len(lookups) < 2:
             continue
         sources = {name for lookup in lookups if (name := _source(lookup, batch)) is not None}

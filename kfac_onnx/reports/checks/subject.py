@@ -17,7 +17,6 @@ from kfac_onnx.passes.find_embeddings import facts_of, find_tables, values_by_na
 from kfac_onnx.readers import read_forward_graph, read_training_graph
 from kfac_onnx.readers.load import load
 from kfac_onnx.readers.reading import Reading
-from kfac_onnx.tables.facts import Facts, ancestors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+    from kfac_onnx.tables.facts import Facts
     from kfac_onnx.tables.matching import Verdict
 
 __all__ = ["Subject", "is_anonymous", "read_subject"]
@@ -97,7 +97,7 @@ class Subject:
             return None
         facts = facts_of(self.graph, self.values)
         if not facts.forward:
-            facts.forward = ancestors(self.graph.graph.outputs)
+            facts.follow(self.graph.graph.outputs)
         return facts
 
     @cached_property

@@ -79,6 +79,7 @@ def _site_json(site: Site) -> dict[str, Any]:
     data: dict[str, Any] = {name: getattr(site, name) for name in names}
     data["uses"] = [asdict(use) for use in site.uses]
     data["dense_uses"] = [{"op": use.op, "output": use.output} for use in site.dense_uses]
+    data["penalties"] = [{"op": use.op, "output": use.output} for use in site.penalties]
     data["dead_ends"] = [{"op": use.op, "output": use.output} for use in site.dead_ends]
     return data
 

@@ -251,6 +251,14 @@ class Site:
     """The dense part of the gradient as products; empty where there is none, or where it is no product."""
     dead_ends: tuple[Use, ...] = ()
     """Uses through which no gradient passes."""
+    penalties: tuple[Use, ...] = ()
+    """Uses of the whole table that are no projection, or terms that are added to its gradient."""
+    row_decay: bool = False
+    """Whether the gradient of the penalties is a number times the table."""
+    penalty: str | None = None
+    """After `find-embeddings`: their gradient, as the parameter is stored."""
+    decay: str | None = None
+    """After `find-embeddings`: that number, float32."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kfac_onnx.graph.operators import BODIES, NO_GRADIENT, VIEWS, Keeps, Trait, having, keeping
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 __all__ = [
     "ONNX_DOMAINS",
@@ -244,15 +244,17 @@ def ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
     return seen
 
 
-def descendants(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
-    """Return the values and everything in a sorted graph that is computed from them."""
+def descendants(
+    graph: ir.Graph, values: Iterable[ir.Value], through: Callable[[ir.Value], bool] | None = None
+) -> set[ir.Value]:
+    """Return the values and all that a sorted graph computes from them, by way of values `through`."""
     reached = set(values)
     for node in graph:
         inner = (item for body in bodies_of(node) for each in all_graphs(body) for item in each)
         read = (value for each in (node, *inner) for value in each.inputs)
         outer = (value for body in bodies_of(node) for value in body.outputs)
         if any(value in reached for value in (*read, *outer)):
-            reached.update(node.outputs)
+            reached.update(value for value in node.outputs if through is None or through(value))
     return reached
 
 

@@ -20,6 +20,7 @@ from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
+from kfac_onnx.passes.insertion.penalty import with_penalty
 from kfac_onnx.passes.insertion.writing import drop_gradient, from_rows, takes_steps, to_rows, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -83,6 +84,9 @@ class InsertEmbeddingKfac(Pass):
     )
     tied: Literal["lookup", "both", "refuse"] = opt(
         "lookup", "tables that are a projection too: statistics of the lookups, of both sides, or refuse them"
+    )
+    penalty: Literal["all", "rows", "refuse"] = opt(
+        "all", "a penalty on a table: its gradient on all rows, decay of the looked-up rows alone, or refuse"
     )
     allow_fallback: tuple[str, ...] = opt((), "refused tables that the ordinary optimizer may train")
 
@@ -156,12 +160,23 @@ class InsertEmbeddingKfac(Pass):
                 emit = draft.emitter.derive(phase=Phase.PRECONDITION)
                 dense = to_rows(emit, draft.value(site.dense), site)
             result = block.update(dense, rate if takes_steps(site, draft) else None)
+            if site.penalty is not None:
+                result = with_penalty(site, result, self.penalty, draft)
+                self._say_penalty(site, log)
             if rate is not None:
                 drop_gradient(draft, site.gradient)
                 write_table(site, result, rate, draft)
             else:
                 self._hand_out(site, result, draft)
         log.count("tables")
+
+    def _say_penalty(self, site: Site, log: Log) -> None:
+        what = "looked-up rows" if self.penalty == "rows" else f"all {site.vocab_size} rows"
+        names = ", ".join(f"{use.op} '{use.output}'" for use in site.penalties)
+        cost = "" if self.penalty == "rows" else ", which every step then reads and writes"
+        log.warning(
+            f"the penalty of '{site.parameter}' ({names}) goes past the block: plain gradient descent on {what}{cost}"
+        )
 
     def _block(self, site: Site, collection: LayerCollection, scale: ir.Value | None) -> FisherBlock:
         """Register a table's block, whose factors take in the lookups of the step."""
@@ -267,6 +282,21 @@ class InsertEmbeddingKfac(Pass):
                     f"'{site.parameter}', and its part of the gradient is no product of two tensors",
                     context=self.name,
                     help="set tied=lookup; `why` says what was tried",
+                )
+        for site in [site for site in sites if site.penalty is not None]:
+            use = site.penalties[0]
+            if self.penalty == "refuse":
+                name = site.parameter
+                reason = f"{use.op} '{use.output}' is a penalty on the whole table, and penalty=refuse is set"
+                remedy = f"set penalty=all, or leave it to --rest: allow-fallback={name}"
+                refused.append(Refusal(name, f"{name} -> {use.output}", reason, remedy))
+                sites.remove(site)
+            elif self.penalty == "rows" and site.decay is None:
+                raise UserError(
+                    f"penalty=rows needs a penalty whose gradient is a number times '{site.parameter}', such "
+                    f"as a sum of squares; {use.op} '{use.output}' is another",
+                    context=self.name,
+                    help="set penalty=all, which applies its gradient to all rows",
                 )
         self._check(model, sites, refused)
         return sites, refused

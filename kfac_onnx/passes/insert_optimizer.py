@@ -85,7 +85,8 @@ class InsertOptimizer(Pass):
             rate = draft.learning_rate(self.rate or usual, self.lr)
             with draft.at(emitter.derive(site=parameter.name)):
                 drop_gradient(draft, parameter.gradient)
-                if site is not None and site.dense is None and self.method in ("sgd", "adagrad"):
+                whole = site is None or site.dense is not None or site.penalty is not None
+                if site is not None and not whole and self.method in ("sgd", "adagrad"):
                     self._rows(site, rate, draft)
                 else:
                     self._dense(

@@ -20,6 +20,7 @@ from kfac_onnx.tables.terms import DenseTerm, RowTerm
 if TYPE_CHECKING:
     from kfac_onnx.graph.emit import Emitter
     from kfac_onnx.tables.matching import SiteMatch
+    from kfac_onnx.tables.penalties import Coefficient
     from kfac_onnx.tables.terms import RowStep
 
 __all__ = ["id_checks", "mark"]
@@ -63,17 +64,56 @@ def mark(site: SiteMatch, emitter: Emitter, padding: int | None = None) -> Site:
         masks = [part[2] if part[2] is not None else _ones(emit, part[0]) for part in parts]
         keep = _joined(emit, masks, "keep", FLOAT, [None])
     described = site.describe()
+    penalty = _penalty(site, emit)
+    dense = described.gradient if site.dense_terms else None
+    if dense is not None and penalty is not None:
+        rest = emit.node(
+            "Sub", [site.gradient, penalty], name="projected", dtype=penalty.dtype, shape=penalty.shape
+        )
+        dense = str(rest.name)
     marked = replace(
         described,
+        penalty=None if penalty is None else str(penalty.name),
+        decay=None if site.decay is None else str(_decay(site.decay, emit).name),
         ids=ids.name,
         rows=rows.name,
         keep=None if keep is None else keep.name,
-        dense=described.gradient if site.dense_terms else None,
+        dense=dense,
     )
     if padding is None or padding == described.padding_idx:
         return marked
     values = {str(value.name): value for value in (ids, rows, keep) if value is not None}
     return drop_padding(site, marked, padding, values, emit)
+
+
+def _penalty(site: SiteMatch, emit: Emitter) -> ir.Value | None:
+    """Emit the gradient of a table's penalties, as the parameter is stored."""
+    if not site.penalty_parts:
+        return None
+    if len(site.penalty_parts) == 1:
+        return site.penalty_parts[0]
+    like = site.gradient
+    return emit.node("Sum", site.penalty_parts, name="penalty", dtype=like.dtype, shape=like.shape)
+
+
+def _decay(decay: Coefficient, emit: Emitter) -> ir.Value:
+    """Emit the number c of a penalty's gradient c·W, float32[]."""
+    summands: list[ir.Value] = []
+    scalar = emit.constant(np.zeros(0, np.int64), "scalar")
+    for factors in decay.summands:
+        number = emit.constant(np.float32(1.0), "one")
+        for factor in factors:
+            if not isinstance(factor.number, ir.Value):
+                other = emit.constant(np.float32(factor.number), "factor")
+            else:
+                other = factor.number
+                if other.dtype != FLOAT:
+                    other = emit.node("Cast", [other], attributes={"to": FLOAT}, name="factor", dtype=FLOAT)
+                other = emit.node("Reshape", [other, scalar], name="factor", dtype=FLOAT, shape=[])
+            op = "Div" if factor.divide else "Mul"
+            number = emit.node(op, [number, other], name="decay", dtype=FLOAT, shape=[])
+        summands.append(number)
+    return emit.node("Sum", summands, name="decay", dtype=FLOAT, shape=[])
 
 
 def _joined(

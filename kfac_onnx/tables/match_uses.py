@@ -84,8 +84,8 @@ def claim(
     if lookup.constant_ids is None:
         return None
     for term in terms:
-        if not isinstance(term, DenseTerm):
-            continue
+        if not isinstance(term, DenseTerm) or not facts.varies(term.value):
+            continue  # rows, or a penalty: what lookups get sums over the batch
         pulled = pull_whole(term, shape)
         if isinstance(pulled, Miss):
             misses.append(pulled.reason)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kfac_onnx.graph.values import static_shape
+from kfac_onnx.graph.values import label, static_shape
 from kfac_onnx.metadata import Projection, Refusal, Site, Use
 from kfac_onnx.tables.facts import Facts, ancestors
 from kfac_onnx.tables.lookups import DenseUse, Lookup, forward_uses
 from kfac_onnx.tables.match_uses import MatchedUse, claim, with_clamping, with_shared
 from kfac_onnx.tables.nested import looked_up_inside
 from kfac_onnx.tables.passed_over import passed_over
+from kfac_onnx.tables.penalties import Coefficient, decay_of, parts_of, split_penalties
 from kfac_onnx.tables.products import projections
 from kfac_onnx.tables.pull_back import Miss, Pulled
 from kfac_onnx.tables.scatters import gradient_terms
@@ -40,11 +41,26 @@ class SiteMatch:
     dense_terms: tuple[DenseTerm, ...]
     projections: tuple[Projection, ...] = ()
     dead_ends: tuple[DenseUse, ...] = ()
+    penalties: tuple[DenseUse, ...] = ()
+    penalty_parts: tuple[ir.Value, ...] = ()
+    """The parts of the gradient that no lookup and no projection has, each of the gradient's own shape."""
+    decay: Coefficient | None = None
+    """The number c where those parts are c·W together."""
 
     @property
     def pulled(self) -> Pulled:
         """Layout and size of the table; the same for all uses."""
         return self.uses[0].pulled
+
+    def _penalties(self) -> tuple[Use, ...]:
+        """Return what the penalty is: its uses in the loss, or what is added to the gradient outside."""
+        if self.penalties:
+            return tuple(use.describe() for use in self.penalties)
+        makers = [(part.producer(), part) for part in self.penalty_parts]
+        return tuple(
+            Use("input" if node is None else node.op_type, None, str(part.name), None)
+            for node, part in makers
+        )
 
     def describe(self) -> Site:
         """Return what the model's metadata and `scan` say of this site."""
@@ -60,6 +76,8 @@ class SiteMatch:
             uses=tuple(describe_lookup(use.lookup, use.output_gradient) for use in self.uses),
             dense_uses=tuple(use.describe() for use in self.dense_uses),
             dead_ends=tuple(use.describe() for use in self.dead_ends),
+            penalties=self._penalties(),
+            row_decay=self.decay is not None,
             gradient=str(self.gradient.name),
             projections=self.projections,
         )
@@ -164,6 +182,21 @@ def _pair(
             f"its gradient also gets rows from {rows_left[0].op} that belong to no lookup in the loss",
             [str(rows_left[0].updates.name), str(gradient.name)],
         )
+    kinds = split_penalties(dense_uses, dense_left, facts)
+    if isinstance(kinds, DenseUse):
+        return verdict.refuse(
+            f"{label(kinds.node)} uses the whole table beside a projection, and what its gradient gets from "
+            "each cannot be told apart",
+            [_step(kinds.node)],
+        )
+    parts = parts_of(kinds.terms, terms)
+    if isinstance(parts, str):
+        return verdict.refuse(f"the gradient of its penalty cannot be told from the rest: {parts}", [])
+    if kinds.uses and not kinds.terms:
+        dense_uses = list(kinds.uses)
+        dense_left = ()
+    else:
+        dense_uses, dense_left = list(kinds.projections), kinds.projection_terms
     if dense_uses and not dense_left:
         return verdict.refuse(
             f"{dense_uses[0].node.op_type} '{dense_uses[0].output.name}' also uses the table, "
@@ -188,7 +221,17 @@ def _pair(
     if isinstance(products, Miss):
         verdict.trail.append(f"tied=both cannot be had: {products.reason}")
         products = ()
-    verdict.site = SiteMatch(verdict.weight, gradient, tuple(uses), tuple(dense_uses), dense_left, products)
+    verdict.site = SiteMatch(
+        verdict.weight,
+        gradient,
+        tuple(uses),
+        tuple(dense_uses),
+        dense_left,
+        products,
+        penalties=kinds.uses,
+        penalty_parts=tuple(parts),
+        decay=decay_of(parts, verdict.weight),
+    )
     verdict.trail.append("accepted")
     return verdict
 

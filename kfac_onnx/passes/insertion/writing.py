@@ -157,6 +157,8 @@ def from_rows(emit: Emitter, table: ir.Value, site: Site) -> ir.Value:
 
 def takes_steps(site: Site, draft: Draft) -> bool:
     """Return whether the table's rows can be given as their whole step, the learning rate included."""
+    if site.penalty is not None:
+        return False
     return site.layout == "rows" and site.dense is None and draft.value(site.parameter).dtype == FLOAT
 
 

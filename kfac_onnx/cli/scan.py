@@ -106,6 +106,11 @@ def _print(report: Report) -> None:
         )
     else:
         say("no embedding tables")
+    for site in report.sites:
+        for use in site.penalties:
+            say(f"penalty on '{site.parameter}': {use.op} '{use.output}' (its gradient goes past the block)")
+        for use in site.dead_ends:
+            say(f"dead end of '{site.parameter}': no gradient passes through {use.op} '{use.output}'")
     print_refusals(report.refused)
     if not report.trainable:
         say("the graph has no gradients, so it cannot be trained: `kfac-onnx differentiate` appends them")

@@ -175,7 +175,8 @@ class InsertEmbeddingKfac(Pass):
         names = ", ".join(f"{use.op} '{use.output}'" for use in site.penalties)
         cost = "" if self.penalty == "rows" else ", which every step then reads and writes"
         log.warning(
-            f"the penalty of '{site.parameter}' ({names}) goes past the block: plain gradient descent on {what}{cost}"
+            f"the penalty of '{site.parameter}' ({names}) goes past the block: plain gradient descent on "
+            f"{what}{cost}"
         )
 
     def _block(self, site: Site, collection: LayerCollection, scale: ir.Value | None) -> FisherBlock:

@@ -19,7 +19,17 @@ __all__ = ["BLOCK", "OPTIMIZER", "PLAIN", "TransformOptions"]
 
 PLAIN: Final = tuple(f"plain-{method}" for method in METHODS if method != "adamw")
 """Presets that train the tables with an ordinary optimizer, for comparison."""
-BLOCK: Final = ("damping", "decay_a", "decay_g", "refresh_every", "g_rows", "g_every", "uses", "tied")
+BLOCK: Final = (
+    "damping",
+    "decay_a",
+    "decay_g",
+    "refresh_every",
+    "g_rows",
+    "g_every",
+    "uses",
+    "tied",
+    "penalty",
+)
 """Options of `insert-embedding-kfac` that have its own default where they are None."""
 OPTIMIZER: Final = ("weight_decay", "beta1", "beta2", "epsilon")
 """Options of the `insert-optimizer` of the other parameters, likewise."""
@@ -45,7 +55,7 @@ class TransformOptions:
         shape: `rows` (tables updated in place) or `dense` (gradients replaced under their own names).
         target: `cpu` or `cuda`: where the written model runs unaided.
         deterministic: target cuda: sum rows in one order, so that every run gives the same bits.
-        damping, decay_a, decay_g, refresh_every, g_rows, g_every, uses, tied: of the block
+        damping, decay_a, decay_g, refresh_every, g_rows, g_every, uses, tied, penalty: of the block
             (`insert-embedding-kfac`); the preset's own if None.
         grad_scale: the number of examples that a mean loss divides by, for presets that need it.
         allow_fallback: refused tables that the ordinary optimizer may train.
@@ -88,6 +98,7 @@ class TransformOptions:
     g_every: int | None = None
     uses: str | None = None
     tied: str | None = None
+    penalty: str | None = None
     grad_scale: float | None = None
     allow_fallback: tuple[str, ...] = ()
     padding_idx: Mapping[str, int] | None = None

@@ -13,7 +13,6 @@ from onnx import helper
 import kfac_onnx as kx
 from kfac_onnx.errors import UserError
 from kfac_onnx.fisher.presets import PRESETS
-from kfac_onnx.pipeline.log import Log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,21 +177,15 @@ def test_plain_optimizers_take_the_whole_gradient(method: str, tmp_path: Path) -
         np.testing.assert_allclose(after[4:], TABLE[4:] * (1 - RATE * WEIGHT * 2), atol=1e-6)
 
 
-def said(log: Log) -> list[str]:
-    return [text for text in log.texts if "penalty" in text]
-
-
-def test_what_was_done_is_said() -> None:
-    log = Log()
-    kx.transform(graph(PENALTIES["squares"][0]), log=log)
-    assert said(log) == [
+def test_what_was_done_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = graph(PENALTIES["squares"][0])
+    with caplog.at_level("WARNING"):
+        kx.transform(model)
+        kx.transform(model, penalty="rows")
+    assert [record.getMessage() for record in caplog.records] == [
         "the penalty of 'emb' (ReduceSum 'p') goes past the block: plain gradient descent on all 9 rows, which "
-        "every step then reads and writes"
-    ]
-    log = Log()
-    kx.transform(graph(PENALTIES["squares"][0]), log=log, penalty="rows")
-    assert said(log) == [
-        "the penalty of 'emb' (ReduceSum 'p') goes past the block: plain gradient descent on looked-up rows"
+        "every step then reads and writes",
+        "the penalty of 'emb' (ReduceSum 'p') goes past the block: plain gradient descent on looked-up rows",
     ]
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from kfac_onnx.fisher.row_scales import RowUpdate
 from kfac_onnx.graph.rewriter import Out
 from kfac_onnx.metadata import Phase
-from kfac_onnx.fisher.row_scales import RowUpdate
 from kfac_onnx.passes.insertion.writing import as_float32, to_rows
 from kfac_onnx.step.draft import FLOAT, INT64
 

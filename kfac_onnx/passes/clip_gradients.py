@@ -59,6 +59,13 @@ class ClipGradients(Pass):
         draft = Draft(model, emitter, values_by_name(model))
         self._check_order(model, draft)
         sites = {site.parameter: site for site in metadata.read_list(model, "sites", Site)}
+        for site in sites.values():
+            if site.penalty is not None:  # it goes past the block: what bounds the rows would not bound it
+                raise UserError(
+                    f"clip-gradients cannot bound the penalty of '{site.parameter}'",
+                    context=self.name,
+                    help="take the penalty out of the graph, or clip in the graph itself",
+                )
         refused = {item.parameter for item in metadata.read_list(model, "refused", Refusal)}
         dense: dict[str, ir.Value] = {}
         rows: dict[str, ir.Value] = {}

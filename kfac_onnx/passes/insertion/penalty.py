@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from kfac_onnx.fisher.row_scales import RowUpdate
-from kfac_onnx.graph.rewriter import Out
+from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
 from kfac_onnx.passes.insertion.writing import as_float32, to_rows
 from kfac_onnx.step.draft import FLOAT, INT64
@@ -23,7 +23,7 @@ from kfac_onnx.step.draft import FLOAT, INT64
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kfac_onnx.graph.rewriter import Emitter
+    from kfac_onnx.graph.emit import Emitter
     from kfac_onnx.metadata import Site
     from kfac_onnx.step.draft import Draft
 

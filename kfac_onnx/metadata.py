@@ -301,7 +301,7 @@ class State:
     phase: Phase
     update: Literal["in-place", "double"]
     candidate: str
-    role: Literal["parameter", "statistic", "factor", "root", "counter", "optimizer"]
+    role: Literal["parameter", "statistic", "factor", "root", "counter", "optimizer", "scratch"]
     parameter: str | None = None
     aliases: tuple[str, ...] = ()
 

@@ -34,7 +34,7 @@ _DEVICE: Final[Mapping[str, Mapping[Variant, str]]] = {
         name: {"ordered": f"{name}_ordered"}
         for name in (
             "add_rows", "apply_columns", "apply_rows",
-            "input_factor_average", "input_factor_update", "scatter_rows",
+            "input_factor_average", "input_factor_update", "merge_lookups", "scatter_rows",
         )
     },
 }  # fmt: skip
@@ -198,6 +198,37 @@ _TABLE = (
         "ids:i64[N] rows:f32[N,D] -> unique_ids:i64[U] sums:f32[U,D]",
         cost=lambda s: (s.N * s.D, 24 * s.N * s.D + 32 * s.N),
         scatters="rows",
+    ),
+    _operator(
+        "MergeLookups",
+        "sum the rows of each distinct id at one of its lookups",
+        "rows.merge_lookups",
+        "slot:i32[V] ids:i64[N] rows:f32[N,D] -> slot:i32[V] place:i64[N] merged:f32[N,D]",
+        cost=lambda s: (s.N * s.D, 12 * s.N * s.D + 40 * s.N),
+        scatters="rows",
+    ),
+    _operator(
+        "RowAdagradStep",
+        "scale merged lookups by the root of their row's summed mean squares",
+        "row_scales.row_adagrad_step",
+        "rows:f32[N,D] place:i64[N] acc:f32[N] scale:f32[] -> step:f32[N,D] acc:f32[N]",
+        (_EPSILON,),
+        cost=lambda s: (3 * s.N * s.D, 16 * s.N * s.D),
+    ),
+    _operator(
+        "RowWindowStep",
+        "scale merged lookups by the root of their row's mean squares over a widening window",
+        "row_scales.row_window_step",
+        "rows:f32[N,D] place:i64[N] r:f32[N] fresh:f32[] scale:f32[] -> step:f32[N,D] r:f32[N]",
+        cost=lambda s: (3 * s.N * s.D, 16 * s.N * s.D),
+    ),
+    _operator(
+        "RowElementAdagradStep",
+        "Adagrad entry by entry on merged lookups",
+        "row_scales.row_element_adagrad_step",
+        "rows:f32[N,D] place:i64[N] acc:f32[N,D] -> update:f32[N,D] acc:f32[N,D]",
+        (_EPSILON,),
+        cost=lambda s: (6 * s.N * s.D, 24 * s.N * s.D),
     ),
     _operator(
         "RowAdagrad",

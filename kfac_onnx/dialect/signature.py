@@ -26,7 +26,7 @@ class Port:
     """An input or output: its name, element type (`any` if free) and shape in letters."""
 
     name: str
-    dtype: Literal["f32", "f64", "i64", "any"]
+    dtype: Literal["f32", "f64", "i32", "i64", "any"]
     shape: tuple[str, ...]
 
 
@@ -84,7 +84,7 @@ def ports(text: str) -> tuple[Port, ...]:
         dtype, _, shape = kind.partition("[")
         letters = tuple(letter for letter in shape.removesuffix("]").split(",") if letter)
         match dtype:
-            case "f32" | "f64" | "i64" | "any":
+            case "f32" | "f64" | "i32" | "i64" | "any":
                 read.append(Port(name, dtype, letters))
             case _:
                 raise ValueError(f"unknown element type '{dtype}' in '{word}'")

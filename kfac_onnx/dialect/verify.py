@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_node"]
 
-_DTYPES: Final = {"f32": ir.DataType.FLOAT, "f64": ir.DataType.DOUBLE, "i64": ir.DataType.INT64}
+_DTYPES: Final = {
+    "f32": ir.DataType.FLOAT,
+    "f64": ir.DataType.DOUBLE,
+    "i32": ir.DataType.INT32,
+    "i64": ir.DataType.INT64,
+}
 _KINDS: Final = {"float": ir.AttributeType.FLOAT, "int": ir.AttributeType.INT}
 
 

@@ -23,7 +23,7 @@ from kfac_onnx.fisher.lookups import step_lookups
 from kfac_onnx.fisher.output_factor import FullyConnectedKroneckerFactor
 from kfac_onnx.fisher.roots import step_root
 from kfac_onnx.fisher.row_scales import Counts, InputPower, TableGradient
-from kfac_onnx.fisher.sampling import GradientRows
+from kfac_onnx.fisher.sampling import GradientRows, Sample
 from kfac_onnx.fisher.symbols import SparseRows
 from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
@@ -56,6 +56,11 @@ class Collection(Protocol):
     @property
     def preset(self) -> Preset | None:
         """The settings of a training step; None for blocks alone."""
+        ...
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a training step adds rows to the tables itself."""
         ...
 
     def place(self, block: FisherBlock) -> Place:
@@ -270,6 +275,7 @@ class EmbeddingKFACFB(KroneckerProductFB):
         self._scale: ir.Value | None = None
         self._lookups: Lookups | None = None
         self._rows: ir.Value | None = None
+        self._sample = Sample()
 
     @property
     def num_rows(self) -> int:
@@ -361,9 +367,11 @@ class EmbeddingKFACFB(KroneckerProductFB):
             arguments = (self._lookups, self.vocab_size, preset.rows.average)
             self._input = make(EmbeddingInputKroneckerFactor, arguments, place=place, share=preset.rows.share)
             self._input.take_in()
-        batch = self._gradient_rows(rows, self._lookups, partial=preset.sample.partial)
+        masked = self._keep is not None or bool(self._positions)
+        self._sample = preset.sample.bounded(_width(rows) or 0, masked=masked)
+        batch = self._gradient_rows(rows, self._lookups, partial=self._sample.partial)
         self._output = make(
-            FullyConnectedKroneckerFactor, (batch, preset.output), place=place, sample=preset.sample
+            FullyConnectedKroneckerFactor, (batch, preset.output), place=place, sample=self._sample
         )
         self._output.take_in()
 
@@ -396,7 +404,7 @@ class EmbeddingKFACFB(KroneckerProductFB):
         place, output, dim = self.place, self.output_factor, self.output_factor.embedding_dim
         damping_a, damping_g = self._dampings()
         root = self._refreshed_root(preset, damping_g)
-        if dense is not None or preset.sample.partial:
+        if dense is not None or self._sample.partial:
             # Otherwise G takes all rows: where nothing must move there are none, or all are zero.
             active = output.is_active(self._lookups.number)
             root = place.emitter(Phase.PRECONDITION).node(
@@ -406,7 +414,9 @@ class EmbeddingKFACFB(KroneckerProductFB):
         exponent = preset.power("A")
         if self._input is not None and damping_a is not None and exponent is not None:
             power = InputPower(self._input, damping_a, exponent, self.renorm_coeff)
-        gradient = TableGradient(self._lookups, self._rows, dense, self.vocab_size, dim)
+        gradient = TableGradient(
+            self._lookups, self._rows, dense, self.vocab_size, dim, self._layer_collection.in_place
+        )
         result = preset.rows.update(gradient, root, power, rate, place)
         place.flag(result.update)
         return result

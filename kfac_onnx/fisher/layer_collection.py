@@ -38,7 +38,7 @@ class LayerCollection:
 
     Parameters, ids and outputs are symbolic tensors (`ir.Value`). Alone (a `FisherSession` runs it) its
     blocks are updated when asked, with `settings` as the factors' switches. In a training step, which is
-    `draft`, they do what `preset` says.
+    `draft`, they do what `preset` says; `in_place` says whether it adds rows to the tables itself.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class LayerCollection:
         *,
         preset: Preset | None = None,
         draft: Draft | None = None,
+        in_place: bool = True,
     ) -> None:
         if (preset is None) != (draft is None):
             raise FisherValueError("a training step needs both a preset and a draft of the step")
         self.settings = FactorSettings() if settings is None else settings
         self.preset = preset
+        self.in_place = in_place
         self.draft = _alone() if draft is None else draft
         self._blocks: dict[LayerKey, FisherBlock] = {}
         self._factors: dict[tuple[type[Any], tuple[Hashable, ...]], Any] = {}

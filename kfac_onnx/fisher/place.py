@@ -64,7 +64,7 @@ class Place:
         dtype: ir.DataType,
         shape: Sequence[int],
         initial: str | float,
-        role: Literal["factor", "root", "counter"] = "factor",
+        role: Literal["factor", "root", "counter", "scratch"] = "factor",
     ) -> ir.Value:
         """Add the state `<prefix>/<what>`."""
         name = f"{self.prefix}/{what}"

@@ -51,8 +51,8 @@ class Preset:
     """Where a search for the tables' learning rate starts."""
     refresh_every: int = 10
     """Steps between two refreshes of G's power, besides steps 1, 2, 4 and 8."""
-    sample: Sample = field(default_factory=Sample)
-    """Which rows G takes in, and when."""
+    sample: Sample = field(default_factory=lambda: Sample(per_column=8))
+    """Which rows G takes in, and when: of large batches a sample."""
     per_example: bool = False
     """Whether G takes gradients times the divisor c of a mean loss (per-example gradients of a sum)."""
 
@@ -111,6 +111,7 @@ _DECLARED: Final = (
         output=Average(decay=0.95, start=1.0, debias=False),
         damping=Pi(1e-3),
         lr=0.01,
+        sample=Sample(),
         per_example=True,
     ),
     Preset(

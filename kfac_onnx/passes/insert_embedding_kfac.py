@@ -13,7 +13,6 @@ from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.fisher import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, LayerCollection
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.fisher.projections import emit_positions
-from kfac_onnx.fisher.sampling import Sample
 from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.metadata import Loss, Parameter, Phase, Refusal, Site, StepSettings
 from kfac_onnx.passes.find_embeddings import values_by_name
@@ -71,7 +70,11 @@ class InsertEmbeddingKfac(Pass):
     refresh_every: int | None = opt(
         None, "committed steps between refreshes of the root; the preset's if none", lo=1
     )
-    g_rows: int | None = opt(None, "rows of a batch that G takes, evenly spread; all if none", lo=1)
+    g_rows: int | None = opt(
+        None,
+        "rows of a batch that G takes, evenly spread; the preset's if none",
+        lo=1,
+    )
     g_every: int = opt(1, "committed steps between updates of G (steps 1, 2, 4 and 8 are too)", lo=1)
     grad_scale: float | None = opt(
         None,
@@ -102,7 +105,7 @@ class InsertEmbeddingKfac(Pass):
         if self.refresh_every is not None:
             preset = replace(preset, refresh_every=self.refresh_every)
         rows = preset.sample.rows if self.g_rows is None else self.g_rows
-        return replace(preset, sample=Sample(rows=rows, every=self.g_every))
+        return replace(preset, sample=replace(preset.sample, rows=rows, every=self.g_every))
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place.
@@ -127,7 +130,7 @@ class InsertEmbeddingKfac(Pass):
             emitter.metadata("refused", refused)
         sites = self._chosen(model, [site for site in sites if site.parameter not in done])
         scale = self._gradient_scale(model, emitter, draft) if preset.per_example else None
-        collection = LayerCollection(preset=preset, draft=draft)
+        collection = LayerCollection(preset=preset, draft=draft, in_place=self.shape == "rows")
         for site in sites:
             self._insert(site, preset, collection, scale, log)
         if self.shape == "dense":

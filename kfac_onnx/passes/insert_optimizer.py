@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kfac_onnx import metadata
-from kfac_onnx.fisher.row_scales import RowUpdate
+from kfac_onnx.fisher.place import Place
+from kfac_onnx.fisher.row_scales import RowUpdate, merge_lookups
 from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.metadata import Parameter, Phase, Site
 from kfac_onnx.passes.find_embeddings import values_by_name
@@ -15,7 +16,7 @@ from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.patterns import chosen
 from kfac_onnx.pipeline.registry import register
-from kfac_onnx.step.draft import FLOAT, INT64, Draft
+from kfac_onnx.step.draft import FLOAT, Draft
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -112,8 +113,8 @@ class InsertOptimizer(Pass):
             write_table(site, RowUpdate(ids, rows, unique=False), rate, draft)
             return
         V, D = site.vocab_size, site.embedding_dim
-        outs = [Out("unique_ids", INT64, [None]), Out("merged", FLOAT, [None, D])]
-        ids, rows = draft.op("MergeRows", [ids, rows], outs, Phase.PRECONDITION)
+        table = Place(draft, f"kfac/{site.parameter}", site.parameter)
+        places, rows = merge_lookups(ids, rows, V, table)
         old = draft.state(
             f"kfac/{site.parameter}/acc", FLOAT, [V, D], "zeros", "optimizer", parameter=site.parameter
         )
@@ -123,7 +124,7 @@ class InsertOptimizer(Pass):
         draft.remember(held)
         outs = [Out("update", FLOAT, [None, D]), Out("acc", FLOAT, [None, D])]
         update, new = draft.op(
-            "RowElementAdagrad", [rows, held], outs, Phase.PRECONDITION, epsilon=self._epsilon()
+            "RowElementAdagradStep", [rows, places, held], outs, Phase.PRECONDITION, epsilon=self._epsilon()
         )
         draft.flag(update, new)
         (written,) = draft.op("WriteRows", [old, ids, new], [Out("acc", FLOAT, [V, D])], Phase.COMMIT)
@@ -131,7 +132,7 @@ class InsertOptimizer(Pass):
         if node is not None:
             draft.guard(node, 2, held)
         draft.write(old, written, Phase.COMMIT)
-        write_table(site, RowUpdate(ids, update, unique=True), rate, draft)
+        write_table(site, RowUpdate(ids, update, unique=False), rate, draft)
 
     def _decay(self, shape: list[int]) -> float:
         """Return the decay of a tensor that is no table."""

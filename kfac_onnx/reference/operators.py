@@ -155,6 +155,35 @@ def merge_rows(ids: Array, rows: Array) -> tuple[Array, ...]:
     return (unique, scatter_add(np.zeros((len(unique), rows.shape[1])), inverse, rows))
 
 
+def merge_lookups(slot: Array, ids: Array, rows: Array) -> tuple[Array, ...]:
+    """Each id's rows summed at the last of its lookups, and the position of that for each lookup."""
+    slot = np.array(slot)
+    slot[ids] = np.arange(len(ids))  # of repeated ids, the last assignment stays
+    place = slot[ids]
+    return (slot, place, scatter_add(np.zeros_like(rows), place, rows))
+
+
+def row_adagrad_step(
+    rows: Array, place: Array, acc: Array, scale: Array, *, epsilon: float
+) -> tuple[Array, ...]:
+    """Scale each merged row by scale/(√acc' + epsilon)."""
+    acc = acc + (rows**2).mean(axis=1)[place]
+    return (scale * rows / (np.sqrt(acc) + epsilon)[:, None], acc)
+
+
+def row_window_step(rows: Array, place: Array, r: Array, fresh: Array, scale: Array) -> tuple[Array, ...]:
+    """Scale each merged row by scale/√r', a row whose r' is 0 by 0."""
+    r = r + fresh * (rows**2).mean(axis=1)[place]
+    root = np.where(r > 0, np.sqrt(r), np.inf)
+    return (scale * rows / root[:, None], r)
+
+
+def row_element_adagrad_step(rows: Array, place: Array, acc: Array, *, epsilon: float) -> tuple[Array, ...]:
+    """Scale each entry of merged rows by 1/(√acc' + epsilon)."""
+    acc = acc + (rows**2)[place]
+    return (rows / (np.sqrt(acc) + epsilon), acc)
+
+
 def row_adagrad(rows: Array, acc: Array, *, epsilon: float) -> tuple[Array, ...]:
     """Scale each row by 1/(√acc' + epsilon)."""
     acc = acc + (rows**2).mean(axis=1)
@@ -294,6 +323,10 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "PreconditionRows": precondition_rows,
     "PreconditionDense": precondition_dense,
     "MergeRows": merge_rows,
+    "MergeLookups": merge_lookups,
+    "RowAdagradStep": row_adagrad_step,
+    "RowWindowStep": row_window_step,
+    "RowElementAdagradStep": row_element_adagrad_step,
     "RowAdagrad": row_adagrad,
     "WindowDecay": window_decay,
     "RowWindow": row_window,

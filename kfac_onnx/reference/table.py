@@ -51,7 +51,9 @@ class TableSettings:
     """G starts as this multiple of I."""
     refresh_every: int = 10
     g_rows: int | None = None
-    """Rows that G takes of a batch (see `sample_rows`); None takes all."""
+    """Rows that G takes of a batch (see `sample_rows`); None takes all, or at most by `rows_per_column`."""
+    rows_per_column: int | None = 8
+    """G takes at most max(1024, this · D) rows where all of them count; None takes all."""
     g_every: int = 1
     """G takes in steps 1, 2, 4, 8, the multiples of this, and every step until it has had a batch."""
     epsilon: float = 1e-10
@@ -69,6 +71,7 @@ SETTINGS: Final[Mapping[str, TableSettings]] = {
         debias=False,
         normalize_counts=True,
         scale_gradients=True,
+        rows_per_column=None,
         start_input=1.0,
         start_output=1.0,
     ),
@@ -144,7 +147,7 @@ class TableReference:
         pairs = [(np.asarray(d, np.float64), np.asarray(h, np.float64)) for d, h in projections if np.any(d)]
         self.lookups = len(ids) + sum(len(delta) for delta, _ in pairs)
         if self.lookups > 0:
-            self._average(ids, rows, scale, pairs)
+            self._average(ids, rows, scale, pairs, keep is not None)
         if self._due(self.settings.refresh_every):
             self._refresh()
         if self.lookups == 0:
@@ -172,7 +175,9 @@ class TableReference:
     def _correction(self, decay: float, count: int) -> float:
         return 1.0 / (1.0 - decay**count) if self.settings.debias and count > 0 else 1.0
 
-    def _average(self, ids: Array, rows: Array, scale: float, pairs: Sequence[tuple[Array, Array]]) -> None:
+    def _average(
+        self, ids: Array, rows: Array, scale: float, pairs: Sequence[tuple[Array, Array]], masked: bool
+    ) -> None:
         counts = scatter_add(np.zeros(self.V), ids, np.ones(len(ids)))
         stack = [rows]
         for delta, h in pairs:
@@ -186,11 +191,14 @@ class TableReference:
         )
         self.a_count += 1
         if self.g_count == 0 or self._due(self.settings.g_every):
-            self._average_output(np.concatenate(stack), scale)
+            self._average_output(np.concatenate(stack), scale, masked or len(stack) > 1)
 
-    def _average_output(self, rows: Array, scale: float) -> None:
-        if self.settings.g_rows is not None:
-            (chosen,) = sample_rows(len(rows), self.settings.g_rows, self.g_count)
+    def _average_output(self, rows: Array, scale: float, masked: bool) -> None:
+        size, per_column = self.settings.g_rows, self.settings.rows_per_column
+        if size is None and per_column is not None and not masked:
+            size = max(1024, per_column * self.D)
+        if size is not None:
+            (chosen,) = sample_rows(len(rows), size, self.g_count)
             rows = rows[chosen]
         c = scale if self.settings.scale_gradients else 1.0
         moment = c**2 * rows.T @ rows / len(rows)

@@ -268,7 +268,10 @@ def _site(
 
 
 def _bytes(states: Iterable[State]) -> int:
-    return sum(math.prod(state.shape) * np.dtype(state.dtype).itemsize for state in states)
+    """Return the bytes of states that hold something from step to step."""
+    return sum(
+        math.prod(state.shape) * np.dtype(state.dtype).itemsize for state in states if state.role != "scratch"
+    )
 
 
 def _lookups(site: Site, model: ir.Model) -> str:

@@ -33,7 +33,8 @@ GUARD = "kfac.guard"
 EARLY_REFRESHES: Final = (1, 2, 4, 8)
 """Committed steps at which the inverse (root) of G is recomputed besides every `refresh_every`-th."""
 
-FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
+FLOAT, DOUBLE, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.BOOL
+INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Draft:
         dtype: ir.DataType,
         shape: Sequence[int],
         initial: str | float,
-        role: Literal["factor", "root", "counter", "optimizer"],
+        role: Literal["factor", "root", "counter", "optimizer", "scratch"],
         *,
         parameter: str | None = None,
     ) -> ir.Value:

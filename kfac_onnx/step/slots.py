@@ -157,13 +157,18 @@ def count_late(items: Sequence[Item], slots: Sequence[Slot], versions: Mapping[s
     between = (Slot.REFRESH_READ, Slot.REFRESH)
     read = {name for item, slot in zip(items, slots, strict=True) if slot in between for name in item.reads}
     merged = [Slot.PRECONDITION if slot == Slot.COUNT else slot for slot in slots]
-    if made & read or any(item.node.op_type.startswith("Scatter") for item in counting):
+    if made & read or any(_adds_rows(item.node.op_type) for item in counting):
         return list(slots)
     try:
         check_hazards(items, merged, versions)
     except VerifyError:
         return list(slots)
     return merged
+
+
+def _adds_rows(op_type: str) -> bool:
+    """Return whether an operator adds rows that may repeat, which the CPU does well in one thread alone."""
+    return op_type.startswith("Scatter") or op_type == "MergeLookups"
 
 
 def _is_branch(item: Item) -> bool:

@@ -201,7 +201,7 @@ def test_settings_are_those_of_the_presets(name: str) -> None:
         damping=damping,
         lr=preset.lr,
         refresh_every=settings.refresh_every,
-        sample=Sample(rows=settings.g_rows, every=settings.g_every),
+        sample=Sample(rows=settings.g_rows, every=settings.g_every, per_column=settings.rows_per_column),
         per_example=settings.scale_gradients,
     )
 

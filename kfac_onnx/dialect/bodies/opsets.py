@@ -11,7 +11,7 @@ import onnxscript
 from onnxscript import opset18
 from onnxscript.values import Opset
 
-__all__ = ["BOOL", "F32", "F64", "I64", "MICROSOFT", "body", "op"]
+__all__ = ["BOOL", "F32", "F64", "I32", "I64", "MICROSOFT", "body", "op"]
 
 op: Any = opset18
 MICROSOFT: Any = Opset("com.microsoft", 1)
@@ -20,6 +20,8 @@ body: Any = onnxscript.script(Opset("ai.kfac", 1), default_opset=opset18)
 
 F32: Final = 1
 """`TensorProto.FLOAT`."""
+I32: Final = 6
+"""`TensorProto.INT32`."""
 I64: Final = 7
 """`TensorProto.INT64`."""
 BOOL: Final = 9

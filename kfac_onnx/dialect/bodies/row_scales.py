@@ -10,7 +10,15 @@ from onnxscript import DOUBLE, FLOAT, INT64  # noqa: TC002  onnxscript reads ann
 
 from kfac_onnx.dialect.bodies.opsets import F32, F64, I64, body, op
 
-__all__ = ["row_adagrad", "row_element_adagrad", "row_window", "window_decay"]
+__all__ = [
+    "row_adagrad",
+    "row_adagrad_step",
+    "row_element_adagrad",
+    "row_element_adagrad_step",
+    "row_window",
+    "row_window_step",
+    "window_decay",
+]
 
 
 @body
@@ -20,6 +28,37 @@ def row_adagrad(rows: FLOAT, acc: FLOAT, epsilon: float):
     new_acc = op.Add(acc, op.ReduceMean(op.Mul(rows, rows), axis, keepdims=0))
     scale = op.Add(op.Sqrt(new_acc), op.Constant(value_float=epsilon))
     return op.Div(rows, op.Unsqueeze(scale, axis)), new_acc
+
+
+@body
+def row_adagrad_step(rows: FLOAT, place: INT64, acc: FLOAT, scale: FLOAT, epsilon: float):
+    """Compute acc' = acc + mean over D of rows[place]², step = scale · rows / (sqrt(acc') + epsilon).
+
+    `rows` holds the sum of an id's rows at one of its lookups; `place` names that one for each lookup.
+    """
+    axis = op.Constant(value_ints=[1])
+    mean = op.ReduceMean(op.Mul(rows, rows), axis, keepdims=0)
+    new_acc = op.Add(acc, op.Gather(mean, place))
+    weight = op.Div(scale, op.Add(op.Sqrt(new_acc), op.Constant(value_float=epsilon)))
+    return op.Mul(rows, op.Unsqueeze(weight, axis)), new_acc
+
+
+@body
+def row_window_step(rows: FLOAT, place: INT64, r: FLOAT, fresh: FLOAT, scale: FLOAT):
+    """Compute r' = r + fresh · mean over D of rows[place]², step = scale · rows / sqrt(r'), 0 if r' = 0."""
+    axis = op.Constant(value_ints=[1])
+    zero = op.Constant(value_float=0.0)
+    mean = op.ReduceMean(op.Mul(rows, rows), axis, keepdims=0)
+    new_r = op.Add(r, op.Mul(fresh, op.Gather(mean, place)))
+    weight = op.Where(op.Equal(new_r, zero), zero, op.Div(scale, op.Sqrt(new_r)))
+    return op.Mul(rows, op.Unsqueeze(weight, axis)), new_r
+
+
+@body
+def row_element_adagrad_step(rows: FLOAT, place: INT64, acc: FLOAT, epsilon: float):
+    """Compute acc' = acc + rows[place]², update = rows / (sqrt(acc') + epsilon), entry by entry."""
+    new_acc = op.Add(acc, op.Gather(op.Mul(rows, rows), place))
+    return op.Div(rows, op.Add(op.Sqrt(new_acc), op.Constant(value_float=epsilon))), new_acc
 
 
 @body

@@ -8,9 +8,9 @@ a session of one thread or on a device with atomic adds).
 
 from __future__ import annotations
 
-from onnxscript import FLOAT, INT64  # noqa: TC002  onnxscript reads annotations
+from onnxscript import FLOAT, INT32, INT64  # noqa: TC002  onnxscript reads annotations
 
-from kfac_onnx.dialect.bodies.opsets import F32, body, op
+from kfac_onnx.dialect.bodies.opsets import F32, I32, I64, body, op
 
 __all__ = [
     "add_rows_elements",
@@ -20,6 +20,8 @@ __all__ = [
     "apply_flat",
     "apply_rows_elements",
     "apply_rows_nd",
+    "merge_lookups_elements",
+    "merge_lookups_nd",
     "merge_rows_elements",
     "merge_rows_nd",
     "scatter_rows_elements",
@@ -46,6 +48,36 @@ def merge_rows_nd(ids: INT64, rows: FLOAT):
     zeros = op.Expand(op.Constant(value_float=0.0), shape)
     index = op.Unsqueeze(inverse, op.Constant(value_ints=[-1]))
     return unique_ids, op.ScatterND(zeros, index, rows, reduction="add")
+
+
+@body
+def merge_lookups_elements(slot: INT32, ids: INT64, rows: FLOAT):
+    """Sum the rows of each id at one of its lookups; the rows of its other lookups become 0.
+
+    Each lookup writes its position to the slot of its id, and reads there which one won: the same for all
+    lookups of an id. What else is in `slot` is never read. Nothing is sorted and nothing is compacted.
+    """
+    one = op.Constant(value_int=1)
+    count = op.Squeeze(op.Shape(ids))
+    positions = op.Range(op.Constant(value_int=0), count, one)
+    new_slot = op.ScatterElements(slot, ids, op.Cast(positions, to=I32), axis=0)
+    place = op.Cast(op.GatherElements(new_slot, ids, axis=0), to=I64)
+    index = op.Expand(op.Unsqueeze(place, op.Constant(value_ints=[1])), op.Shape(rows))
+    zeros = op.Expand(op.Constant(value_float=0.0), op.Shape(rows))
+    return new_slot, place, op.ScatterElements(zeros, index, rows, axis=0, reduction="add")
+
+
+@body
+def merge_lookups_nd(slot: INT32, ids: INT64, rows: FLOAT):
+    """Sum the rows of each id at one of its lookups, where scatters are atomic or in one thread."""
+    one = op.Constant(value_int=1)
+    count = op.Squeeze(op.Shape(ids))
+    positions = op.Range(op.Constant(value_int=0), count, one)
+    new_slot = op.ScatterElements(slot, ids, op.Cast(positions, to=I32), axis=0)
+    place = op.Cast(op.GatherElements(new_slot, ids, axis=0), to=I64)
+    zeros = op.Expand(op.Constant(value_float=0.0), op.Shape(rows))
+    index = op.Unsqueeze(place, op.Constant(value_ints=[-1]))
+    return new_slot, place, op.ScatterND(zeros, index, rows, reduction="add")
 
 
 @body

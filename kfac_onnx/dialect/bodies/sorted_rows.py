@@ -39,6 +39,7 @@ __all__ = [
     "apply_rows_ordered",
     "input_factor_average_ordered",
     "input_factor_update_ordered",
+    "merge_lookups_ordered",
     "merge_rows_ordered",
     "merge_rows_sorted",
     "sample_rows_device",
@@ -179,6 +180,23 @@ merge_rows (ids, rows) => (unique_ids, sums) {{
     sums = Gather(x, first)
 }}""")
 """Distinct ids in ascending order and the sum of the rows of each, in one order."""
+
+merge_lookups_ordered: Final = Body(f"""
+merge_lookups (slot, ids, rows) => (slot_out, place, merged) {{
+    {_wrapped("ids", "V = Shape <start: int = 0, end: int = 1> (slot)")}
+    {_sorting("own")}
+    {_leaders()}
+    {_summing("rows", flat=False)}
+    first = Gather(order, leader)
+    column = Unsqueeze(order, flat)
+    place = ScatterND(order, column, first)
+    begins_column = Unsqueeze(begins, flat)
+    summed = Where(begins_column, x, nothing)
+    merged = ScatterND(rows, column, summed)
+    small = Cast <to: int = 6> (place)
+    slot_out = ScatterElements <axis: int = 0> (slot, ids, small)
+}}""")
+"""The sum of each id's rows at the first of its lookups and 0 at the others, in one order."""
 
 add_rows_ordered: Final = Body(f"""
 add_rows (W, ids, rows) => (W_out) {{

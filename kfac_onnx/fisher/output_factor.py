@@ -83,6 +83,7 @@ class FullyConnectedKroneckerFactor:
         self._count = place.counter(f"{letter}.count")
         self._powers: dict[tuple[float, DampingOf], ir.Value] = {}
         self._reading: ir.Value | None = None
+        self._averaged: ir.Value | None = None
 
     @property
     def _square(self) -> list[int]:
@@ -177,6 +178,7 @@ class FullyConnectedKroneckerFactor:
     def take_in(self) -> None:
         """Average in the batch of a training step; from here on the factor is read as it is after that."""
         (_, G), (_, count) = self._averaged_in().assignments
+        self._averaged = G
         self._place.flag(G)  # Σ|G|: kept with a trace beyond float32, each refresh from then on would fail
         self._reading = self._read(G, count)
 
@@ -290,7 +292,9 @@ class FullyConnectedKroneckerFactor:
         flat, start, end, step = (
             emit.constant(np.asarray([value], np.int64), "entry") for value in (-1, 0, D * D, D + 1)
         )
-        entries = emit.node("Reshape", [self.get_cov_var(), flat], name="entries", dtype=FLOAT, shape=[D * D])
+        # Not debiased: that would be work for a refresh in every step, and either trace is 0 with the other.
+        factor = self.get_cov_var() if self._averaged is None else self._averaged
+        entries = emit.node("Reshape", [factor, flat], name="entries", dtype=FLOAT, shape=[D * D])
         diagonal = emit.node(
             "Slice", [entries, start, end, start, step], name="diagonal", dtype=FLOAT, shape=[D]
         )

@@ -33,7 +33,7 @@ def adding(session: kx.TrainingSession) -> set[str]:
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_the_text_of_the_pipeline_decides_nothing(graph_case: Callable[..., Any], target: str) -> None:
-    case = graph_case(GRAPH, preset="adagrad", target=target)
+    case = graph_case(GRAPH, preset="half", target=target)
     with case.open() as session:
         bodies, loss = adding(session), session.step(case.batches[0])["loss"]
         states = session.states
@@ -48,7 +48,7 @@ def test_the_text_of_the_pipeline_decides_nothing(graph_case: Callable[..., Any]
 
 
 def test_the_cuda_bodies_are_seen_by_this_test(graph_case: Callable[..., Any]) -> None:
-    case = graph_case(GRAPH, preset="adagrad", target="cuda")
+    case = graph_case(GRAPH, preset="half", target="cuda")
     step = metadata.read(case.model, "step", metadata.Step)
     assert step is not None
     assert step.target == "cuda"
@@ -62,7 +62,7 @@ def test_the_cuda_bodies_are_seen_by_this_test(graph_case: Callable[..., Any]) -
 def test_a_file_that_does_not_say_gets_the_bodies_of_the_device(
     graph_case: Callable[..., Any], target: str
 ) -> None:
-    case = graph_case(GRAPH, preset="adagrad", target=target)
+    case = graph_case(GRAPH, preset="half", target=target)
     entry = json.loads(case.model.metadata_props["kfac.step"])
     del entry["target"]
     case.model.metadata_props["kfac.step"] = json.dumps(entry)

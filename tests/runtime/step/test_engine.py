@@ -110,7 +110,7 @@ def test_outputs_are_bound_anew_only_for_other_shapes(
 
 
 def test_outputs_whose_shape_depends_on_values_are_not_kept(graph_case: Callable[..., Any]) -> None:
-    case = graph_case("ortart_legcore__twotower", preset="adagrad")
+    case = graph_case("ortart_legcore__twotower", preset="adagrad", shape="dense")
     session, other = case.open(), case.open()
     assert runner_of(session, Slot.GRADIENTS).keeps
     other._open.engine.runners[0].keeps = False

@@ -143,4 +143,4 @@ def test_partial_statistics_are_shown_and_priced(site: SiteReport) -> None:
     assert few.statistics_cost == LinearCost() == site.statistics_cost
     assert few.step_cost == rare.step_cost + rare.statistics_cost  # paid at each step, at some steps
     assert few.step_cost.flops_per_lookup == site.step_cost.flops_per_lookup - 2 * D * D - 6  # the sample
-    assert all_rows.statistics_cost.flops_per_lookup == 2 * D * D
+    assert all_rows.statistics_cost.flops_per_lookup == 2 * D * D + 6  # the sample

@@ -43,6 +43,18 @@ LISTS: Final = {
 }
 """Module -> why it lists operators all the same."""
 
+TO_MOVE: Final = {
+    "autodiff/blocked.py",
+    "autodiff/buffers.py",
+    "autodiff/merged.py",
+    "autodiff/scores.py",
+    "canonical/encoded_strings.py",
+    "canonical/fold_constants.py",
+    "canonical/loops/__init__.py",
+    "tables/roles.py",
+}
+"""Modules whose own lists are still to become queries of the table; none may be added."""
+
 
 def newest() -> dict[str, onnx.defs.OpSchema]:
     """Return the newest form of each standard operator that has one since opset 13."""
@@ -92,8 +104,8 @@ def test_no_other_module_lists_operators() -> None:
         for line, words in lists_of(ast.parse(path.read_text(encoding="utf-8")))
         if sum(word in names for word in words) > MOST
     }
-    assert {module: line for module, line in found.items() if module not in LISTS} == {}
-    assert set(found) == set(LISTS)
+    assert {module: line for module, line in found.items() if module not in LISTS.keys() | TO_MOVE} == {}
+    assert set(found) == set(LISTS) | TO_MOVE
 
 
 def test_placement_knows_the_random_operators() -> None:

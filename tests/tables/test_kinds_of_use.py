@@ -56,11 +56,10 @@ FORMS = {
     ),
     "partly frozen": forward(
         "a = Mul(mask, emb) w = Add(a, rest) e = Gather(w, ids) " + MEAN,
-        {"emb": (7, 4), "W": (4, 2)},
+        {"emb": (7, 4), "rest": (7, 4), "W": (4, 2)},
         {
             **AXIS,
             "mask": np.array([[0], [1], [0], [1], [0], [0], [0]], np.float32),
-            "rest": np.linspace(0, 1, 28, dtype=np.float32).reshape(7, 4),
         },
     ),
     "joined": forward(

@@ -164,6 +164,8 @@ def main() -> int:
     different = 0
     for key, prints in before.items():
         keys = [name for name in {**prints, **after[key]} if prints.get(name) != after[key].get(name)]
+        if not keys and "crash" in prints:  # alike, and nothing was compared
+            keys = ["crash"]
         if keys:
             different += 1
             print(f"{Path(key[0]).name} {key[1]}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}")

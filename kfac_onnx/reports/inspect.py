@@ -20,6 +20,7 @@ from kfac_onnx.disk.models import as_model
 from kfac_onnx.errors import UserError
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
+from kfac_onnx.graph.values import constant
 from kfac_onnx.graph.verifier import require_sound
 from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, StepSettings, read, read_list
 from kfac_onnx.runtime.saved.saved_run import is_checkpoint, read_run
@@ -207,14 +208,27 @@ def _name(node: ir.Node) -> str:
     return node.name or next((str(value.name) for value in node.outputs if value.name), node.op_type)
 
 
-def _statistics(site: Site, settings: StepSettings) -> str:
+def _statistics(site: Site, settings: StepSettings, nodes: Iterable[ir.Node]) -> str:
     """Return in words what the factors of a table take in, and how its uses are put together."""
-    return "; ".join(part for part in (_uses(site, settings), _sample(settings)) if part)
+    parts = (_uses(site, settings), _sample(_sample_size(nodes), settings.g_every))
+    return "; ".join(part for part in parts if part)
 
 
-def _sample(settings: StepSettings) -> str:
+def _sample_size(nodes: Iterable[ir.Node]) -> int | None:
+    """Return how many rows of a batch a table's G takes at most, as its nodes say; None if all."""
+    for node in nodes:
+        if node.op_type != "SampleRows" or node.inputs[1] is None:
+            continue
+        wanted = node.inputs[1]
+        gate = wanted.producer()  # TakeNow: so many in the steps that G takes, none in the others
+        size = constant(wanted if gate is None else gate.inputs[0])
+        if size is not None:
+            return int(size)
+    return None
+
+
+def _sample(rows: int | None, every: int) -> str:
     """Return in words which rows G takes in, and when; empty where it is all rows of each step."""
-    rows, every = settings.g_rows, settings.g_every
     if rows is None and every == 1:
         return ""
     of = "G from all rows" if rows is None else f"G from at most {rows} rows"
@@ -238,11 +252,9 @@ def _site(
     settings: StepSettings,
 ) -> SiteReport:
     mine = [state for state in states if state.parameter == site.parameter and state.role != "parameter"]
-    groups = _groups(
-        [node for node in nodes if node.metadata_props.get("kfac.site") == site.parameter],
-        site,
-        settings.g_rows,
-    )
+    own = [node for node in nodes if node.metadata_props.get("kfac.site") == site.parameter]
+    # Priced by the lookup, as batches below the default bound are; `g-rows` is meant to be below.
+    groups = _groups(own, site, settings.g_rows)
     rare = _STATISTICS if settings.g_every > 1 else ()
     return SiteReport(
         parameter=site.parameter,
@@ -252,7 +264,7 @@ def _site(
         layout=site.layout,
         tied=bool(site.dense_uses),
         uses=len(site.uses),
-        statistics=_statistics(site, settings) if settings.preset is not None else "none",
+        statistics=_statistics(site, settings, own) if settings.preset is not None else "none",
         lookups=_lookups(site, model),
         factors={state.input: state.shape for state in mine if state.role == "factor"},
         states={state.input: state.shape for state in mine},

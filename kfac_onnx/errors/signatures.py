@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar, cast
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.errors.arguments import plain, shown
@@ -65,7 +65,7 @@ _KINDS: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
         lambda value: hasattr(value, "__array__") or isinstance(value, (list, int, float)),
     ),
 }
-_ALIASES: Final = {"Source": "str | Path | ir.Model | onnx.ModelProto", "Arrays": "Mapping[str, np.ndarray]"}
+_ALIASES: Final = {"Source": "str | Path | ir.Model | onnx.ModelProto"}
 
 
 def _split(text: str, mark: str) -> list[str]:
@@ -108,8 +108,7 @@ def _holds(value: object, inner: str) -> bool:
         keys_and_values: Mapping[object, object] = value  # pyright: ignore[reportUnknownVariableType]  checked here
         return not others or all(_fits(k, first) and _fits(v, others[0]) for k, v in keys_and_values.items())
     if isinstance(value, (list, tuple, Set)):
-        items: Iterable[object] = value  # pyright: ignore[reportUnknownVariableType]  checked here
-        return all(_fits(entry, first) for entry in items)
+        return all(_fits(entry, first) for entry in cast("Iterable[object]", value))
     return True
 
 

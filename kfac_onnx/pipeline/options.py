@@ -241,7 +241,8 @@ def check_value(option: Option, value: object, *, owner: str) -> None:
             and (option.lo is None or value >= option.lo)
             and (option.hi is None or value <= option.hi)
         )
-        if fits and abs(value) > _LARGEST[option.kind]:
+        largest = _LARGEST[option.kind]
+        if fits and not -largest - (option.kind == "int") <= value <= largest:
             what = "whole number" if option.kind == "int" else "number"
             raise UserError(
                 f"option '{option.name}' of pass '{owner}' cannot be {shown(value)}:"

@@ -55,7 +55,7 @@ def values_of(option: Option) -> st.SearchStrategy[Any]:
     if option.choices is not None:
         values: st.SearchStrategy[Any] = st.sampled_from(option.choices)
     elif option.kind == "int":
-        low = None if option.lo is None else int(option.lo)
+        low = -(2**63) if option.lo is None else int(option.lo)
         values = st.integers(low, 2**63 - 1 if option.hi is None else int(option.hi))
     elif option.kind == "float":
         values = st.floats(

@@ -131,18 +131,21 @@ def test_an_input_without_entries_beside_one_with(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "the batch size must be at least 1, got 0"),
-        ({"batch_size": 2.0}, "the batch size must be a whole number, got 2.0"),
-        ({"batch_size": True}, "the batch size must be a whole number, got True"),
-        ({"batch_size": "2"}, "the batch size must be a whole number, got '2'"),
+        ({"batch_size": 2.0}, "batch_size of Batches must be a whole number, got 2.0"),
+        ({"batch_size": True}, "batch_size of Batches must be a whole number, got True"),
+        ({"batch_size": "2"}, "batch_size of Batches must be a whole number, got '2'"),
         ({"seed": -1}, "the seed must be at least 0, got -1"),
-        ({"seed": 1.5}, "the seed must be a whole number, got 1.5"),
-        ({"seed": True}, "the seed must be a whole number, got True"),
+        ({"seed": 1.5}, "seed of Batches must be a whole number or None, got 1.5"),
+        ({"seed": True}, "seed of Batches must be a whole number or None, got True"),
         (
             {"seed": 10**5000},
             "the seed must be at most 340282366920938463463374607431768211455, got a value of type int",
         ),
-        ({"drop_last": 1}, "drop_last must be True or False, got 1"),
-        ({"source": 5}, "training data are a file, a folder or arrays by input name, not of type int"),
+        ({"drop_last": 1}, "drop_last of Batches must be True or False, got 1"),
+        (
+            {"source": 5},
+            "training data are a file, a folder or arrays by input name, not of type int",
+        ),
         (
             {"source": {"ids": [[1], [2, 3]]}},
             "the data of 'ids' are no array: setting an array element with a sequence.",

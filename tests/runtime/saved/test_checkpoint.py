@@ -156,17 +156,17 @@ def test_a_checkpoint_of_another_model(
     ("settings", "message"),
     [
         ({"seed": -1}, "the seed must be at least 0, got -1"),
-        ({"seed": True}, "the seed must be a whole number, got True"),
-        ({"seed": 1.5}, "the seed must be a whole number, got 1.5"),
+        ({"seed": True}, "seed of TrainingSession must be a whole number or None, got True"),
+        ({"seed": 1.5}, "seed of TrainingSession must be a whole number or None, got 1.5"),
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"rest_lr": float("inf")}, "rest_lr must be a finite number, got inf"),
         ({"lr": -0.1}, "lr must be at least 0, got -0.1"),
         ({"lr": 10**400}, "lr must be a finite number, got a value of type int"),
-        ({"lr": "0.1"}, "lr must be a finite number, got '0.1'"),
-        ({"schedule": 5}, "the schedule must be a Schedule or its text, got 5"),
+        ({"lr": "0.1"}, "lr of TrainingSession must be a number or None, got '0.1'"),
+        ({"schedule": 5}, "schedule of TrainingSession must be a Schedule, a text or None, got 5"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"threads": 100_000}, "threads must be at most 1024, got 100000"),
-        ({"threads": 1.5}, "threads must be a whole number, got 1.5"),
+        ({"threads": 1.5}, "threads of TrainingSession must be a whole number or None, got 1.5"),
     ],
 )
 def test_what_no_checkpoint_can_hold_opens_no_session(
@@ -240,8 +240,8 @@ def test_data_that_no_checkpoint_can_hold_stops_before_the_first_step(
     [
         ({"prefetch": 10**30}, f"prefetch must be at most 1024, got {10**30}"),
         ({"prefetch": -1}, "prefetch must be at least 0, got -1"),
-        ({"steps": 2.0}, "steps must be a whole number, got 2.0"),
-        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"steps": 2.0}, "steps of TrainingSession.fit must be a whole number or None, got 2.0"),
+        ({"epochs": True}, "epochs of TrainingSession.fit must be a whole number or None, got True"),
         ({"skip_limit": 0}, "skip_limit must be at least 1, got 0"),
     ],
 )

@@ -194,7 +194,9 @@ def test_a_counter_is_no_constant() -> None:
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1), "one"))
     model.graph.node.append(onnx.helper.make_node("Add", ["counted", "one"], ["once"]))
     model.graph.node.append(onnx.helper.make_node("Add", ["once", "one"], ["count_new"]))
-    step = kx.transform(declared(model, ("counted", "count_new")), preset="plain-sgd", rest="sgd")
+    step = kx.transform(
+        declared(model, ("centre", "centre_new"), ("counted", "count_new")), preset="plain-sgd", rest="sgd"
+    )
     with kx.TrainingSession(step) as session:
         for count in (7, 9, 11):
             session.step({"x": np.ones((2, 2), np.float32)})

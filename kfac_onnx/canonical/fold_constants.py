@@ -11,6 +11,7 @@ stay in the graph for ever.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -23,7 +24,7 @@ from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Generator, Iterable, Mapping
 
     import onnx_ir as ir
 
@@ -33,6 +34,7 @@ __all__ = ["FoldConstants"]
 
 LARGEST: Final = 64
 """Entries that folded tensors have at most: as many as dimensions, or parts."""
+_HIDDEN: Final = "kfac_onnx.hidden"
 GRADIENT: Final = ("ai.onnx.preview.training", "Gradient")
 SEQUENCES: Final = frozenset({"SequenceAt", "SplitToSequence"})
 STAYS: Final = having(Trait.RANDOM) | {
@@ -76,20 +78,42 @@ class FoldConstants(Pass):
             stays = not node.inputs or len(node.outputs) > 1 or node.outputs[0].is_graph_output()
             return False if stays or _reads(node, varying) else None
 
-        try:
-            fold_constants(
-                model,
-                input_size_limit=LARGEST,
-                output_size_limit=LARGEST,
-                onnx_shape_inference=False,
-                should_fold=should_fold,
-            )
-        except RuntimeError as error:  # an operator that breaks its own rules is found out by shape inference
-            log.warning(f"constants are left as they are: {error}")
+        with _outputs_hidden(model):
+            try:
+                fold_constants(
+                    model,
+                    input_size_limit=LARGEST,
+                    output_size_limit=LARGEST,
+                    onnx_shape_inference=False,
+                    should_fold=should_fold,
+                )
+            except RuntimeError as error:  # an operator that breaks its own rules: shape inference tells
+                log.warning(f"constants are left as they are: {error}")
         _restore_names(model, before)
         changes = census.changes()
         log.count("nodes", changes.removed)
         return changes
+
+
+@contextmanager
+def _outputs_hidden(model: ir.Model) -> Generator[None]:
+    """Let the nodes that make outputs, and an Identity right before one, be of no known operator inside.
+
+    Folding bypasses an Identity or another operator without effect whatever it is told, and what such a node
+    makes would go by the name of what it reads: an output, or a gradient on its way into an accumulator.
+    """
+    last = [node for value in model.graph.outputs if (node := value.producer()) is not None]
+    before = [value.producer() for node in last for value in node.inputs if value is not None]
+    copies = [node for node in before if node is not None and node.op_type == "Identity"]
+    named = [node for node in last if node.op_type not in SEQUENCES]
+    hidden = [node for node in dict.fromkeys([*named, *copies]) if node.domain == ""]
+    for node in hidden:
+        node.domain = _HIDDEN
+    try:
+        yield
+    finally:
+        for node in hidden:
+            node.domain = ""
 
 
 def _values(graph: ir.Graph) -> Iterable[ir.Value]:

@@ -129,13 +129,13 @@ def child(words: list[str]) -> int:
     from kfac_onnx.cli.main import main
     from kfac_onnx.runtime import TrainingSession
 
-    fit = TrainingSession.fit
+    fit = TrainingSession.fit_as
 
     def announced(self: TrainingSession, *given: Any, **named: Any) -> Any:
         os.write(1, f"position {self.position}\n".encode())
         return fit(self, *given, **named)
 
-    TrainingSession.fit = announced  # type: ignore[method-assign]
+    TrainingSession.fit_as = announced  # type: ignore[method-assign]
     return main(words)
 
 

@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from preset_names import ALL
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from corpus_cases import Case, MarkedGraph, StepReference
+from preset_names import ALL
 
 from kfac_onnx.api import transform
 from kfac_onnx.fisher.presets import PRESETS as REGISTRY

@@ -78,7 +78,7 @@ class FoldConstants(Pass):
             stays = not node.inputs or len(node.outputs) > 1 or node.outputs[0].is_graph_output()
             return False if stays or _reads(node, varying) else None
 
-        with _outputs_hidden(model):
+        with _interface_hidden(model):
             try:
                 fold_constants(
                     model,
@@ -96,17 +96,16 @@ class FoldConstants(Pass):
 
 
 @contextmanager
-def _outputs_hidden(model: ir.Model) -> Generator[None]:
-    """Let the nodes that make outputs, and an Identity right before one, be of no known operator inside.
+def _interface_hidden(model: ir.Model) -> Generator[None]:
+    """Let an Identity right before an exporter's own operator that makes an output be of no operator inside.
 
-    Folding bypasses an Identity or another operator without effect whatever it is told, and what such a node
-    makes would go by the name of what it reads: an output, or a gradient on its way into an accumulator.
+    Folding bypasses it whatever it is told, and a gradient on its way into an accumulator would go by the name
+    of what the Identity reads.
     """
     last = [node for value in model.graph.outputs if (node := value.producer()) is not None]
-    before = [value.producer() for node in last for value in node.inputs if value is not None]
-    copies = [node for node in before if node is not None and node.op_type == "Identity"]
-    named = [node for node in last if node.op_type not in SEQUENCES]
-    hidden = [node for node in dict.fromkeys([*named, *copies]) if node.domain == ""]
+    owners = [node for node in last if node.domain not in ONNX_DOMAINS]
+    before = [value.producer() for node in owners for value in node.inputs if value is not None]
+    hidden = [node for node in before if node is not None and (node.domain, node.op_type) == ("", "Identity")]
     for node in hidden:
         node.domain = _HIDDEN
     try:

@@ -27,7 +27,7 @@ from kfac_onnx.graph.operators import SIZES, Trait, having
 from kfac_onnx.graph.values import is_float, rank_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import onnx_ir as ir
 
@@ -90,6 +90,7 @@ class Candidates:
 
 def find_candidates(
     model: ir.Model,
+    stored: Collection[str],
     given: Sequence[ir.Value],
     train: Sequence[str],
     freeze: Sequence[str],
@@ -97,7 +98,8 @@ def find_candidates(
 ) -> Candidates:
     """Return which values of a forward-only graph are to be trained if the loss depends on them.
 
-    `given` are the graph's own inputs, `train` and `freeze` names or patterns (`blocks.*`). With `train`
+    `stored` names the initializers that the file holds: others were computed of constants. `given` are the
+    graph's own inputs, `train` and `freeze` names or patterns (`blocks.*`). With `train`
     exactly what it names is trained, floating-point graph inputs included.
 
     Raises:
@@ -105,6 +107,7 @@ def find_candidates(
 
     """
     known = {name: value for name, value in model.graph.initializers.items() if is_float(value)}
+    known = {name: value for name, value in known.items() if name in stored}
     inputs = {str(value.name): value for value in given if is_float(value)}
     chosen = _named({**inputs, **known}, train, "--train", place)
     frozen = _named(known, freeze, "--freeze", place)

@@ -97,10 +97,10 @@ class FoldConstants(Pass):
 
 @contextmanager
 def _interface_hidden(model: ir.Model) -> Generator[None]:
-    """Let an Identity right before an exporter's own operator that makes an output be of no operator inside.
+    """Let an Identity before an exporter's own operator that makes an output be of no operator inside.
 
-    Folding bypasses it whatever it is told, and a gradient on its way into an accumulator would go by the name
-    of what the Identity reads.
+    Folding bypasses it whatever it is told, and a gradient on its way into an accumulator would go by the
+    name of what the Identity reads.
     """
     last = [node for value in model.graph.outputs if (node := value.producer()) is not None]
     owners = [node for node in last if node.domain not in ONNX_DOMAINS]

@@ -132,8 +132,10 @@ def _run(arguments: list[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted", err=True)
         return INTERRUPTED
-    except SystemExit:
-        if not type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # by which click marks a broken pipe
+    except SystemExit as e:
+        # How click marks a broken pipe, and rich.
+        marked = type(sys.stdout).__name__.endswith("PacifyFlushWrapper")
+        if not (marked or isinstance(e.__context__, BrokenPipeError)):
             raise
         return FINE  # the reader of our output has seen enough
     except MemoryError:

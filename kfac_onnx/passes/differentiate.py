@@ -80,13 +80,14 @@ class Differentiate(Pass):
         place = None
         log.stale = True
         parse_pipeline(PLAIN).run(model, verify=False, log=log, key=READING_KEY)
+        stored = set(model.graph.initializers)  # what is folded from here on was computed, and is no weight
         require_tensors(model, place)
         parse_pipeline(f"{PREPARE},{STANDARD}").run(model, verify=False, log=log, key=READING_KEY)
         notes = log.notes
         _refuse_gradients(model)
         inputs = list(model.graph.inputs)  # without the labels, which are no weights
         loss = self._loss(model, notes, place)
-        weights, frozen, copied = _weights(model, inputs, self.train, self.freeze, place)
+        weights, frozen, copied = _weights(model, stored, inputs, self.train, self.freeze, place)
         notes += copied
         suspicions = _suspicions(model, weights)
         if self.straight_through:
@@ -286,6 +287,7 @@ def _require_scalar(loss: ir.Value, place: str | None) -> None:
 
 def _weights(
     model: ir.Model,
+    stored: set[str],
     inputs: list[ir.Value],
     train: tuple[str, ...],
     freeze: tuple[str, ...],
@@ -295,7 +297,7 @@ def _weights(
     from kfac_onnx.autodiff.trainable import find_candidates
     from kfac_onnx.canonical.folded_copies import undo_repeated_vectors, undo_stale_copies
 
-    found = find_candidates(model, inputs, train, freeze, place)
+    found = find_candidates(model, stored, inputs, train, freeze, place)
     repeated = undo_repeated_vectors(model, found.trained)
     known = {*model.graph.initializers.values(), *model.graph.inputs}
     weights = _without_transposed_copies(tuple(value for value in found.trained if value in known))

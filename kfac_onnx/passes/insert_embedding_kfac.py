@@ -80,6 +80,7 @@ class InsertEmbeddingKfac(Pass):
         None,
         "examples that a mean loss divides by, for presets that need it; found in the graph if none",
         lo=1e-30,
+        hi=1e6,
     )
     shape: Literal["rows", "dense"] = opt("rows", "update tables in place, or replace their gradients")
     uses: Literal["stack", "multi-indep"] = opt(

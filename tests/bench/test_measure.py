@@ -117,7 +117,7 @@ def test_the_peak_is_of_this_process() -> None:
     ("settings", "message"),
     [
         (Settings(steps=0), "steps must be at least 1, not 0"),
-        (Settings(threads=0), "threads must be at least 1, not 0"),
+        (Settings(threads=0), "threads must be at least 1, got 0"),
         (Settings(vocab_sizes=(0,)), "a vocabulary must be between 1 and 1,000,000,000, not 0"),
         (Settings(widths=(-1,)), "a width must be between 1 and 1,000,000,000, not -1"),
     ],

@@ -321,7 +321,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "transform train.onnx -o out.onnx --rest sdg",
-            "unknown optimizer 'sdg'; did you mean 'sgd'?\n  help: the optimizers are: sgd, momentum, adam, adagrad",
+            "unknown optimizer 'sdg'; did you mean 'sgd'?\n  help: the optimizers are: sgd, momentum, adam, adamw, adagrad, muon",
         ),
         (
             "transform train.onnx -o out.onnx --shape row",
@@ -356,7 +356,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "train step.onnx --data train.onnx --parameters parameters.npz --quiet",
-            "'DIR/train.onnx' is not a readable .npz file: File is not a zip file",
+            "'DIR/train.onnx' cannot be read: File is not a zip file",
         ),
         (
             "train step.onnx --data data.npz --seed -1",

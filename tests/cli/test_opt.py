@@ -57,7 +57,7 @@ def test_print_after_change_shows_the_model_on_stderr(run: Callable[..., Outcome
     [
         (
             "dcee",
-            "error: unknown pass 'dcee'; did you mean 'dce'?\n  help: the passes are: differentiate, find-embeddings, ",
+            "error: unknown pass 'dcee'; did you mean 'dce'?\n  help: the passes are: inline-functions, sort-nodes, ",
         ),
         (
             "lower{targte=cpu}",

@@ -23,9 +23,9 @@ GONE = {
 """Parameters that the exporter folded or merged away."""
 
 OTHERS = {
-    "fwd_dynoptcore__bert_sum": {"warning:folded-parameter"},
+    "fwd_dynoptcore__bert_sum": {"warning:folded-parameter", "warning:folded-lookup"},
     "fwd_eval__bert_sum": {"warning:folded-parameter"},
-    "fwd_eval__gpt_tied": {"warning:folded-parameter"},
+    "fwd_eval__gpt_tied": {"warning:folded-parameter", "warning:merged-parameter"},
     "fwd_dynoptcore__identical_init": {"note:shared-table"},
     "fwd_eval__identical_init": {"warning:shared-table"},  # read under the name of the other table
     "jax2onnx__nplm_f16": {"note:no-kernel"},
@@ -44,6 +44,7 @@ OTHERS = {
         "error:parameter-gone",
         "warning:stale-copy",
         "warning:folded-parameter",
+        "warning:merged-parameter",
     },
     "torchjoint_initopt__identical_init": {
         "error:parameter-gone",

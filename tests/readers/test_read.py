@@ -68,9 +68,8 @@ def test_gradients_by_position_are_the_last_resort(build: Callable[[str], ir.Mod
 
 
 def test_position_needs_equal_shapes(build: Callable[[str], ir.Model]) -> None:
-    text = joint("float loss, float[3] g", names="g", inputs="float[3] x, float[3] p").replace(
-        "float[3] x", "float[1] x"
-    )
+    text = f"""{HEAD} (float[3] x, float[3] p) => (float loss, float[2] g) <int64[1] a = {{0}}, int64[1] b = {{2}}> {{
+        m = Mul (p, x)  loss = ReduceSum <keepdims = 0> (m)  g = Slice (x, a, b) }}"""
     with pytest.raises(UserError) as caught:
         read_training_graph(build(text))
     assert str(caught.value) == (

@@ -106,10 +106,10 @@ SLICES = graph("W_grad", "Identity_1:0", more=", int32[2] shape")
 SLICES = SLICES.replace("flat_ids =", "wide = Shape(W) shape = Cast<to = 6>(wide) flat_ids =")
 
 
-@pytest.mark.parametrize("rows", ["float[n, 3]", "float[4, 3]", "float[5, 3]"])
-def test_indexed_slices_as_they_are(rows: str, build: Callable[[str], ir.Model]) -> None:
+@pytest.mark.parametrize(("rows", "V"), [("float[n, 3]", 5), ("float[4, 3]", 5), ("float[4, 3]", 4)])
+def test_indexed_slices_as_they_are(rows: str, V: int, build: Callable[[str], ir.Model]) -> None:
     """Rows under the gradient's name, unnamed ids, and the shape: also where there are as many rows as V."""
-    text = SLICES.replace("float[n, 3]", rows)
+    text = SLICES.replace("float[n, 3]", rows).replace("float[5, 3] W", f"float[{V}, 3] W")
     model = read_training_graph(build(text))
     assert pairs(model) == [metadata.RowGradient("W", "W_grad", "Identity_1:0", "W_grad_2")]
     assert [site.parameter for site in scan(build(text)).sites] == ["W"]
@@ -117,11 +117,10 @@ def test_indexed_slices_as_they_are(rows: str, build: Callable[[str], ir.Model])
     assert names[:4] == ["loss", "W_grad", "Identity_1:0", "shape"]
 
 
-@pytest.mark.parametrize(("rows", "more"), [("float[5, 3]", ""), ("float[5, 3]", ", int32[3] shape")])
-def test_integers_after_a_gradient_are_not_its_ids(
-    rows: str, more: str, build: Callable[[str], ir.Model]
-) -> None:
-    text = graph("W_grad", "labels", more=more).replace("float[n, 3]", rows)
+@pytest.mark.parametrize("more", ["", ", int32[3] shape"])
+def test_integers_after_a_gradient_are_not_its_ids(more: str, build: Callable[[str], ir.Model]) -> None:
+    """As many rows as the table has: a gradient like the parameter."""
+    text = graph("W_grad", "labels", table="float[4, 3] W", more=more).replace("float[n, 3]", "float[4, 3]")
     text = text.replace("flat_ids =", "s = Shape(x) shape = Cast<to = 6>(s) flat_ids =")
     model = read_training_graph(build(text))
     assert pairs(model) == []

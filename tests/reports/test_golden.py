@@ -234,7 +234,10 @@ def test_files_that_are_no_archives(tmp_path: Path) -> None:
     np.save(one, np.ones(3))
     objects = tmp_path / "objects.npz"
     np.savez(objects, settings=np.array([{}], dtype=object))
-    for path in (text, cut, empty, one, objects, tmp_path):
+    for path in (text, cut, empty, objects):
         with pytest.raises(UserError) as caught:
             verify_golden([path])
         assert str(caught.value).startswith(f"'{path}' is not a readable .npz file: ")
+    with pytest.raises(UserError) as caught:
+        verify_golden([one])
+    assert str(caught.value).startswith(f"'{one}' is a single array, and arrays are read from .npz files")

@@ -58,7 +58,7 @@ def test_an_expand_before_an_operator_that_broadcasts(operator: str) -> None:
         ("s = Shape(x) e = Expand(g, s) y = Mul(e, w)", "the other operand is smaller"),
         ("s = Shape(x) e = Expand(g, s) y = Mul(e, z)", "the other operand's size has another name"),
         ("s = Shape(x) e = Expand(g, s) y = Mul(e, e)", "there is no other operand"),
-        ("s = Shape(x) e = Expand(g, s) y = Max(e, x)", "another operator"),
+        ("s = Shape(x) e = Expand(g, s) y = Concat<axis = 1>(e, x)", "another operator"),
         ("s = Shape(x) e = Expand(g, s) a = Mul(e, x) b = Neg(e) y = Add(a, b)", "another reader"),
     ],
     ids=["smaller", "named", "twice", "operator", "reader"],

@@ -107,6 +107,9 @@ def _holds(value: object, inner: str) -> bool:
     if isinstance(value, Mapping):
         keys_and_values: Mapping[object, object] = value  # pyright: ignore[reportUnknownVariableType]  checked here
         return not others or all(_fits(k, first) and _fits(v, others[0]) for k, v in keys_and_values.items())
+    if isinstance(value, tuple) and others and others != ["..."]:  # tuple[A, B]: each of its own type
+        entries = cast("tuple[object, ...]", value)
+        return len(entries) == 1 + len(others) and all(map(_fits, entries, (first, *others)))
     if isinstance(value, (list, tuple, Set)):
         return all(_fits(entry, first) for entry in cast("Iterable[object]", value))
     return True

@@ -261,6 +261,8 @@ def descendants(
 def carrying(ends: Iterable[ir.Value]) -> set[ir.Value]:
     """Return the values through which a gradient of `ends` passes: float, and behind no operator without one.
 
+    Of quantization a graph that trains takes the identity for the derivative: integers between QuantizeLinear
+    and DequantizeLinear pass one on.
     Inside of graphs that a node holds, and in what they read from around them, no value is left out.
     """
     passed: set[ir.Value] = set()
@@ -272,11 +274,19 @@ def carrying(ends: Iterable[ir.Value]) -> set[ir.Value]:
         node = value.producer()
         if node is not None and node.op_type in NO_GRADIENT and node.domain in ONNX_DOMAINS:
             continue
-        passed.add(value)
         if node is None:
+            if _may_be_float(value):
+                passed.add(value)
             continue
+        passed.add(value)
         inner = ancestors(value for body in bodies_of(node) for value in body.outputs)
-        stack.extend(item for item in (*node.inputs, *inner) if item is not None and _may_be_float(item))
+        read = [item for item in (*node.inputs, *inner) if item is not None]
+        if not _may_be_float(value) and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            stack.extend(item for item in read if dtype_of(item) == dtype_of(value))  # moved while quantized
+            continue
+        stack.extend(item for item in read if _may_be_float(item))
+        if node.op_type == "DequantizeLinear":
+            stack.append(read[0])
     return passed
 
 

@@ -24,6 +24,7 @@ MATRIX = RNG.standard_normal((4, 3)).astype(np.float32)
 GATE = RNG.standard_normal((4, 11)).astype(np.float32)
 IDS = np.array([[1, 2, 2], [10, 0, 5]])
 LABELS = np.array([2, 0])
+SCALES = RNG.uniform(0.005, 0.02, 11).astype(np.float32)
 SCALE, ZERO = np.float32(0.01), 3
 """127·0.01 cuts some entries off."""
 
@@ -32,8 +33,7 @@ def model_of(nodes: str, inputs: str = "int64[b, 3] ids") -> onnx.ModelProto:
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
         g ({inputs}) => (float[b, 3] z)
         <int64[1] ax = {{1}}, float sc = {{0.01}}, int8 zp = {{{ZERO}}}, int64[1] back = {{-1}}> {{ {nodes} }}""")
-    scales = RNG.uniform(0.005, 0.02, 11).astype(np.float32)
-    tensors = {"emb": TABLE, "W": MATRIX, "G": GATE, "scs": scales, "zps": np.zeros(11, np.int8)}
+    tensors = {"emb": TABLE, "W": MATRIX, "G": GATE, "scs": SCALES, "zps": np.zeros(11, np.int8)}
     for name, array in tensors.items():
         if re.search(rf"\b{name}\b", nodes):
             model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))

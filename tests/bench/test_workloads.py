@@ -73,6 +73,7 @@ def compare_with(small: Small, workload: str, name: str) -> None:
 
 
 def test_what_fbgemm_cannot_hold_is_left_out_by_name(small: Small) -> None:
+    pytest.importorskip("fbgemm_gpu")
     case, parameters = small("movielens")
     arms = [ARMS[name] for name in ("plain-sgd", "fbgemm-sgd")]
     timings = measure(case, arms, parameters, steps=1, threads=1, seconds=0.1, tell=lambda text: None)

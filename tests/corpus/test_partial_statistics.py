@@ -20,6 +20,7 @@ from preset_names import ALL, COUNTING, INVARIANT
 from kfac_onnx import metadata
 from kfac_onnx.api import transform
 from kfac_onnx.metadata import State, Step
+from kfac_onnx.reports.inspect import inspect
 from kfac_onnx.runtime import TrainingSession
 
 if TYPE_CHECKING:
@@ -71,11 +72,14 @@ def test_more_rows_than_there_are_is_all_of_them() -> None:
         np.testing.assert_array_equal(found[0][key], found[1][key], err_msg=key)
 
 
-def test_defaults_leave_the_graph_as_it_was() -> None:
-    case, _ = marked(PLAIN)
-    operators = {node.op_type for node in transform(case.path, g_rows=None, g_every=1).graph}
-    assert "SampleRows" not in operators
-    assert "SampleRows" in {node.op_type for node in transform(case.path, g_rows=6).graph}
+def test_g_is_bounded_by_default_and_where_padding_drops_rows_it_takes_them_all() -> None:
+    def statistics(name: str, **options: Any) -> set[str]:
+        return {site.statistics for site in inspect(transform(marked(name)[0].path, **options)).sites}
+
+    bounded = {"lookups; G from at most 1024 rows"}  # max(1024, 8·D) of few columns
+    assert statistics(PLAIN) == statistics(PLAIN, g_rows=None, g_every=1) == bounded
+    assert statistics(PLAIN, g_rows=6) == {"lookups; G from at most 6 rows"}
+    assert statistics(PADDED[0]) == {"lookups"}
 
 
 @pytest.mark.parametrize("options", [FEW, {"g_every": 10}], ids=str)

@@ -52,7 +52,7 @@ def test_options_stay_there_too(place: Place, options: dict[str, Any]) -> None:
 
 def test_what_is_lowered_for_the_cpu_is_noticed(place: Place) -> None:
     case, _ = marked("torchjoint_in__nplm_pad0")
-    model = transform(case.path, preset="adagrad", target="cpu")
+    model = transform(case.path, preset="adagrad", shape="dense", target="cpu")
     stages = [(stage.name, stage.model) for stage in partition(model, sequential=False).stages]
     found = measure(stages, "cuda") if place.is_gpu else predict(stages)
     assert found.fallbacks + found.own_copies != ()

@@ -22,13 +22,16 @@ def train(
     values: Mapping[str, np.ndarray] | None = None,
     names: Sequence[str] = (),
     batches: Iterable[Mapping[str, np.ndarray]] = (),
+    providers: Sequence[str | tuple[str, Mapping[str, object]]] = (),
+    tables: tuple[str, ...] = (),
 ) -> tuple[object, ...]:
-    return source, steps, rate, quiet, values, names, batches
+    return source, steps, rate, quiet, values, names, batches, providers, tables
 
 
 def test_what_fits_goes_through() -> None:
     assert train("m.onnx", steps=np.int64(3), rate=2, quiet=np.bool_(True))[1:3] == (3, 2)  # type: ignore[arg-type]
     train(Path("m.onnx"), values={"w": np.zeros(3)}, names=["a"], batches=iter([{}]))
+    train("m.onnx", providers=["cpu", ("cuda", {"device_id": 0})], tables=("a", "b", "c"))
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,17 @@ def test_what_fits_goes_through() -> None:
             {"values": {1: 2}},
             "values of train must be a mapping (Mapping[str, np.ndarray]) or None, got {1: 2}",
         ),
+        (
+            {"providers": [("cuda", {}, 3)]},
+            "providers of train must be a list (Sequence[str | tuple[str, Mapping[str, object]]]), "
+            "got [('cuda', {}, 3)]",
+        ),
+        (
+            {"providers": [("cuda", "device_id")]},
+            "providers of train must be a list (Sequence[str | tuple[str, Mapping[str, object]]]), "
+            "got [('cuda', 'device_id')]",
+        ),
+        ({"tables": ("a", 5)}, "tables of train must be a tuple or a list (tuple[str, ...]), got ('a', 5)"),
         ({"source": "a\0b"}, "source of train cannot be the name of a file: there is a zero byte in it"),
         ({"source": "\ud800"}, "source of train cannot be the name of a file: it holds half a character"),
         ({"source": "x" * 300}, "source of train is too long for the name of a file"),

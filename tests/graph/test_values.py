@@ -10,7 +10,7 @@ import pytest
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import UserError
-from kfac_onnx.graph.values import constant, dtype_of, rank_of, static_shape
+from kfac_onnx.graph.values import carrying, constant, dtype_of, rank_of, static_shape
 from kfac_onnx.readers import read_training_graph
 
 if TYPE_CHECKING:
@@ -132,3 +132,27 @@ def test_damaged_training_operators_are_a_sentence(damage: str, tmp_path: Path) 
     onnx.save(model, tmp_path / "damaged.onnx")
     with pytest.raises(UserError):
         read_training_graph(tmp_path / "damaged.onnx")
+
+
+def test_a_gradient_passes_through_what_is_quantized_and_through_no_other_integers(
+    build: Callable[[str], ir.Model],
+) -> None:
+    model = build("""<ir_version: 10, opset_import: ["" : 20]>
+        g (int64[n] ids, float[n] x) => (float l)
+        <float[3,2] emb = {1,2,3,4,5,6}, float[3,2] other = {1,2,3,4,5,6}, float sc = {0.1}, int8 zp = {0},
+         int8[3,2] weights = {1,2,3,4,5,6}, float[3] logits = {1,2,3}> {
+            q = QuantizeLinear (emb, sc, zp)
+            rows = Gather (q, ids)
+            e = DequantizeLinear (rows, sc, zp)
+            frozen = Gather (weights, ids)
+            f = DequantizeLinear (frozen, sc, zp)
+            cut = Cast <to = 7> (logits)
+            c = Gather (other, cut)
+            a = Add (e, f)
+            s = ReduceSum <keepdims = 0> (a)
+            r = ReduceSum <keepdims = 0> (c)
+            l = Add (s, r)
+        }""")
+    names = {value.name for value in carrying(model.graph.outputs)}
+    assert {"emb", "q", "rows", "e", "other"} <= names
+    assert names.isdisjoint({"ids", "zp", "weights", "cut", "logits"})

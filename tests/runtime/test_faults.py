@@ -346,8 +346,12 @@ def test_a_feeder_that_is_as_long_as_said(
 def test_a_feeder_that_gives_something_else(toy: ModuleType, open_toy: Open, wrong: object) -> None:
     session, plain = open_toy(), open_toy()
     batches = toy.batches(3)
+    given = [batches[0], wrong, batches[1]]
     with pytest.raises(UserError):
-        session.fit([batches[0], wrong, batches[1]])  # type: ignore[list-item]
+        session.fit(given)  # type: ignore[arg-type]
+    assert bits(session) == bits(plain)  # a list is looked through before the first step
+    with pytest.raises(UserError):
+        session.fit(iter(given))  # type: ignore[arg-type]
     plain.step(batches[0])
     assert bits(session) == bits(plain)
     assert session.step(batches[1]) == plain.step(batches[1])

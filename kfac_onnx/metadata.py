@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -427,7 +428,14 @@ def read_list(model: ir.Model, key: str, cls: type[T]) -> list[T]:
 
     Raises UserError as `read`.
     """
-    return [_built(key, cls, item, f"[{index}]") for index, item in enumerate(_items(model, key))]
+    text = model.metadata_props.get(f"kfac.{key}")
+    return [] if text is None else cast("list[T]", list(_records(key, cls, text)))
+
+
+@functools.lru_cache(maxsize=8)
+def _records(key: str, cls: type[Any], text: str) -> tuple[object, ...]:
+    """Return the dataclasses of a text: passes and the verifier read the same one many times."""
+    return tuple(_built(key, cls, item, f"[{index}]") for index, item in enumerate(_listed(key, text)))
 
 
 def read_strings(model: ir.Model, key: str) -> list[str]:
@@ -435,12 +443,12 @@ def read_strings(model: ir.Model, key: str) -> list[str]:
 
     Raises UserError as `read`.
     """
-    return [_sentence(key, item) for item in _items(model, key)]
+    return [_sentence(key, item) for item in _listed(key, model.metadata_props.get(f"kfac.{key}", "[]"))]
 
 
-def _items(model: ir.Model, key: str) -> list[Any]:
+def _listed(key: str, text: str) -> list[Any]:
     try:
-        found = parse(model.metadata_props.get(f"kfac.{key}", "[]"))
+        found = parse(text)
     except RecordError as e:
         raise _damaged(key, e) from e
     if not isinstance(found, list):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
-from kfac_onnx.graph.values import bodies_of
+from kfac_onnx.graph.values import all_graphs, bodies_of
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.registry import register
 
@@ -38,7 +38,7 @@ class Dce(Pass):
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place; each node, initializer and function that goes, or node cut, is a change."""
         nodes = initializers = edited = 0
-        for graph in reversed(list(model.graphs())):
+        for graph in reversed(list(all_graphs(model.graph))):
             dead: list[ir.Node] = []
             for node in reversed(graph):
                 if not any(output.uses() or output.is_graph_output() for output in node.outputs):
@@ -47,7 +47,7 @@ class Dce(Pass):
                 else:
                     edited += _trim(node, model.opset_imports.get("", 1))
             graph.remove(dead)
-        for graph in model.graphs():
+        for graph in all_graphs(model.graph):
             for name, value in list(graph.initializers.items()):
                 if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
                     del graph.initializers[name]

@@ -47,7 +47,7 @@ class InferShapes(Pass):
         for graph in all_graphs(model.graph):
             for value in graph.initializers.values():
                 _declare_as_stored(value)
-        infer_shapes(model)
+        log.inferred = infer_shapes(model)
         after = shapes_of(model)
         edited = sum(after[value] != declared for value, declared in before.items())
         log.count("values", edited)

@@ -37,6 +37,8 @@ def verify_node(node: ir.Node) -> list[str]:
     operator = OPERATORS.get(node.op_type)
     if operator is None:
         return [f"'{DOMAIN}::{node.op_type}' does not exist{did_you_mean(node.op_type, OPERATORS)}"]
+    if _is_right(operator, node):
+        return []
     sizes: dict[str, tuple[int, str]] = {}
     wrong = _check_ports(operator, "input", operator.inputs, node.inputs, sizes)
     wrong += _check_ports(operator, "output", operator.outputs, node.outputs, sizes)
@@ -47,6 +49,40 @@ def verify_node(node: ir.Node) -> list[str]:
         if vocab.as_int() != size:
             wrong.append(f"{operator.name}: {where} has {size} rows, but vocab_size is {vocab.as_int()}")
     return wrong
+
+
+def _is_right(operator: Operator, node: ir.Node) -> bool:
+    """Say whether there is nothing to report: most nodes are right, and verified after every pass."""
+    if len(node.inputs) != len(operator.inputs) or len(node.outputs) != len(operator.outputs):
+        return False
+    sizes: dict[str, int] = {}
+    for (expected, letters, is_open), value in zip(
+        _expectations(operator.name), (*node.inputs, *node.outputs), strict=True
+    ):
+        if value is None:
+            return False
+        kind, shape = value.type, value.shape
+        if expected is not None and kind is not None and kind.dtype != expected:
+            return False
+        if shape is None:
+            continue
+        dims = shape.dims
+        if len(dims) < len(letters) or (not is_open and len(dims) != len(letters)):
+            return False
+        for letter, size in zip(letters, dims, strict=False):
+            if isinstance(size, int) and sizes.setdefault(letter, size) != size:
+                return False
+    if _check_attributes(operator, node):
+        return False
+    vocab = node.attributes.get("vocab_size")
+    return vocab is None or vocab.is_ref() or vocab.as_int() == sizes.get("V", vocab.as_int())
+
+
+@functools.cache
+def _expectations(name: str) -> list[tuple[ir.DataType | None, list[str], bool]]:
+    """Return of each input and output its type, the letters of its shape, and whether more may follow."""
+    operator = OPERATORS[name]
+    return [(_DTYPES.get(port.dtype), *_letters(port.shape)) for port in operator.inputs + operator.outputs]
 
 
 def _check_ports(

@@ -67,14 +67,15 @@ def _contents(model: ir.Model, alive: list[object]) -> dict[object, object]:
         for value in graph.initializers.values():
             found["initializer", value] = (value.name, id(value.const_value))
             alive.append(value.const_value)
+        for value in (*graph.inputs, *graph.initializers.values()):
+            found[value] = (value.name, value.type, value.shape)
         for node in graph:
-            attributes = tuple((name, id(attribute)) for name, attribute in node.attributes.items())
-            alive.extend(node.attributes.values())
-            found[node] = (
-                node.op_type,
-                tuple(map(id, node.inputs)),
-                tuple(map(id, node.outputs)),
-                attributes,
-            )
-        found.update((value, (value.name, value.type, value.shape)) for value in _values(graph))
+            outputs = node.outputs
+            attributes: tuple[tuple[str, int], ...] = ()
+            if node.attributes:
+                attributes = tuple((name, id(attribute)) for name, attribute in node.attributes.items())
+                alive.extend(node.attributes.values())
+            found[node] = (node.op_type, node.inputs, outputs, attributes)
+            for value in outputs:
+                found[value] = (value.name, value.type, value.shape)
     return found

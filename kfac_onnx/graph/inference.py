@@ -23,7 +23,7 @@ import onnx
 from kfac_onnx.graph.operators import BODIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["LONGEST", "inferred"]
 
@@ -130,11 +130,11 @@ def _long_nodes(proto: onnx.ModelProto) -> frozenset[int]:
     version = max((item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")), default=1)
     functions = {(item.domain, item.name) for item in proto.functions}
     found: set[int] = set()
-    known: list[ChainMap[str, float]] = []
+    known: list[Mapping[str, float]] = []
     first = 0
     for graph, around, within in _graphs(proto.graph):
         own = _lengths(graph, 0 if within in ("", "Loop") else math.inf)
-        known.append(ChainMap(own, *(known[around].maps if around >= 0 else ())))
+        known.append(ChainMap(own, dict(known[around])) if around >= 0 else own)
         for number, node in enumerate(graph.node, first):
             if (node.domain, node.op_type) in functions:
                 found.add(number)

@@ -32,18 +32,20 @@ LARGE: Final = 1000
 """Bytes above which only the shape of an initializer is given to ONNX's inference."""
 
 
-def infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model) -> onnx.ModelProto | None:
     """Fill in missing shapes and types; a graph that ONNX cannot infer stays as it is.
+
+    Returns the model with what ONNX inferred, large initializers as inputs; None where it cannot.
 
     A file cannot say a type without a shape or a shape without a type: of such values `dtype_of` keeps the
     type, and what it finds for the others is filled in. Of a `Gradient` node ONNX tells nothing: its results
     are as the inputs that they are derivatives with respect to.
     """
-    _infer(model)
+    found = _infer(model)
     if TRAINING in model.opset_imports:
         told = [_declare_gradients(node) for node in model.graph]
         if any(told):
-            _infer(model)
+            found = _infer(model)
     for graph in all_graphs(model.graph):
         for node in graph:
             for value in node.outputs:
@@ -57,15 +59,17 @@ def infer_shapes(model: ir.Model) -> None:
                     value.meta[REMEMBERED], value.type, value.shape = dtype, None, None
                 elif value.type is None:
                     value.type = ir.TensorType(dtype)
+    return found
 
 
-def _infer(model: ir.Model) -> None:
+def _infer(model: ir.Model) -> onnx.ModelProto | None:
     try:
         found = inferred(_without_large_tensors(model))
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:  # ONNX gives it up
         LOG.debug("shapes are not inferred: %s", first_line(error))
-    else:
-        _merge(model.graph, found.graph)
+        return None
+    _merge(model.graph, found.graph)
+    return found
 
 
 def _declare_gradients(node: ir.Node) -> bool:
@@ -89,13 +93,18 @@ def lacks_shapes(model: ir.Model) -> bool:
     )
 
 
-def shape_problem(model: ir.Model) -> tuple[str, str, str] | None:
+def shape_problem(
+    model: ir.Model, inferred_model: onnx.ModelProto | None = None
+) -> tuple[str, str, str] | None:
     """Return the first node that ONNX's strict inference refuses: operator, name and what is wrong with it.
+
+    `inferred_model` is what `infer_shapes` returned of the model, if nothing has changed since.
 
     Such as axis 1 of a scalar. ONNX's checker and its lenient inference accept these graphs; no runtime does.
     """
     try:
-        onnx.shape_inference.infer_shapes(_without_large_tensors(model), strict_mode=True)
+        proto = _without_large_tensors(model) if inferred_model is None else inferred_model
+        onnx.shape_inference.infer_shapes(proto, strict_mode=True)
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
         match = _REFUSED.search(str(error))
         return None if match is None else (match["operator"], match["name"] or "?", match["why"].strip())

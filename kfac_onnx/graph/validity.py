@@ -7,7 +7,7 @@ shows only in that both operands begin with the batch.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
@@ -15,6 +15,9 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.graph.operators import Trait, having
 from kfac_onnx.graph.shapes import shape_problem
 from kfac_onnx.graph.values import ONNX_DOMAINS, all_graphs, dtype_of, int_attribute
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["require_consistent", "require_inferable", "require_tensors"]
 
@@ -61,9 +64,14 @@ def require_consistent(model: ir.Model, place: str | None) -> None:
                 )
 
 
-def require_inferable(model: ir.Model, place: str | None) -> None:
-    """Raise UserError for the first node to whose inputs ONNX's own shape inference gives no result."""
-    problem = shape_problem(model)
+def require_inferable(
+    model: ir.Model, place: str | None, inferred_model: onnx.ModelProto | None = None
+) -> None:
+    """Raise UserError for the first node to whose inputs ONNX's own shape inference gives no result.
+
+    `inferred_model` is what `infer_shapes` returned of the model, if nothing has changed since.
+    """
+    problem = shape_problem(model, inferred_model)
     if problem is not None:
         operator, name, why = problem
         raise UserError(

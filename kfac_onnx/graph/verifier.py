@@ -35,21 +35,25 @@ Owner: TypeAlias = "str | ir.Node"
 """What a name stands for: in words, or the node whose output it is."""
 
 
-def problems_of(model: ir.Model, *, own_operators: bool = True) -> list[str]:
+def problems_of(model: ir.Model, *, own_operators: bool = True, taken: set[str] | None = None) -> list[str]:
     """Return one sentence for each thing that is wrong with `model`; an empty list when it is sound.
 
     Without `own_operators` rule 4 is left out: a file made by another version of this package holds the
-    bodies of its own `ai.kfac` operators, and runs by them.
+    bodies of its own `ai.kfac` operators, and runs by them. `taken` gets the names of all values and nodes
+    of the graph and of those in it.
     """
     problems: list[str] = []
     names: dict[str, Owner] = {}
-    problems += _graph_problems(model.graph, set(), names, dict(model.opset_imports), own=own_operators)
+    taken = set() if taken is None else taken
+    imports = dict(model.opset_imports)
+    problems += _graph_problems(model.graph, set(), names, imports, taken, own=own_operators)
+    taken.update(names)
     for function in model.functions.values():
         where = f"in function {function.domain}::{function.name}: "
         problems += [
             where + problem
             for problem in _graph_problems(
-                function, set(), {}, dict(function.opset_imports), own=own_operators
+                function, set(), {}, dict(function.opset_imports), set(), own=own_operators
             )
         ]
     problems += _metadata_problems(model, names)
@@ -82,10 +86,15 @@ def _graph_problems(
     scope: set[int],
     names: MutableMapping[str, Owner],
     imports: dict[str, int],
+    taken: set[str],
     *,
     own: bool,
 ) -> Iterator[str]:
-    """Yield the problems of one graph; `scope` holds the ids of the values known so far, and gets its own."""
+    """Yield the problems of one graph.
+
+    `scope` holds the ids of the values known so far, and gets its own; `taken` gets the names of nodes, and
+    all names of the graphs inside.
+    """
     for value in graph.inputs:
         yield from _define(value, "an input", names)
         scope.add(id(value))
@@ -100,14 +109,17 @@ def _graph_problems(
                 scope.add(id(value))
     for node in graph:
         domain = node.domain
+        if node.name:
+            taken.add(node.name)
         if domain not in imports:
             yield f"{_label(node)} is of a domain that is not imported: '{domain}'"
         for index, value in enumerate(node.inputs):
             if value is not None and id(value) not in scope:
                 yield f"{_label(node)}, input {index}: '{value.name}' {_why_missing(value, graph)}"
-        for body in bodies_of(node):
+        for body in bodies_of(node) if domain != DIALECT else ():
             inside = ChainMap({}, names)  # another body may use the same names
-            yield from _graph_problems(body, scope, inside, imports, own=own)
+            yield from _graph_problems(body, scope, inside, imports, taken, own=own)
+            taken.update(inside.maps[0])
             scope.difference_update(map(id, _values_of(body)))
         for value in node.outputs:
             name = value.name

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["LOGGER", "Log"]
 
@@ -20,7 +23,7 @@ class Log:
     """Receives what one run of a pipeline has to say.
 
     `statistics` belongs to the pass that runs now, `notes` to all passes. `stale` says that a pass changed
-    the model since shapes were inferred by one.
+    the model since shapes were inferred by one; until then `inferred` is the proto that ONNX made of it.
     """
 
     def __init__(self, logger: logging.Logger = LOGGER) -> None:
@@ -28,6 +31,7 @@ class Log:
         self.statistics: Counter[str] = Counter()
         self.notes: list[str] = []
         self.stale = True
+        self.inferred: onnx.ModelProto | None = None
 
     def debug(self, sentence: str) -> None:
         """Say something that only somebody who follows a pass step by step wants to read."""

@@ -117,7 +117,8 @@ class Pipeline:
         for number, item in enumerate(self.passes, start=1):
             where = f"{item.name}, pass {number} of {len(self.passes)}"
             log.statistics.clear()
-            Context.of(model).invalidate()
+            if not verify or (sound and number == 1):  # otherwise the verifier has told the names
+                Context.of(model).invalidate()
             start = time.perf_counter()
             try:
                 changes = item.run(model, log)
@@ -153,7 +154,9 @@ def _timing_line(report: PassReport) -> str:
 def _verify(model: ir.Model, where: str) -> None:
     from kfac_onnx.graph.verifier import problems_of
 
-    problems = problems_of(model)
+    taken: set[str] = set()
+    problems = problems_of(model, taken=taken)
+    Context.of(model).names_are(taken)
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:10])

@@ -87,8 +87,9 @@ def read_training_graph(
     reading.run(PREPARE if training is None else _without_states(training, model))
     require_consistent(model, place)
     carried = carried_states(model, place)
+    require_inferable(model, place, None if carried or reading.log.stale else reading.log.inferred)
+    reading.log.inferred = None  # as large as the graph
     reading.log.stale = True  # new outputs
-    require_inferable(model, place)
     if training is not None:
         exported = _with_derivatives(exported, training, reading)
     outputs = [str(value.name) for value in model.graph.outputs]

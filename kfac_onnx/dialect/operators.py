@@ -95,8 +95,8 @@ _TABLE = (
         "InputFactorUpdate",
         "add each lookup's increment to A at the row it read",
         "input_factor.input_factor_update",
-        "A:f32[V] ids:i64[N] increments:f32[N] -> A:f32[V]",
-        cost=lambda s: (s.N, 20 * s.N),
+        "A:f64[V] ids:i64[N] increments:f64[N] -> A:f64[V]",
+        cost=lambda s: (s.N, 32 * s.N),
         scatters="entries",
     ),
     _operator(

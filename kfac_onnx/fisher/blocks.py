@@ -228,7 +228,7 @@ class KroneckerProductFB(FisherBlock):
         grad, reading = place.float32(vector, Phase.PRECONDITION), factor.reading
         (values,) = place.op(
             "PreconditionDense",
-            (grad, reading.stored, reading.gain, damping_a, matrix),
+            (grad, place.float32(reading.stored, Phase.PRECONDITION), reading.gain, damping_a, matrix),
             [Out("update", FLOAT, list(self.parameter_shape))],
             Phase.PRECONDITION,
             exponent=float(exponent),

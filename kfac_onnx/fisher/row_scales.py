@@ -133,7 +133,13 @@ class Counts:
             reading = power.factor.reading
             (update,) = place.op(
                 "PreconditionDense",
-                [gradient.dense, reading.stored, power.times(reading.gain, place), damping, root],
+                [
+                    gradient.dense,
+                    place.float32(reading.stored, phase),
+                    power.times(reading.gain, place),
+                    damping,
+                    root,
+                ],
                 [Out("update", FLOAT, [gradient.vocab_size, gradient.embedding_dim])],
                 phase,
                 exponent=power.exponent,

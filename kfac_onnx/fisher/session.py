@@ -160,9 +160,10 @@ class FisherSession:
             entry = draft.renormalizations.get(str(state.name))
             if entry is not None:
                 now, factor = draft.value(entry.now), draft.value(entry.factor)
-                one = emit.constant(np.float32(1.0), "one")
-                scale = emit.node("Where", [now, factor, one], dtype=ir.DataType.FLOAT, shape=[])
-                new = emit.node("Mul", [new, scale], dtype=ir.DataType.FLOAT, shape=new.shape)
+                wide = factor.dtype == ir.DataType.DOUBLE
+                one = emit.constant(np.float64(1.0) if wide else np.float32(1.0), "one")
+                scale = emit.node("Where", [now, factor, one], dtype=factor.dtype, shape=[])
+                new = emit.node("Mul", [new, scale], dtype=new.dtype, shape=new.shape)
             assignments.append((state, new))
         return Update(tuple(assignments), update.powers)
 

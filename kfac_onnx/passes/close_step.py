@@ -131,12 +131,14 @@ class CloseStep(Pass):
             state = states[entry.state]
             emit = emitter.derive(site=state.parameter, phase=Phase.UNDO)
             after, before = draft.value(entry.after), draft.value(entry.before)
-            chosen = emit.node("Where", [ok, after, before], name="counts", dtype=FLOAT, shape=after.shape)
+            chosen = emit.node(
+                "Where", [ok, after, before], name="counts", dtype=after.dtype, shape=after.shape
+            )
             with draft.at(emit):
                 (value,) = draft.op(
                     "WriteRows",
                     [draft.value(state.candidate), draft.value(entry.ids), chosen],
-                    [Out("restored", FLOAT, state.shape)],
+                    [Out("restored", after.dtype, state.shape)],
                     Phase.UNDO,
                 )
             restored[state.input] = value
@@ -161,15 +163,16 @@ class CloseStep(Pass):
                 shape=[],
             )
             then, other = emit.branch("renormalize"), emit.branch("keep")
+            dtype = vector.dtype
             scaled = then.node(
-                "Mul", [vector, draft.value(entry.factor)], name="scaled", dtype=FLOAT, shape=state.shape
+                "Mul", [vector, draft.value(entry.factor)], name="scaled", dtype=dtype, shape=state.shape
             )
             then.graph.outputs.append(scaled)
-            same = other.node("Identity", [vector], name="same", dtype=FLOAT, shape=state.shape)
+            same = other.node("Identity", [vector], name="same", dtype=dtype, shape=state.shape)
             other.graph.outputs.append(same)
             attributes = {"then_branch": then.graph, "else_branch": other.graph}
             value = emit.node(
-                "If", [due], attributes=attributes, name="renormalized", dtype=FLOAT, shape=state.shape
+                "If", [due], attributes=attributes, name="renormalized", dtype=dtype, shape=state.shape
             )
             finals.setdefault(state.input, []).append(value)
         return finals

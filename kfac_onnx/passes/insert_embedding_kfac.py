@@ -44,7 +44,7 @@ class InsertEmbeddingKfac(Pass):
     """Insert the factors, the inverse root and the preconditioned update of every embedding table.
 
     Reads   the sites left by `find-embeddings`.
-    Adds    state kfac/<table>/A      float32[V]     debiased average of lookup counts per row
+    Adds    state kfac/<table>/A      float64[V]     debiased average of lookup counts per row
             state kfac/<table>/G      float32[D, D]  average of gᵀg / M over lookups, g = dL/d(row)
             state kfac/<table>/root   float32[D, D]  (G + damping)^exponent as of the last refresh
     Shape   `rows` updates each table in place and removes its dense gradient; `dense` replaces the

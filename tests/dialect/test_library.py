@@ -63,8 +63,8 @@ def test_writers_end_in_the_scatter_that_makes_their_output(name: str, variant: 
 
 @pytest.mark.parametrize("name", ["InputFactorUpdate", "AddRows", "ApplyRows", "WriteRows"])
 def test_writers_update_a_bound_buffer_in_place(name: str, make_model: Callable[..., ir.Model]) -> None:
-    table = np.zeros(6, np.float32) if name == "InputFactorUpdate" else np.zeros((6, 3), np.float32)
-    ids, rows = np.array([1, 4, 1]), np.ones((3, *table.shape[1:]), np.float32)
+    table = np.zeros(6) if name == "InputFactorUpdate" else np.zeros((6, 3), np.float32)
+    ids, rows = np.array([1, 4, 1]), np.ones((3, *table.shape[1:]), table.dtype)
     inputs = [table, ids, rows] + ([np.array(-1.0, np.float32)] if name == "ApplyRows" else [])
     model = make_model(name, inputs, {}, variant="sequential", opset=18, in_branch=False)
     options = onnxruntime.SessionOptions()

@@ -133,7 +133,7 @@ def test_renormalizing_comes_last_in_a_kept_step(toy: ModuleType) -> None:
     plan = partition(toy.whole_step(renormalize_below=0.9))
     item = stage(plan, Slot.RENORMALIZE)
     assert item.condition == "renormalize"
-    assert item.inputs == ("A/counted", "scale32")
+    assert item.inputs == ("A/counted", "A.scale/new")
     assert item.writes == {"A/renormalized": "A"}
     assert [other.name for other in plan.stages][-3:] == ["commit", "renormalize", "undo"]
 

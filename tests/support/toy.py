@@ -164,7 +164,8 @@ def whole_step(
     g.phase = Phase.PRECONDITION
     update = "update" if kfac else "rows"
     if kfac:
-        g.add("Gather", ["A/counted", "row_ids"], ["a_raw"], axis=0)
+        g.add("Gather", ["A/counted", "row_ids"], ["a_raw64"], axis=0)
+        g.add("Cast", ["a_raw64"], ["a_raw"], to=F)
         g.add("Mul", ["a_raw", "gain"], ["a"])
         g.kfac("PreconditionRows", ["rows", "a", "damping_a", "root/now", "one"], ["update"], exponent=-0.5)
     g.kfac(
@@ -215,14 +216,14 @@ def _kfac_nodes(
     if renormalize_below:
         g.add("Less", ["A.scale/new", "least"], ["renormalize"])
         g.add("Where", ["renormalize", "one64", "A.scale/new"], ["A.scale/kept"])
-        g.add("Cast", ["A.scale/new"], ["scale32"], to=F)
         scale = "A.scale/kept"
     g.add("Gather", ["A", "row_ids"], ["A/before"], axis=0)
+    g.add("Cast", ["increment"], ["increment64"], to=TensorProto.DOUBLE)
     if ordered:
-        g.add("Mul", ["A/before", "zero"], ["nothing"])
-        g.add("Add", ["nothing", "increment"], ["increments"])
+        g.add("Sub", ["A/before", "A/before"], ["nothing"])
+        g.add("Add", ["nothing", "increment64"], ["increments"])
     else:
-        g.add("Expand", ["increment", "ids_shape"], ["increments"])
+        g.add("Expand", ["increment64", "ids_shape"], ["increments"])
     g.kfac(
         "OutputFactorUpdate",
         ["G", "G.count", "rows", "n", "one"],
@@ -283,7 +284,7 @@ def _kfac_nodes(
             "A",
             "A/next",
             (vocab,),
-            "float32",
+            "float64",
             "zeros",
             Phase.COUNT,
             "in-place",
@@ -303,10 +304,13 @@ def _kfac_nodes(
 
 def _renormalize(g: _Graph) -> None:
     then = helper.make_graph(
-        [helper.make_node("Mul", ["A/kept", "scale32"], ["x"])], "then", [], [_value("x", F, None)]
+        [helper.make_node("Mul", ["A/kept", "A.scale/new"], ["x"])],
+        "then",
+        [],
+        [_value("x", TensorProto.DOUBLE, None)],
     )
     other = helper.make_graph(
-        [helper.make_node("Identity", ["A/kept"], ["x"])], "else", [], [_value("x", F, None)]
+        [helper.make_node("Identity", ["A/kept"], ["x"])], "else", [], [_value("x", TensorProto.DOUBLE, None)]
     )
     g.add("If", ["renormalize"], ["A/renormalized"], then_branch=then, else_branch=other)
 

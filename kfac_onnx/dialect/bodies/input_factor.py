@@ -4,8 +4,8 @@ A is stored as `A = scale · Ã`, so that the decay of all V entries is one mult
 
     A ← decay·A + (1−decay)·counts        becomes        scale ← decay·scale,  Ã[ids] += (1−decay)/scale
 
-Scalars are float64 inside. Source: Martens & Grosse 2015 (https://arxiv.org/abs/1503.05671), section 5;
-docs/mathematics.md.
+Scalars are float64 inside, and so is Ã: increments of a batch are added to it one by one. Source: Martens &
+Grosse 2015 (https://arxiv.org/abs/1503.05671), section 5; docs/mathematics.md.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def input_factor_decay(
 
 
 @body
-def input_factor_update_elements(A: FLOAT, ids: INT64, increments: FLOAT):
+def input_factor_update_elements(A: DOUBLE, ids: INT64, increments: DOUBLE):
     """Ã[ids] += increments, repeated ids adding up, on any host and any number of threads."""
     return op.ScatterElements(A, ids, increments, axis=0, reduction="add")
 
 
 @body
-def input_factor_update_nd(A: FLOAT, ids: INT64, increments: FLOAT):
+def input_factor_update_nd(A: DOUBLE, ids: INT64, increments: DOUBLE):
     """Ã[ids] += increments, repeated ids adding up, where scatters are atomic."""
     return op.ScatterND(A, op.Unsqueeze(ids, op.Constant(value_ints=[-1])), increments, reduction="add")
 

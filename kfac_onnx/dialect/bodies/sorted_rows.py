@@ -111,8 +111,11 @@ def _leaders() -> str:
     return "\n".join([*lines, f"leader = Identity(f_{ROUNDS})"])
 
 
-def _summing(rows: str, *, flat: bool) -> str:
-    """Make `x`: sorted rows ([N, D], or [N] where `flat`), the first of each run the sum of the run."""
+def _summing(rows: str, *, flat: bool, wide: bool) -> str:
+    """Make `x`: sorted rows ([N, D], or [N] where `flat`), the first of each run the sum of the run.
+
+    Rows are float32, or float64 where `wide`.
+    """
     end = "end = Constant <value_ints: ints = [9223372036854775807]> ()"
     lines = [end, f"x_0 = Gather({rows}, order)"]
     for k in range(ROUNDS):
@@ -132,15 +135,17 @@ def _summing(rows: str, *, flat: bool) -> str:
             f"x_{k + 1} = Concat <axis: int = 0> (more_{k}, tail_{k})",
         ]
     head = ["nothing = Constant <value_float: float = 0.0> ()"]
+    if wide:
+        head = ["zero32 = Constant <value_float: float = 0.0> ()", "nothing = Cast <to: int = 11> (zero32)"]
     head += [] if flat else ["one_axis = Constant <value_ints: ints = [1]> ()"]
     return "\n".join([*head, *lines, f"x = Identity(x_{ROUNDS})"])
 
 
-def _totals(ids: str, rows: str, *, flat: bool = False) -> str:
+def _totals(ids: str, rows: str, *, flat: bool = False, wide: bool = False) -> str:
     """Make `s`, as [N, 1] too (`index`), and at each sorted position `total`, the sum of its id's rows."""
     return f"""
     {_sorting(ids)}
-    {_summing(rows, flat=flat)}
+    {_summing(rows, flat=flat, wide=wide)}
     {_leaders()}
     total = Gather(x, leader)
     last_axis = Constant <value_ints: ints = [-1]> ()
@@ -173,7 +178,7 @@ merge_rows (ids, rows) => (unique_ids, sums) {{
 merge_rows_ordered: Final = Body(f"""
 merge_rows (ids, rows) => (unique_ids, sums) {{
     {_sorting("ids")}
-    {_summing("rows", flat=False)}
+    {_summing("rows", flat=False, wide=False)}
     found = NonZero(begins)
     first = Reshape(found, flat)
     unique_ids = Gather(s, first)
@@ -186,7 +191,7 @@ merge_lookups (slot, ids, rows) => (slot_out, place, merged) {{
     {_wrapped("ids", "V = Shape <start: int = 0, end: int = 1> (slot)")}
     {_sorting("own")}
     {_leaders()}
-    {_summing("rows", flat=False)}
+    {_summing("rows", flat=False, wide=False)}
     first = Gather(order, leader)
     column = Unsqueeze(order, flat)
     place = ScatterND(order, column, first)
@@ -284,7 +289,7 @@ apply_flat (W, ids, update, lr) => (W_out) {{
 input_factor_update_ordered: Final = Body(f"""
 input_factor_update (A, ids, increments) => (A_out) {{
     {_ENTRIES_OF_A}
-    {_totals("own", "increments", flat=True)}
+    {_totals("own", "increments", flat=True, wide=True)}
     old = Gather(A, s)
     new = Add(old, total)
     A_out = ScatterND(A, index, new)

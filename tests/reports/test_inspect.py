@@ -33,8 +33,8 @@ def test_sizes_and_state(site: SiteReport) -> None:
     assert site.lookups == "batch*4"
     assert site.factors == {"kfac/m.emb.weight/A": (V,), "kfac/m.emb.weight/G": (D, D)}
     scalars = sum(shape == () for shape in site.states.values())
-    # A, G and its root are float32; counters and the scale of A are 8 bytes each
-    assert site.state_bytes == 4 * V + 2 * 4 * D * D + 8 * scalars
+    # G and its root are float32; A, counters and the scale of A are 8 bytes each
+    assert site.state_bytes == 8 * V + 2 * 4 * D * D + 8 * scalars
     assert site.adam_bytes == 2 * 4 * V * D
 
 

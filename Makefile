@@ -3,7 +3,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types test docs demo wheel ci
+.PHONY: help install check lint types test docs site demo wheel ci
 
 help:  ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test:  ## all tests
 
 docs:  ## rewrite what the documents take from the code
 	$(PYTHON) docs/generate.py
+
+site:  ## the documents as a site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 demo:  ## the short demo
 	$(PYTHON) -m kfac_onnx demo --quick

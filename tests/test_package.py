@@ -41,7 +41,7 @@ def test_the_lowest_versions_are_those_that_are_allowed() -> None:
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     allowed: dict[str, str] = {}
-    for word in (*project["dependencies"], *extras["plot"], *extras["dev"]):
+    for word in (*project["dependencies"], *extras["data"], *extras["plot"], *extras["dev"]):
         bound = re.fullmatch(r"([a-z-]+)(?:\[.*\])?>=([0-9.]+),<.*", word)
         if bound is not None:
             allowed[bound[1]] = bound[2]

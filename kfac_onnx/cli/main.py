@@ -34,6 +34,7 @@ VERBS: Final[dict[str, str]] = {
     "transform": "Write a model that trains its embedding tables with K-FAC.",
     "inspect": "Show what was inserted into a model: state, cost and phase of each part.",
     "train": "Train a training graph on a file of arrays.",
+    "vocabulary": "Make rows of ids that are texts, or integers of 64 bits.",
     "verify": "Check a model's gradients against its loss, or the block against golden files.",
     "diff": "Show what a pipeline changed between two models.",
     "opt": "Run a textual pipeline of passes over a model.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kfac_onnx.cli.data_options import data_options
 from kfac_onnx.cli.options import (
     BLOCK_OPTIONS,
     REST_OPTIONS,
@@ -52,8 +53,13 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
 @click.command("train", short_help="Train a training graph on a file of arrays.")
 @model_argument
 @click.option(
-    "--data", metavar="FILE", required=True, help="A .npz of arrays by input name, or a folder of them."
+    "--data",
+    metavar="DATA",
+    required=True,
+    help="A file, folder or pattern: Parquet, Arrow, CSV, TSV, JSON lines, .npz, a folder of .npy by input, "
+    "or one of Hugging Face's save_to_disk.",
 )
+@data_options
 @click.option(
     "--batch-size", type=int, metavar="N", help="Default: the graph's, else each file is one batch."
 )
@@ -72,6 +78,12 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
     help="Of shuffling and of random operators.",
 )
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the file.")
+@click.option(
+    "--shuffle-window",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Rows among which tables are shuffled, and which are in memory (default 65536).",
+)
 @click.option(
     "--schedule",
     metavar="TEXT",
@@ -142,6 +154,7 @@ def command(
     epochs: int | None,
     seed: int,
     no_shuffle: bool,
+    shuffle_window: int | None,
     schedule: str,
     held_out: str | None,
     eval_every: int | None,
@@ -178,6 +191,7 @@ def command(
         export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
     )
     from kfac_onnx.cli.resumed import changed_options
+    from kfac_onnx.cli.rows import Rows
     from kfac_onnx.passes.standard import TransformOptions
     from kfac_onnx.runtime import TrainingSession
     from kfac_onnx.runtime.fitting import FitOptions
@@ -206,6 +220,8 @@ def command(
         if changed:
             _log.warning("the run goes on as it was begun, without %s", ", ".join(changed))
         batch_size, seed, no_shuffle = _data_settings(ctx, session, batch_size, seed, no_shuffle)
+        if shuffle_window is None and session.data is not None:
+            shuffle_window = session.data.get("window")
     else:
         settings = TransformOptions(
             preset=preset,
@@ -239,12 +255,14 @@ def command(
             )
         fixed = _fixed_size(session)
         size = batch_size if batch_size is not None else fixed
-        valid = None if held_out is None else _batches(held_out, size, None, full=fixed is not None)
+        rows = Rows.chosen(ctx, model, session)
+        valid = None if held_out is None else rows.batches(held_out, size, full=fixed is not None)
         if valid is not None:
             session.evaluate(itertools.islice(valid, 1))  # what is wrong with it shows before training
         if into is not None:
             filled(session.parameters, into)  # and so does a model that the weights do not fit
-        batches = _batches(data, size, None if no_shuffle else seed, full=fixed is not None)
+        order = None if no_shuffle else seed
+        batches = rows.batches(data, size, seed=order, full=fixed is not None, window=shuffle_window)
         left = None if resume is None else _remaining(session, batches, options)
         result = _fit(ctx, session, batches, replace(options, held_out=valid), left)
         if export is not None:
@@ -359,15 +377,6 @@ def _fixed_size(session: TrainingSession) -> int | None:
     """Return the batch size that the graph's inputs fix, or None."""
     sizes = {item.dims[0] for item in session.batch_inputs if item.dims}
     return next((size for size in sizes if isinstance(size, int)), None) if len(sizes) == 1 else None
-
-
-def _batches(path: str, size: int | None, seed: int | None, *, full: bool) -> Batches:
-    from kfac_onnx.runtime.feed.data import Batches
-    from kfac_onnx.runtime.feed.file_batches import FileBatches
-
-    if size is None:
-        return FileBatches(path, seed=seed)
-    return Batches(path, size, seed=seed, drop_last=full)
 
 
 def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:

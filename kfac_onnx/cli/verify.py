@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kfac_onnx.cli.data_options import chosen_columns, chosen_vocabularies, data_options
 from kfac_onnx.cli.options import (
     chosen_providers,
     common,
@@ -27,7 +28,8 @@ _CHECK_FAILED = 2
 
 @click.command("verify", short_help="Check a model's gradients, or the block against golden files.")
 @click.argument("model", metavar="[MODEL]", required=False)
-@click.option("--data", metavar="FILE", help="A .npz with a batch by input name, to check gradients on.")
+@click.option("--data", metavar="DATA", help="What `train` reads, to check gradients on its first batch.")
+@data_options
 @click.option(
     "--batch-size", type=int, metavar="N", help="Take the first N examples (default: the whole file)."
 )
@@ -69,18 +71,24 @@ def command(
         raise click.UsageError("verify wants MODEL and --data FILE, or --golden FILE...")
     from kfac_onnx.passes.find_embeddings import find_sites
     from kfac_onnx.readers import read_training_graph
-    from kfac_onnx.runtime.feed.data import Batches
-    from kfac_onnx.runtime.feed.file_batches import FileBatches
-    from kfac_onnx.runtime.gradcheck.verify import verify_gradients
+    from kfac_onnx.runtime.feed.table_batches import batches_of
+    from kfac_onnx.runtime.gradcheck.verify import data_inputs, verify_gradients
     from kfac_onnx.runtime.saved.weights import read_weights
 
-    batches = FileBatches(data) if batch_size is None else Batches(data, batch_size)
     graph = read_training_graph(model, loss=loss, gradients=gradient_pairs(gradients))
     sites, id_checks = find_sites(graph)
+    values = None if parameters is None else read_weights(parameters)
+    batches = batches_of(
+        data,
+        data_inputs(graph, values),
+        batch_size,
+        columns=chosen_columns(ctx),
+        vocabularies={name: path for name, path in chosen_vocabularies(ctx).items() if path is not None},
+    )
     checks = verify_gradients(
         graph,
         next(iter(batches)),
-        parameters=None if parameters is None else read_weights(parameters),
+        parameters=values,
         sites=sites,
         id_checks=id_checks,
         providers=providers,

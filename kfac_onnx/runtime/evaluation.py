@@ -11,7 +11,7 @@ import numpy as np
 
 from kfac_onnx.device.failures import from_onnxruntime
 from kfac_onnx.errors import UserError, first_line
-from kfac_onnx.runtime.feed.batches import checked_batch, examples_in
+from kfac_onnx.runtime.feed.batches import checked_batch, examples_in, rows_in
 from kfac_onnx.runtime.feed.ids import check_given, check_ids, explain_failure, origin_of
 from kfac_onnx.runtime.step.tensors import Buffer, Device, open_session
 from kfac_onnx.step.plan import extract
@@ -105,6 +105,11 @@ class Evaluator:
         (value,) = self.outputs(batch).values()
         return float(np.asarray(value, np.float64).reshape(()))
 
+    def _examples(self, batch: Mapping[str, np.ndarray]) -> int:
+        if (examples := rows_in(batch)) is not None:
+            return examples
+        return examples_in({name: batch[name] for name in self._known if name in batch})
+
     def mean(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
         """Return the loss per example over all batches.
 
@@ -114,7 +119,7 @@ class Evaluator:
         """
         total, examples = 0.0, 0
         for batch in batches:
-            size = examples_in({name: batch[name] for name in self._known if name in batch})
+            size = self._examples(batch)
             total += self.loss(batch) * (1 if self._reduction == "sum" else size)
             examples += size
         if examples == 0:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import onnx_ir as ir
 
+from kfac_onnx.data.vocabulary import Vocabulary, read_vocabulary
 from kfac_onnx.disk.memory import require_memory
 from kfac_onnx.disk.models import load_model, make_folder, require_folder, save_model
 from kfac_onnx.errors import UserError
@@ -33,6 +34,7 @@ from kfac_onnx.options import method_with
 from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.description import Parameters
 from kfac_onnx.runtime.feed.batches import as_inputs
+from kfac_onnx.runtime.feed.table_batches import WINDOW, batches_of, require_rows
 from kfac_onnx.runtime.fitting import FitOptions, fit
 from kfac_onnx.runtime.open_step import OpenStep
 from kfac_onnx.runtime.opening import learning_rates, require_step
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from kfac_onnx.disk.stored import Array
     from kfac_onnx.runtime.description import Description, Metrics
     from kfac_onnx.runtime.feed.batches import BatchInput
+    from kfac_onnx.runtime.feed.data import Batches
+    from kfac_onnx.runtime.feed.table_batches import RowStream
     from kfac_onnx.runtime.fitting import FitResult
     from kfac_onnx.runtime.health import RootHealth
     from kfac_onnx.runtime.schedules import Schedule
@@ -243,6 +247,53 @@ class TrainingSession:
         with self._turn("evaluate"):
             self.require_loss("evaluate")
             return self._open.evaluator.mean(batches)
+
+    @checked
+    def batches(
+        self,
+        data: object,
+        batch_size: int | None = None,
+        *,
+        columns: str = "",
+        vocabularies: Mapping[str, Vocabulary | str | Path] | None = None,
+        seed: int | None = None,
+        drop_last: bool = False,
+        window: int = WINDOW,
+    ) -> Batches | RowStream:
+        """Return batches of data for `fit` and `evaluate`, in the types and shapes of this session's inputs.
+
+        Args:
+            data: a file, folder or pattern (Parquet, Arrow, CSV, TSV, JSON lines, `.npy`, `.npz`, a folder of
+                Hugging Face's `save_to_disk`); a table or data set of Arrow's, pandas', Hugging Face's or
+                PyTorch's; arrays by column; or any iterable of rows as dicts.
+            batch_size: rows of a batch; may be left out for `.npz` files, each of which is a batch then.
+            columns: which column fills which input, such as `user_id=users,history=items{pad=0}`; of those
+                that are not named, the column of the input's name.
+            vocabularies: by input, for ids that are no rows of a table yet: each a file or a `Vocabulary`.
+            seed: of the shuffling; None keeps the order.
+            drop_last: leave out a last batch that is not full.
+            window: rows among which is shuffled, and which are in memory.
+
+        Raises:
+            UserError: the data cannot be read, or do not fill the inputs.
+
+        """
+        made = batches_of(
+            data,
+            self.batch_inputs,
+            batch_size,
+            columns=columns,
+            vocabularies=vocabularies,
+            seed=seed,
+            drop_last=drop_last,
+            window=window,
+        )
+        if vocabularies is not None:
+            words = {
+                n: v if isinstance(v, Vocabulary) else read_vocabulary(v) for n, v in vocabularies.items()
+            }
+            require_rows(words, self._plan.step.id_checks)
+        return made
 
     def require_loss(self, what: str) -> None:
         """Raise UserError where the loss lies outside the graph, so that `what` cannot be done."""

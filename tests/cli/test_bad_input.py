@@ -356,7 +356,8 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "train step.onnx --data train.onnx --parameters parameters.npz --quiet",
-            "'DIR/train.onnx' cannot be read: File is not a zip file",
+            "the format of 'DIR/train.onnx' cannot be told\n  help: what is read ends in .parquet, .pq, .arrow,"
+            " .feather, .arrows, .npz, .npy, .csv, .tsv, .tab, .jsonl, .ndjson",
         ),
         (
             "train step.onnx --data data.npz --seed -1",

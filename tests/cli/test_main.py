@@ -115,5 +115,15 @@ def test_results_go_to_stdout_and_words_to_stderr(run: Callable[..., Outcome], r
 
 def test_verbs_and_files_agree() -> None:
     folder = Path(main_module.__file__).parent
-    others = {"__init__", "main", "bug", "options", "output", "placement", "resumed", "scan_folder"}
+    others = {
+        "__init__",
+        "main",
+        "bug",
+        "options",
+        "output",
+        "placement",
+        "resumed",
+        "rows",
+        "scan_folder",
+    } | {"data_options"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(VERBS)

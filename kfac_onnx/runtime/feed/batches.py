@@ -6,12 +6,14 @@ integer is widened; nothing else is converted, because a silent cast hides mista
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx.data.objects import host_value as host_array
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.runtime.step.tensors import BFLOAT16, dtype_name, host_value, numpy_dtype
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     import onnxruntime as ort
 
-__all__ = ["BatchInput", "as_inputs", "checked_batch", "examples_in"]
+__all__ = ["BatchInput", "as_inputs", "checked_batch", "examples_in", "rows_in"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def checked_batch(
     known = [item.name for item in inputs]
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  it comes from the user
         message = f"a batch is a dict of arrays by input name, not of type {type(batch).__name__}"
-        raise UserError(message, help=f"the graph's batch inputs are {_listed(known)}")
+        raise UserError(message, help=_line_for(batch, known))
     for name in batch:
         if name not in known and name not in allowed:
             message = f"the batch has an unknown input '{name}'{did_you_mean(str(name), known)}"
@@ -58,7 +60,7 @@ def checked_batch(
         if item.name not in batch:
             message = f"the batch has no input '{item.name}'"
             raise UserError(message, help=f"the graph's batch inputs are {_listed(known)}")
-        array = _typed(np.asarray(batch[item.name]), item)
+        array = _typed(_array_of(batch[item.name]), item)
         _check_shape(array, item, sizes)
         result[item.name] = host_value(array, item.element) if item.element == BFLOAT16 else array
     return result
@@ -71,14 +73,28 @@ def as_inputs(batch: Mapping[str, np.ndarray], inputs: Sequence[BatchInput]) -> 
     """
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  it comes from the user
         return batch
-    ready = dict(batch)
+    ready = copy.copy(batch) if isinstance(batch, dict) else dict(batch)
     for item in inputs:
         if item.name in batch:
             try:
-                ready[item.name] = _typed(np.asarray(batch[item.name]), item)
+                ready[item.name] = _typed(_array_of(batch[item.name]), item)
             except UserError:
                 return batch
     return ready
+
+
+def _line_for(batch: object, known: Sequence[str]) -> str:
+    """Return the remedy for a batch that is no mapping: of a tuple, the line that names its parts."""
+    listed = f"the graph's batch inputs are {_listed(known)}"
+    if not isinstance(batch, (tuple, list)):
+        return listed
+    parts = ", ".join(f"'{name}': batch[{index}]" for index, name in enumerate(known))
+    return f"{listed}; name its parts: ({{{parts}}} for batch in batches)"
+
+
+def _array_of(value: object) -> np.ndarray:
+    """Return what the user gives as an array; tensors of PyTorch's and TensorFlow's come to the host."""
+    return np.asarray(host_array(value))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -130,6 +146,16 @@ def _check_shape(array: np.ndarray, item: BatchInput, sizes: dict[str, tuple[str
                 raise UserError(message)
 
 
+def rows_in(batch: Mapping[str, np.ndarray]) -> int | None:
+    """Return of how many rows a batch says that it is made; None where it does not say."""
+    return getattr(batch, "examples", None)
+
+
 def examples_in(batch: Mapping[str, np.ndarray]) -> int:
-    """Return the number of examples: the first dimension of the first input that has one, otherwise 1."""
+    """Return the number of examples.
+
+    A batch of rows says it; of another it is the first dimension of the first input that has one, or 1.
+    """
+    if (examples := rows_in(batch)) is not None:
+        return examples
     return next((int(np.shape(array)[0]) for array in batch.values() if np.ndim(array) > 0), 1)

@@ -47,6 +47,7 @@ class Fed(dict[str, "np.ndarray | ort.OrtValue"]):
     ) -> None:
         super().__init__(values)
         self.on_device = dict(on_device)
+        self.examples: int | None = getattr(values, "examples", None)
         self.owner = owner
 
 

@@ -39,7 +39,7 @@ from kfac_onnx.runtime.gradcheck.derivative import (
 from kfac_onnx.runtime.gradcheck.float_type import narrowest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     import onnx
 
@@ -121,8 +121,7 @@ def verify_gradients(
     proto = ir.to_proto(model)
     values = _values(model, pairs, parameters or {})
     rng = np.random.default_rng(seed)
-    keys = {item.input: item.keys for item in metadata.read_list(model, "vocabularies", Vocabulary)}
-    inputs = [replace(item, keys=keys.get(item.name, ())) for item in _batch_inputs(proto, values)]
+    inputs = _with_keys(model, _batch_inputs(proto, values))
     fed_back = {name for name in loss.predictions.values() if name is not None and name not in batch}
     fed = checked_batch(batch, [item for item in inputs if item.name not in fed_back])
     arrays = {name: value for name, value in fed.items() if isinstance(value, np.ndarray)}
@@ -187,7 +186,22 @@ def _values(model: ir.Model, pairs: Iterable[Parameter], given: Mapping[str, Arr
     return values
 
 
-def _batch_inputs(proto: onnx.ModelProto, values: Mapping[str, Array]) -> list[BatchInput]:
+def data_inputs(model: ir.Model, parameters: Mapping[str, Array] | None) -> list[BatchInput]:
+    """Return the inputs of a training graph that a batch fills, when parameters and constants have values."""
+    pairs = metadata.read_list(model, "parameters", Parameter)
+    inputs = _batch_inputs(ir.to_proto(model), {pair.name for pair in pairs} | set(parameters or {}))
+    loss = metadata.read(model, "loss", Loss)
+    # Gradients of predictions are made where a batch does not hold them.
+    made: set[str | None] = set() if loss is None else set(loss.predictions.values())
+    return _with_keys(model, [item for item in inputs if item.name not in made])
+
+
+def _with_keys(model: ir.Model, inputs: Iterable[BatchInput]) -> list[BatchInput]:
+    keys = {item.input: item.keys for item in metadata.read_list(model, "vocabularies", Vocabulary)}
+    return [replace(item, keys=keys.get(item.name, ())) for item in inputs]
+
+
+def _batch_inputs(proto: onnx.ModelProto, values: Container[str]) -> list[BatchInput]:
     held = {tensor.name for tensor in proto.graph.initializer}
     return [
         BatchInput(value.name, value.type.tensor_type.elem_type, _dims(value.type.tensor_type))

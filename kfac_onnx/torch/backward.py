@@ -236,6 +236,9 @@ def weight_norm_backward(
 
 
 BACKWARD: dict[Any, Callable[..., Any]] = {
+    # The trace decided that a view is possible by the strides that it saw; the next one may see others.
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
     torch.ops.aten.copy.default: copy,
     torch.ops.aten._native_batch_norm_legit_functional.default: batch_norm,
     torch.ops.aten._native_batch_norm_legit.no_stats: batch_norm_without_statistics,

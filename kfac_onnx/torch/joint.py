@@ -30,6 +30,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.torch.backward import rewrite_backward
 from kfac_onnx.torch.embeddings import ExportableEmbeddings
 from kfac_onnx.torch.lending import lent, untouched
+from kfac_onnx.torch.lengths import free_lengths
 from kfac_onnx.torch.losses import loss_of
 from kfac_onnx.torch.refusals import refusal
 from kfac_onnx.torch.survey import Tensors, survey
@@ -186,7 +187,8 @@ def _trace(
 ) -> Joint:
     """Return the joint graph; `traced` gets the forward pass as soon as there is one."""
     inputs = tuple(call.tensors)
-    with ExportableEmbeddings():
+    (module,) = functional.module
+    with ExportableEmbeddings(), free_lengths(module):
         forward = torch.export.export(functional, inputs, dynamic_shapes=(tuple(call.free),))
     traced.append(forward.graph_module)
     joint = torch.export.experimental._export_forward_backward(forward)

@@ -570,6 +570,46 @@ def test_an_axis_that_the_module_fixes_is_named(torch: Any) -> None:
     )
 
 
+def test_the_length_of_a_tensor_leaves_its_axis_free(torch: Any) -> None:
+    class Lengths(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(30, 6)
+            self.start = torch.nn.Parameter(torch.randn(1, 6))
+
+        def forward(self, ids: Any, labels: Any) -> Any:
+            rows = torch.cat([self.start.expand(len(ids), 1, 6), self.emb(ids)], 1)
+            scores = rows.mean(1).reshape(len(ids), len(self.start) * 6)
+            return torch.nn.functional.cross_entropy(scores, labels % 6)
+
+    module = Lengths()
+    model = export_training_graph(module, batch(torch, 5))
+    for size in (5, 11, 1):
+        check(model, module, ("ids", "labels"), batch(torch, size))
+    assert "len" not in globals()
+
+
+def test_a_view_of_what_was_contiguous_when_it_was_traced(torch: Any) -> None:
+    class Turned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(30, 8)
+            self.attention = torch.nn.MultiheadAttention(8, 2)
+            self.out = torch.nn.Linear(24, 30)
+
+        def forward(self, ids: Any, labels: Any) -> Any:
+            rows = self.emb(ids)
+            hidden, _ = self.attention(rows.transpose(0, 1), rows.transpose(0, 1), rows.transpose(0, 1))
+            hidden = hidden.transpose(0, 1)
+            hidden += rows
+            return torch.nn.functional.cross_entropy(self.out(hidden.contiguous().view(-1, 24)), labels)
+
+    module = Turned()
+    model = export_training_graph(module, batch(torch, 5))
+    for size in (5, 11, 1):
+        check(model, module, ("ids", "labels"), batch(torch, size))
+
+
 def test_dynamic_shapes_per_argument(torch: Any) -> None:
     module = edges(torch)
     inputs = {"nodes": torch.arange(5), "edges": torch.tensor([[0, 1, 2], [3, 3, 4]])}

@@ -122,14 +122,15 @@ def with_shared(
 ) -> MatchedUse:
     """Add what is left of row terms by the very ids of a claimed one: parts of the same dL/d(rows)."""
     claimed = use.term
-    if not isinstance(claimed, RowTerm) or claimed.fixed is not None:
+    if not isinstance(claimed, RowTerm):
         return use
     own = _in_order(claimed.indices, facts)
     for term in list(terms):
-        if not isinstance(term, RowTerm) or term.fixed is not None or term.before != claimed.before:
+        if not isinstance(term, RowTerm) or term.fixed != claimed.fixed or term.before != claimed.before:
             continue
         pulled = pull(term, shape)
-        same = bool(own & _in_order(term.indices, facts)) and _same_mask(term, claimed, facts)
+        same_ids = claimed.fixed is not None or bool(own & _in_order(term.indices, facts))
+        same = same_ids and _same_mask(term, claimed, facts)
         if same and isinstance(pulled, Pulled) and pulled.steps == use.pulled.steps == ():
             terms.remove(term)
             use = replace(use, also=(*use.also, (term, pulled)))

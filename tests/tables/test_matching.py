@@ -393,6 +393,31 @@ def test_one_lookup_whose_rows_two_scatters_add() -> None:
     np.testing.assert_allclose(table, 3 * TABLE, atol=1e-5)
 
 
+def test_one_lookup_by_constant_ids_whose_rows_two_scatters_add() -> None:
+    """Two layers share one table of relative positions: one Gather, and one scatter for each layer."""
+    text = """
+    bias (float[N, 3, 3] x, float[3, 3] g, float[3, 3] more, float[5, 3] W) => (float loss, float[5, 3] W_grad)
+    <int64[3] ids = {4, 1, 4}, int64[2] size = {5, 3}, int64[3, 1] places = {4, 1, 4}>
+    {
+        part = Gather<axis: int = 0>(W, ids)
+        h = Add(x, part)
+        loss = ReduceSum<keepdims: int = 0>(h)
+        zeros = ConstantOfShape(size)
+        a = ScatterND<reduction: string = "add">(zeros, places, g)
+        b = ScatterND<reduction: string = "add">(zeros, places, more)
+        W_grad = Add(a, b)
+    }
+    """
+    g = np.arange(9, dtype=np.float32).reshape(3, 3) + 1
+    feed = {"x": np.zeros((1, 3, 3), np.float32), "g": g, "more": 2 * g, "W": W}
+    table, found, values = marked_table(model_of(text, {"W": "W_grad"}), feed)
+    assert len(found.uses) == 1
+    np.testing.assert_array_equal(values[found.ids], [4, 1, 4])
+    want = np.zeros((5, 3))
+    np.add.at(want, [4, 1, 4], 3.0 * g.astype(np.float64))
+    np.testing.assert_allclose(table, want, atol=1e-6)
+
+
 def test_lookup_in_a_normalized_table_is_refused() -> None:
     forward = """
         squares = Mul(W, W)

@@ -4,7 +4,7 @@
 import kfac_onnx as kx
 
 report = kx.scan("train.onnx")
-model = kx.transform("train.onnx", preset="half", lr=0.01, rest="adam", rest_lr=1e-3)
+model = kx.transform("train.onnx", lr=0.01, rest="adam", rest_lr=1e-3)
 kx.save(model, "train.kfac.onnx")
 with kx.TrainingSession("train.kfac.onnx") as session:
     metrics = session.step({"x": x, "y": y})

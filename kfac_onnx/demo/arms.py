@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.demo.curves import Curve
-from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Arm:
 ARMS: Final = (
     Arm("Adam", "plain-adam", lr=0.006, rest_lr=0.004),
     Arm("Adagrad", "plain-adagrad", lr=0.1, rest_lr=0.005),
-    Arm(DEFAULT_PRESET, DEFAULT_PRESET, lr=PRESETS[DEFAULT_PRESET].lr, rest_lr=0.003),
+    Arm(DEFAULT_PRESET, DEFAULT_PRESET, lr=0.01, rest_lr=0.003),
 )
 """Adam first: the steps to its best held-out loss are counted. Last the default preset."""
 

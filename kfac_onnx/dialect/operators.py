@@ -244,7 +244,7 @@ _TABLE = (
         "row_scales.window_decay",
         "scale:f64[] count:i64[] lookups:f32[] -> "
         "scale:f64[] count:i64[] retain:f32[] fresh:f32[] unscale:f32[]",
-        (Attribute("power", "float", 0.0, 1.0, open_lo=True),),
+        (Attribute("power", "float", 0.0, 1.0, open_lo=True), Attribute("least", "float", 0.0, 1.0)),
         cost=_scalar,
     ),
     _operator(

@@ -5,9 +5,9 @@
 | preset     | powers          | rows scaled by            | damping       |                             |
 |------------|-----------------|---------------------------|---------------|-----------------------------|
 | `r1.7`     | A −1, G −1      | counts/M, from 1, decayed | pi, λ = 1e-3  | TensorFlow 1.7's block      |
-| `half`     | A −1/2, G −1/2  | counts, debiased          | ρ = 0.01      | the default                 |
-| `adagrad`  | G −1/2          | sum of mean squares       | ρ = 0.01      | safe without a schedule     |
-| `adaptive` | G −1/2          | widening window of them   | ρ = 0.01      | its row scale forgets       |
+| `half`     | A −1/2, G −1/2  | counts, debiased          | ρ = 0.01      | its steps grow with losses  |
+| `adagrad`  | G −1/2          | sum of mean squares       | ρ = 0.01      | its steps shrink            |
+| `adaptive` | G −1/2          | widening window of them   | ρ = 0.01      | the default                 |
 
 docs/mathematics.md has the formulas and where they come from. A new preset is one declaration here, its
 settings in the float64 oracle (`kfac_onnx.reference.table`), and its row in that page.
@@ -85,6 +85,15 @@ class Preset:
         return dict(self.powers).get(factor)
 
     @property
+    def diverges_on_tied(self) -> bool:
+        """Whether steps on tied tables can grow without bound: rows are scaled by counts, not by gradients.
+
+        Rows that are seldom looked up get the gradient of the projection in each step, and little scale;
+        benchmarks/stability has losses that rose to 44 times their start.
+        """
+        return isinstance(self.rows, Counts)
+
+    @property
     def input_decay(self) -> float | None:
         """Weight kept from the old A at each step; None where the preset has no A."""
         return self.rows.average.decay if isinstance(self.rows, Counts) else None
@@ -133,10 +142,10 @@ _DECLARED: Final = (
     Preset(
         name="adaptive",
         powers=(("G", -0.5),),
-        rows=Window(power=0.8),
+        rows=Window(power=0.8, least=0.01),
         output=Average(decay=0.95),
         damping=Relative(0.01),
-        lr=0.01,
+        lr=0.005,
     ),
 )
 

@@ -2,7 +2,7 @@
 
     Counts      (c·(a_u + λ_A))^e          a_u the averaged lookups of row u
     SquareSum   1/(√Σ q_u + ε)             q_u = mean over D of the row's squares, after G's power
-    Window      1/√(window of q_u)         the window widens: 1 − t^(−p)
+    Window      1/√(window of q_u)         the window widens up to a bound: 1 − max(t^(−p), least)
 
 `Counts` is linear in the rows, so it is applied to each lookup's row and repeated rows add up when the table
 is written. The other two square, so the rows of equal ids are merged first: at one of an id's lookups, the
@@ -273,9 +273,13 @@ class SquareSum:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A window over the mean squares of a row that widens, 1 − t^(−`power`), so that the scale forgets."""
+    """A window over the mean squares of a row that widens, 1 − max(t^(−`power`), `least`), and so forgets.
+
+    A row's first step is lr/√max(t^(−power), least): `least` bounds it for rows that are met late.
+    """
 
     power: float = 0.8
+    least: float = 0.01
 
     def update(
         self,
@@ -326,7 +330,7 @@ class Window:
             Out("unscale", FLOAT, []),
         ]
         new_scale, new_count, retain, fresh, unscale = place.op(
-            "WindowDecay", [scale, count, lookups], outs, power=self.power
+            "WindowDecay", [scale, count, lookups], outs, power=self.power, least=self.least
         )
         place.draft.keep(count, new_count, Phase.GRADIENTS)
         if vector is None:

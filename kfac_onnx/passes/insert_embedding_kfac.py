@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from kfac_onnx.pipeline.log import Log
 
 __all__ = ["InsertEmbeddingKfac"]
+
+_STEADY: Final = " or ".join(name for name, preset in PRESETS.items() if not preset.diverges_on_tied)
+"""Presets that hold on tied tables."""
 
 
 @register
@@ -86,8 +89,10 @@ class InsertEmbeddingKfac(Pass):
     uses: Literal["stack", "multi-indep"] = opt(
         "stack", "several uses of a table: rows of one batch, or U independent blocks (damping λ/U, c = U)"
     )
-    tied: Literal["lookup", "both", "refuse"] = opt(
-        "lookup", "tables that are a projection too: statistics of the lookups, of both sides, or refuse them"
+    tied: Literal["auto", "lookup", "both", "refuse"] = opt(
+        "auto",
+        "tables that are a projection too: statistics of both sides where they can be had, "
+        "of the lookups, of both sides, or refuse them",
     )
     penalty: Literal["all", "rows", "refuse"] = opt(
         "all", "a penalty on a table: its gradient on all rows, decay of the looked-up rows alone, or refuse"
@@ -163,6 +168,7 @@ class InsertEmbeddingKfac(Pass):
             if site.dense is not None:
                 emit = draft.emitter.derive(phase=Phase.PRECONDITION)
                 dense = to_rows(emit, draft.value(site.dense), site)
+                self._say_tied(site, preset, log)
             result = block.update(dense, rate if takes_steps(site, draft) else None)
             if site.penalty is not None:
                 result = with_penalty(site, result, self.penalty, draft)
@@ -173,6 +179,20 @@ class InsertEmbeddingKfac(Pass):
             else:
                 self._hand_out(site, result, draft)
         log.count("tables")
+
+    def _say_tied(self, site: Site, preset: Preset, log: Log) -> None:
+        """Say what is not as good as it could be about a tied table."""
+        use, name = site.dense_uses[0], site.parameter
+        if self.tied == "auto" and not site.projections:
+            log.info(
+                f"'{name}' is tied to {use.op} '{use.output}', whose part of the gradient is no product of "
+                "two tensors: statistics are of the lookups alone"
+            )
+        if preset.diverges_on_tied:
+            log.warning(
+                f"'{name}' is tied to {use.op} '{use.output}', and preset '{preset.name}' can diverge on "
+                f"tied tables, as its steps follow the size of gradients: use preset {_STEADY}"
+            )
 
     def _say_penalty(self, site: Site, log: Log) -> None:
         what = "looked-up rows" if self.penalty == "rows" else f"all {site.vocab_size} rows"
@@ -188,7 +208,7 @@ class InsertEmbeddingKfac(Pass):
         draft = collection.draft
         if site.ids is None or site.rows is None:
             raise AssertionError("find-embeddings marks the ids and rows of every site")
-        both = site.projections if self.tied == "both" else ()
+        both = () if self.tied == "lookup" else site.projections
         uses = len(site.uses) + len(both) if self.uses == "multi-indep" else 1
         block = (
             EmbeddingKFACFB(collection, site.vocab_size)

@@ -196,11 +196,13 @@ def row_element_adagrad(rows: Array, acc: Array, *, epsilon: float) -> tuple[Arr
     return (rows / (np.sqrt(acc) + epsilon), acc)
 
 
-def window_decay(scale: Array, count: Array, lookups: Array, *, power: float) -> tuple[Array, ...]:
-    """Return the window's scalars, b = 1 − t^(−power)."""
+def window_decay(
+    scale: Array, count: Array, lookups: Array, *, power: float, least: float
+) -> tuple[Array, ...]:
+    """Return the window's scalars, b = 1 − max(t^(−power), least)."""
     if not lookups > 0:
         return (scale, count, scale, np.asarray(0.0), 1.0 / scale)
-    fresh = float(count + 1) ** -power
+    fresh = max(float(count + 1) ** -power, least)
     decayed = scale * (1.0 - fresh)
     scale = decayed if decayed > 0 else np.asarray(1.0)
     return (scale, count + 1, decayed, np.asarray(fresh), 1.0 / scale)

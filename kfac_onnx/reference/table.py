@@ -58,6 +58,8 @@ class TableSettings:
     """G takes in steps 1, 2, 4, 8, the multiples of this, and every step until it has had a batch."""
     epsilon: float = 1e-10
     window_power: float = 0.8
+    window_least: float = 0.01
+    """Least share of the new in a window."""
 
 
 SETTINGS: Final[Mapping[str, TableSettings]] = {
@@ -232,6 +234,7 @@ class TableReference:
                 return turned / (np.sqrt(self.history) + self.settings.epsilon)[:, None]
             case "window":
                 self.window_count += 1
-                b = 1.0 - float(self.window_count) ** -self.settings.window_power
+                fresh = float(self.window_count) ** -self.settings.window_power
+                b = 1.0 - max(fresh, self.settings.window_least)
                 self.history = b * self.history + (1 - b) * squares
                 return turned / np.where(self.history > 0, np.sqrt(self.history), np.inf)[:, None]

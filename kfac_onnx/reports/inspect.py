@@ -236,7 +236,7 @@ def _sample(rows: int | None, every: int) -> str:
 
 
 def _uses(site: Site, settings: StepSettings) -> str:
-    both = settings.tied == "both" and bool(site.projections)
+    both = settings.tied in ("auto", "both") and bool(site.projections)
     count = len(site.uses) + (len(site.projections) if both else 0)
     of = "lookups and projection" if both else "lookups"
     if settings.uses != "multi-indep" or count == 1:

@@ -194,11 +194,11 @@ def test_a_word_after_golden_files_is_another_golden_file(run: Callable[..., Out
 
 
 def test_settings_of_the_block_reach_the_pass(run: Callable[..., Outcome], folder: Path) -> None:
-    words = ["--damping", 0.3, "--decay-a", 0.9, "--decay-g", 0.8, "--refresh-every", 7]
+    words = ["--preset", "half", "--damping", 0.3, "--decay-a", 0.9, "--decay-g", 0.8, "--refresh-every", 7]
     words += ["--g-rows", 64, "--g-every", 5]
     found = run("transform", GRAPH, "-o", folder / "out.onnx", "--json", *words).data["pipeline"]
     assert (
-        "insert-embedding-kfac{damping=0.3,decay-a=0.9,decay-g=0.8,refresh-every=7,g-rows=64,g-every=5}"
+        "insert-embedding-kfac{preset=half,damping=0.3,decay-a=0.9,decay-g=0.8,refresh-every=7,g-rows=64,g-every=5}"
         in found
     )
 
@@ -218,7 +218,7 @@ def test_settings_of_the_block_change_training(
 ) -> None:
     def loss(*given: object) -> float:
         return run("train", GRAPH, "--data", folder / "data.npz", "--steps", 4, "--batch-size", 3, "--lr", 0.1,
-                   "--parameters", folder / "weights.npz", "--json", *given).data["loss"]  # fmt: skip
+                   "--preset", "half", "--parameters", folder / "weights.npz", "--json", *given).data["loss"]  # fmt: skip
 
     assert abs(loss(*words) - loss()) > 1e-6  # both runs are bit-equal otherwise
 
@@ -264,7 +264,7 @@ def test_choices_of_uses_tied_tables_and_padding(run: Callable[..., Outcome], tm
     outcome = run("transform", graph, "-o", out, "--tied", "left")
     assert (outcome.code, outcome.err.splitlines()[0]) == (
         1,
-        "error: option 'tied' of pass 'insert-embedding-kfac' cannot be 'left': it is one of lookup, both, refuse",
+        "error: option 'tied' of pass 'insert-embedding-kfac' cannot be 'left': it is one of auto, lookup, both, refuse",
     )
 
 

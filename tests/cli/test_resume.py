@@ -17,6 +17,7 @@ import onnx
 import pytest
 
 from kfac_onnx.api import save, transform
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.runtime.saved import checkpoint
 from kfac_onnx.runtime.saved.checkpoint_folder import numbered
 
@@ -168,7 +169,18 @@ def test_the_same_options_are_quiet_and_changed_ones_said(run: Run, folder: Path
 
 def test_a_default_that_is_given_is_no_change(run: Run, folder: Path) -> None:
     run(*begun(folder, "--steps", 2, "--checkpoint", folder / "run", model=GRAPH))
-    same = ("--preset", "half", "--damping", 0.01, "--lr", 0.01, "--rest", "adam", "--schedule", "constant")
+    same = (
+        "--preset",
+        DEFAULT_PRESET,
+        "--damping",
+        0.01,
+        "--lr",
+        0.01,
+        "--rest",
+        "adam",
+        "--schedule",
+        "constant",
+    )
     again = run(*words(folder, "--steps", 3, "--resume", folder / "run", *same, model=GRAPH))
     assert (again.code, again.err) == (0, "")
 

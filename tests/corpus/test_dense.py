@@ -62,7 +62,8 @@ def outside(original: onnx.ModelProto) -> tuple[list[Port], list[Port]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_interface_is_the_exporters(name: str) -> None:
     case, graph = marked(name)
-    model = transform(case.path, shape="dense")
+    # Presets that square rows give out the rows of distinct ids, of which there are fewer.
+    model = transform(case.path, preset="half", shape="dense")
     made = ir.to_proto(model).graph
     inputs, outputs = outside(onnx.load(case.path, load_external_data=False))
     states = metadata.read_list(model, "state", State)

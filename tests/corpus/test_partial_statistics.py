@@ -88,7 +88,8 @@ def test_the_options_make_a_difference(options: dict[str, Any]) -> None:
     case, graph = marked(PLAIN)
     weights = graph.initial(case)
     reference = StepReference(graph, weights, "half", 0.01, "sgd", 1e-3)
-    with TrainingSession(transform(case.path, rest="sgd", **options), parameters=weights) as session:
+    model = transform(case.path, preset="half", rest="sgd", **options)
+    with TrainingSession(model, parameters=weights) as session:
         for t in range(4):  # at step 3 the second leaves a batch out, at step 4 the root sees it
             feed = case.feed("in2" if t % 2 else "in")
             reference.step(graph.run(reference.feed(feed)))
@@ -103,7 +104,7 @@ def test_g_is_updated_on_schedule_alone() -> None:
     """Steps 1, 2, 4, 8 and the multiples of 5; counts of A in every step."""
     case, graph = marked(PLAIN)
     seen, rows = [], []
-    model = transform(case.path, g_every=5)
+    model = transform(case.path, preset="half", g_every=5)
     with TrainingSession(model, parameters=graph.initial(case)) as session:
         for _ in range(16):
             before = np.array(session.states["kfac/m.emb.weight/G"])
@@ -190,7 +191,7 @@ def test_the_dense_shape() -> None:
     case, graph = marked(PADDED[0])
     weights = graph.initial(case)
     reference = StepReference(graph, weights, "half", 1.0, "sgd", 0.0, **BOTH)
-    host = Host(transform(case.path, shape="dense", **BOTH), weights)
+    host = Host(transform(case.path, preset="half", shape="dense", **BOTH), weights)
     gradient = next(item.gradient for item in graph.parameters if item.name == graph.sites[0].parameter)
     for t in range(9):
         batch = case.feed("in2" if t % 2 else "in") | graph.fed_back(case)

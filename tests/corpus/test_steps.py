@@ -72,10 +72,11 @@ def test_the_choices_make_a_difference(options: dict[str, str]) -> None:
     name = "ortart_legcore__siamese" if "uses" in options else "ortart_legloss__gpt_tied"
     case, graph = marked(name)
     weights = graph.initial(case)
-    reference = StepReference(graph, weights, "half", 0.01, "sgd", 1e-3)
+    reference = StepReference(graph, weights, "half", 0.01, "sgd", 1e-3, tied="lookup")
     out = graph.run(reference.feed(case.feed()))
     reference.step(out)
-    with TrainingSession(transform(case.path, rest="sgd", **options), parameters=weights) as session:
+    model = transform(case.path, preset="half", rest="sgd", **options)
+    with TrainingSession(model, parameters=weights) as session:
         session.step({item.name: case.feed()[item.name] for item in session.batch_inputs})
         for site in graph.sites:
             if len(site.uses) > 1 or site.dense:

@@ -16,6 +16,7 @@ from kfac_onnx.demo.corpus import load_corpus
 from kfac_onnx.demo.curves import Curve
 from kfac_onnx.demo.model import EMBEDDING, initial_parameters
 from kfac_onnx.errors import UserError
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 
 from .test_model import reference
 
@@ -37,7 +38,7 @@ def test_the_demo_compares_three_optimizers(tmp_path: Path) -> None:
     target = console()
     picture = tmp_path / "curves.png"
     result = run(quick=True, steps=40, threads=2, plot=picture, console=target)
-    assert [entry.arm.preset for entry in result.arms] == ["plain-adam", "plain-adagrad", "half"]
+    assert [entry.arm.preset for entry in result.arms] == ["plain-adam", "plain-adagrad", DEFAULT_PRESET]
     assert [entry.curve.steps for entry in result.arms] == [(20, 40)] * 3
     assert result.level == result.arms[0].curve.best
     for entry in result.arms:
@@ -52,7 +53,7 @@ def test_the_demo_compares_three_optimizers(tmp_path: Path) -> None:
     assert half == pytest.approx(4 * (vocabulary + 2 * width**2), abs=128)  # and scalars
     text = printed(target)
     assert "scan: embedding.weight is a table of 12,762 x 64, read by Gather" in text
-    assert "transform: half, rest adam:" in text
+    assert f"transform: {DEFAULT_PRESET}, rest adam:" in text
     for column in ("table by", "best loss", "final loss", "steps", "ms/step", "state", "83.8 kB", "6.53 MB"):
         assert column in text
     assert "⠑" in text  # the curves
@@ -65,7 +66,11 @@ def test_json_is_one_object_and_a_seed_repeats(capsys: pytest.CaptureFixture[str
     assert len(lines) == 2
     data = json.loads(lines[0])
     assert data["steps"] == 4
-    assert [entry["arm"]["preset"] for entry in data["arms"]] == ["plain-adam", "plain-adagrad", "half"]
+    assert [entry["arm"]["preset"] for entry in data["arms"]] == [
+        "plain-adam",
+        "plain-adagrad",
+        DEFAULT_PRESET,
+    ]
     assert data["arms"][0]["best_loss"] == data["level"]
     assert data["arms"][0]["steps_to_level"] == data["arms"][0]["curve"]["steps"][-1]
     assert [entry.curve for entry in first.arms] == [entry.curve for entry in second.arms]

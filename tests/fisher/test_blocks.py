@@ -110,6 +110,7 @@ def test_steps_that_are_one_percent_longer_are_told_apart(name: str) -> None:
         ("r1.7", {"normalize_counts": False}),
         ("r1.7", {"start_input": 0.0}),
         ("adaptive", {"window_power": 0.7}),
+        ("adaptive", {"window_least": 0.3}),
     ],
 )
 def test_other_settings_are_told_apart(name: str, options: dict[str, Any]) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 from corpus_cases import Case
+from preset_names import ALL, COUNTING, PER_EXAMPLE, SQUARING
 from small_graphs import model_of, training_graph
 
 from kfac_onnx import metadata
-from kfac_onnx.api import TransformOptions, transform
+from kfac_onnx.api import TransformOptions, save, transform
 from kfac_onnx.errors import UserError
 from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.metadata import Phase, State, Step
 from kfac_onnx.passes.find_embeddings import FindEmbeddings
 from kfac_onnx.pipeline.log import Log
 from kfac_onnx.pipeline.pipeline import parse_pipeline
+from kfac_onnx.reports.checks import check
 from kfac_onnx.step.draft import Draft
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NPLM = Case("torchjoint_in__nplm")
 
@@ -40,8 +47,10 @@ def test_states_of_the_default_preset() -> None:
     table = {
         name.removeprefix("kfac/m.emb.weight/"): state for name, state in found.items() if "/m.emb." in name
     }
-    assert set(table) == {"A", "A.scale", "A.total", "A.count", "G", "G.count", "root"}
-    assert (table["A"].shape, table["A"].update, table["A"].phase) == ((100,), "in-place", Phase.COUNT)
+    window = {"window", "window.scale", "window.count", "slot"}
+    assert set(table) == {"G", "G.count", "root"} | window
+    assert (table["window"].shape, table["window"].update) == ((100,), "in-place")
+    assert (table["window"].phase, table["slot"].phase) == (Phase.COMMIT, Phase.COUNT)
     assert (table["G"].shape, table["root"].shape) == ((16, 16), (16, 16))
     assert (table["root"].initial, table["root"].phase) == ("identity", Phase.REFRESH)
     weight = found["m.emb.weight"]
@@ -52,8 +61,9 @@ def test_states_of_the_default_preset() -> None:
         Phase.COMMIT,
     )
     assert weight.output == "m.emb.weight.next"
-    # V + 2·D² floats and a few scalars, where Adam keeps 2·V·D
-    floats = sum(int(np.prod(state.shape)) for state in table.values() if state.shape)
+    # V + 2·D² floats and a few scalars, where Adam keeps 2·V·D; slots need not be kept
+    kept = [state for state in table.values() if state.shape and state.role != "scratch"]
+    floats = sum(int(np.prod(state.shape)) for state in kept)
     assert floats == 100 + 2 * 16 * 16
 
 
@@ -278,7 +288,7 @@ def test_values_that_do_not_fit(values: dict[str, np.ndarray], message: str) -> 
 
 def test_grad_scale_is_refused_where_it_means_nothing() -> None:
     assert message_of(lambda: transform(NPLM.path, grad_scale=4.0)) == (
-        "grad-scale has no meaning for preset 'half', whose update does not depend on it\n"
+        "grad-scale has no meaning for preset 'adaptive', whose update does not depend on it\n"
         "  in:   insert-embedding-kfac, pass 2 of 6\n"
         "  help: leave it out, or take preset r1.7"
     )
@@ -295,3 +305,30 @@ def test_a_state_has_a_number_for_each_dimension() -> None:
     table.shape = ir.Shape([5, 3])
     draft.write(table, new, Phase.COMMIT)
     assert draft.states[0].shape == (5, 3)
+
+
+@pytest.mark.parametrize("preset", ALL)
+def test_a_preset_that_diverges_on_tied_tables_is_warned_of(
+    preset: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    scale = {"grad_scale": 4.0} if preset in PER_EXAMPLE else {}
+    model = transform(Case("ortart_legloss__gpt_tied").path, preset=preset, tied="lookup", **scale)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    steady = " or ".join(SQUARING)
+    assert warnings == (
+        [
+            "'m.tok.weight' is tied to MatMul '/m/head/MatMul_output_0', and preset "
+            f"'{preset}' can diverge on tied tables, as its steps follow the size of gradients: "
+            f"use preset {steady}"
+        ]
+        if preset in COUNTING
+        else []
+    )
+    save(model, tmp_path / "step.onnx")
+    findings = {finding.id: finding for finding in check(tmp_path / "step.onnx").findings}
+    assert ("diverging-preset" in findings) == (preset in COUNTING)
+    if preset in COUNTING:
+        finding = findings["diverging-preset"]
+        assert (finding.severity, finding.where) == ("warning", ("m.tok.weight",))
+        assert finding.what == f"preset '{preset}' trains 1 tied table"
+        assert finding.remedy == f"transform the graph with preset {steady}"

@@ -190,7 +190,7 @@ def test_settings_are_those_of_the_presets(name: str) -> None:
     rows: dict[str, RowScale] = {
         "factor": Counts(average=average, share=settings.normalize_counts),
         "adagrad": SquareSum(epsilon=settings.epsilon),
-        "window": Window(power=settings.window_power),
+        "window": Window(power=settings.window_power, least=settings.window_least),
     }
     counting = settings.row_scale == "factor"
     assert preset == Preset(

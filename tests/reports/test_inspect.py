@@ -131,9 +131,9 @@ def test_lookups_of_fixed_shapes_are_a_number() -> None:
 
 def test_partial_statistics_are_shown_and_priced(site: SiteReport) -> None:
     source = GRAPHS / "torchjoint_in__nplm.onnx"
-    (few,) = inspect(transform(source, g_rows=64)).sites
-    (rare,) = inspect(transform(source, g_rows=64, g_every=4)).sites
-    (usual,) = inspect(transform(source, g_every=4)).sites
+    (few,) = inspect(transform(source, preset="half", g_rows=64)).sites
+    (rare,) = inspect(transform(source, preset="half", g_rows=64, g_every=4)).sites
+    (usual,) = inspect(transform(source, preset="half", g_every=4)).sites
     assert site.statistics == "lookups; G from at most 1024 rows"
     assert few.statistics == "lookups; G from at most 64 rows"
     assert rare.statistics == "lookups; G from at most 64 rows, in steps 1, 2, 4, 8 and multiples of 4"

@@ -185,7 +185,7 @@ class StepReference:
         rest_lr: float,
         *,
         uses: str = "stack",
-        tied: str = "lookup",
+        tied: str = "auto",
         g_rows: int | None = None,
         g_every: int = 1,
     ) -> None:
@@ -210,12 +210,12 @@ class StepReference:
 
     def uses_of(self, site: Site) -> int:
         """Return how many uses of a table have statistics."""
-        return len(site.uses) + (len(site.projections) if self.tied == "both" else 0)
+        return len(site.uses) + (len(site.projections) if self.tied != "lookup" else 0)
 
     def projections(self, site: Site, out: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (δ[P, V], h[P, D]) of every projection that has statistics."""
         pairs = []
-        for product in site.projections if self.tied == "both" else ():
+        for product in site.projections if self.tied != "lookup" else ():
             left = np.moveaxis(np.asarray(out[product.left], np.float64), product.left_axis, -1)
             right = np.moveaxis(np.asarray(out[product.right], np.float64), product.right_axis, -1)
             pairs.append((left.reshape(-1, site.vocab_size), right.reshape(-1, site.embedding_dim)))

@@ -155,7 +155,7 @@ def test_a_projection_from_the_vocabularys_side() -> None:
     reference = TableReference("half", V, D, 0.1)
     batch = feed(0)
     batch["x"], batch["d"] = batch["d"], batch["x"]
-    with TrainingSession(transform(model, lr=0.1, tied="both"), parameters=start()) as session:
+    with TrainingSession(transform(model, preset="half", lr=0.1, tied="both"), parameters=start()) as session:
         session.step(batch)
         x, d = batch["x"].astype(np.float64), batch["d"].astype(np.float64)
         want = reference.step(start()["W"], batch["ids"], batch["g"], dense=x.T @ d, projections=[(x, d)])
@@ -169,7 +169,7 @@ def test_positions_without_a_gradient_do_not_count() -> None:
     batch["d"] = np.zeros_like(batch["d"])
     kept = []
     for choice in ("lookup", "both"):
-        with TrainingSession(transform(model, tied=choice), parameters=start()) as session:
+        with TrainingSession(transform(model, preset="half", tied=choice), parameters=start()) as session:
             assert session.step(batch)["skipped"] is False
             states = session.states
             scale = float(states.get("kfac/W/A.scale", np.array(1.0)))

@@ -69,8 +69,8 @@ def row_element_adagrad(rows: FLOAT, acc: FLOAT, epsilon: float):
 
 
 @body
-def window_decay(scale: DOUBLE, count: INT64, lookups: FLOAT, power: float):
-    """Advance the widening window b = 1 − t^(−power), t = count + 1, of r = scale · r̃.
+def window_decay(scale: DOUBLE, count: INT64, lookups: FLOAT, power: float, least: float):
+    """Advance the widening window b = 1 − max(t^(−power), least), t = count + 1, of r = scale · r̃.
 
     scale' = b·scale (1 at t = 1, where b = 0), retain = b·scale, fresh = 1 − b, unscale = 1/scale'.
     With no lookup scale and count stay, retain = scale and fresh = 0.
@@ -79,7 +79,8 @@ def window_decay(scale: DOUBLE, count: INT64, lookups: FLOAT, power: float):
     zero64 = op.Sub(one64, one64)
     any_lookup = op.Greater(lookups, op.Constant(value_float=0.0))
     t = op.Cast(op.Add(count, op.Constant(value_int=1)), to=F64)
-    fresh = op.Pow(t, op.Neg(op.Cast(op.Constant(value_float=power), to=F64)))
+    widened = op.Pow(t, op.Neg(op.Cast(op.Constant(value_float=power), to=F64)))
+    fresh = op.Max(widened, op.Cast(op.Constant(value_float=least), to=F64))
     decayed = op.Mul(scale, op.Sub(one64, fresh))
     restarted = op.Where(op.Greater(decayed, zero64), decayed, one64)
     new_scale = op.Where(any_lookup, restarted, scale)

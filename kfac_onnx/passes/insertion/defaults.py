@@ -6,5 +6,5 @@ from typing import Final
 
 __all__ = ["DEFAULT_PRESET"]
 
-DEFAULT_PRESET: Final = "half"
+DEFAULT_PRESET: Final = "adaptive"
 """One of `kfac_onnx.fisher.PRESETS`."""

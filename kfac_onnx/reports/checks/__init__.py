@@ -41,6 +41,7 @@ CHECKS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
     parameters.frozen,
     training.weights,
     training.padding,
+    training.tied,
     training.loss,
     training.static_batch,
 )

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx import metadata
+from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.graph.operators import COMPARISONS
 from kfac_onnx.graph.values import constant
+from kfac_onnx.metadata import Site, Step
 from kfac_onnx.reports.checks.finding import Finding
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from kfac_onnx.reports.checks.subject import Subject
     from kfac_onnx.tables.matching import SiteMatch
 
-__all__ = ["gradients", "loss", "padding", "static_batch", "weights"]
+__all__ = ["gradients", "loss", "padding", "static_batch", "tied", "weights"]
 
 
 def gradients(subject: Subject) -> Iterator[Finding]:
@@ -118,6 +121,26 @@ def weights(subject: Subject) -> Iterator[Finding]:
                 else "units that start equal stay equal",
                 "start from random values: --parameters FILE",
             )
+
+
+def tied(subject: Subject) -> Iterator[Finding]:
+    """Report tied tables of a training step whose preset diverges on such tables."""
+    step = metadata.read(subject.raw, "step", Step)
+    preset = None if step is None else PRESETS.get(step.settings.preset or "")
+    if preset is None or not preset.diverges_on_tied:
+        return
+    names = [site.parameter for site in metadata.read_list(subject.raw, "sites", Site) if site.dense_uses]
+    if names:
+        yield Finding(
+            "diverging-preset",
+            "warning",
+            f"preset '{preset.name}' trains {len(names)} tied table{'s' * (len(names) != 1)}",
+            tuple(names),
+            "its steps follow the size of gradients, which projections make large in rows that are seldom "
+            "looked up, so that the loss can diverge",
+            "transform the graph with preset "
+            + " or ".join(name for name, other in PRESETS.items() if not other.diverges_on_tied),
+        )
 
 
 def padding(subject: Subject) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     DEFAULT_PRESET: {},
     "sampled": {"g_rows": 8, "g_every": 4},
     "every": {"g_every": 4},
-    "short decay": {"decay_a": 0.3},
+    "short decay": {"preset": "half", "decay_a": 0.3},
     "dense": {"shape": "dense"},
     **{name: {"preset": name} for name in ALL if name != DEFAULT_PRESET},
     "plain-sgd": {"preset": "plain-sgd", "rest": "sgd"},

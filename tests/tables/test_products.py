@@ -252,9 +252,9 @@ def test_inspect_says_what_the_factors_take_in() -> None:
         (site,) = inspect(transform(CASES["Gemm"], **options)).sites
         return site.statistics
 
-    assert statistics() == "lookups; G from at most 1024 rows"
-    assert statistics(tied="both") == "lookups and projection, 2 uses stacked"
+    assert statistics(tied="lookup") == "lookups; G from at most 1024 rows"
+    assert statistics() == statistics(tied="both") == "lookups and projection, 2 uses stacked"
     assert statistics(tied="both", uses="multi-indep") == (
         "lookups and projection, 2 independent uses: damping λ/2, coefficient 2"
     )
-    assert statistics(uses="multi-indep") == "lookups; G from at most 1024 rows"
+    assert statistics(tied="lookup", uses="multi-indep") == "lookups; G from at most 1024 rows"

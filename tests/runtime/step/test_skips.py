@@ -195,10 +195,15 @@ def test_weights_beyond_half_precision_are_skipped(graph_case: Callable[..., Any
     """70000 is finite in float32, where the step is computed, and infinite in float16, where it is stored."""
     case = graph_case("ortart_dyncore__nplm_fp16", rest=rest, rest_lr=1e7)
     session = case.open()
-    before = {key: array.tobytes() for key, array in session.states.items()}
+
+    def kept() -> dict[str, bytes]:
+        states = session.states.items()
+        return {key: array.tobytes() for key, array in states if not key.endswith("slot")}  # which is scratch
+
+    before = kept()
     found = texts(session.step(case.batches[0]))
     assert all(text.startswith("update of 'core.") for text in found)
-    assert {key: array.tobytes() for key, array in session.states.items()} == before
+    assert kept() == before
 
 
 @pytest.mark.parametrize("name", ["ortart_dyncore__nplm_fp16", "ortart_dyncore__nplm_bf16"])

@@ -53,6 +53,9 @@ def command(
         return
     if run is not None:
         _print_run(run)
+        for line in (run.settings or "").splitlines():
+            if not line.startswith("#"):
+                say(f"  {line}")
     for site in report.sites:
         _print_site(site, lookups)
     _print_others(report)

@@ -246,13 +246,20 @@ def block_settings(ctx: click.Context) -> dict[str, Any]:
 
 
 def given_options(ctx: click.Context, names: Iterable[str]) -> list[str]:
-    """Return which of these parameters stand on the command line, as they are written there: `--rest-lr`."""
+    """Return which of these parameters are given (see `is_given`), as they are written: `--rest-lr`."""
     return [f"--{name.replace('_', '-')}" for name in names if is_given(ctx, name)]
 
 
 def is_given(ctx: click.Context, name: str) -> bool:
-    """Say whether a parameter stands on the command line."""
-    return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+    """Say whether a parameter is on the command line, or in a file of settings and not the default."""
+    source = ctx.get_parameter_source(name)
+    if source == click.core.ParameterSource.DEFAULT_MAP:
+        value: object = (ctx.default_map or {}).get(name)
+        default = next(item.default for item in ctx.command.params if item.name == name)
+        if value is False or value == []:  # a flag, or an option of several words, that says nothing
+            return False
+        return value != default
+    return source == click.core.ParameterSource.COMMANDLINE
 
 
 def provider_option(function: Callable[P, R]) -> Callable[P, R]:

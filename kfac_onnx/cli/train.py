@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kfac_onnx.cli.config import ConfiguredCommand, config_options, settings_of, settings_text
 from kfac_onnx.cli.data_options import data_options
 from kfac_onnx.cli.options import (
     BLOCK_OPTIONS,
@@ -50,8 +51,9 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
 """What a checkpoint already says, like what `block_settings` returns."""
 
 
-@click.command("train", short_help="Train a training graph on a file of arrays.")
+@click.command("train", cls=ConfiguredCommand, short_help="Train a training graph on a file of arrays.")
 @model_argument
+@config_options
 @click.option(
     "--data",
     metavar="DATA",
@@ -148,6 +150,7 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
 def command(
     ctx: click.Context,
     model: str,
+    print_config: bool,
     data: str,
     batch_size: int | None,
     steps: int | None,
@@ -183,6 +186,10 @@ def command(
 
     Ids, shapes and dtypes of every batch are checked before anything is written.
     """
+    settings_toml = settings_text(ctx)
+    if print_config:
+        say(settings_toml.rstrip("\n"))
+        return
     begun = resume or checkpoint
     place = checkpoint or begun
     for option in given_options(ctx, ("checkpoint_every", "keep")) if place is None else ():
@@ -247,6 +254,7 @@ def command(
             cuda_graph=cuda_graph,
         )
         session.source = source_hash(model)
+    session.settings = settings_toml
     with session:
         if not session.updates_parameters:
             raise UserError(
@@ -267,7 +275,7 @@ def command(
         result = _fit(ctx, session, batches, replace(options, held_out=valid), left)
         if export is not None:
             session.export(export, into=into)
-        _print(session, result, as_json)
+        _print(session, result, settings_of(ctx), as_json)
 
 
 def _data_settings(
@@ -379,7 +387,7 @@ def _fixed_size(session: TrainingSession) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None) if len(sizes) == 1 else None
 
 
-def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
+def _print(session: TrainingSession, result: FitResult, settings: dict[str, object], as_json: bool) -> None:
     from kfac_onnx.runtime.step.skip_causes import reasons
 
     milliseconds = 1000 * result.seconds / max(1, result.steps)
@@ -397,6 +405,7 @@ def _print(session: TrainingSession, result: FitResult, as_json: bool) -> None:
                 "held_out": result.held_out,
                 "host_roots": session.host_roots,
                 "roots": [health.to_json() for health in session.health()],
+                "settings": settings,
             }
         )
         return

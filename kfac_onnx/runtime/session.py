@@ -144,6 +144,8 @@ class TrainingSession:
         self.position: int = 0
         self.source: str | None = None
         self.data: dict[str, int | bool | None] | None = None
+        self.settings: str | None = None
+        self.best: dict[str, float] | None = None
         self.closed = False
         self._turns = Turns()
         self._serialized: bytes | None = None
@@ -540,6 +542,8 @@ class TrainingSession:
             "entropy": self._open.random.entropy,
             "data": None if self.data is None else dict(self.data),
             "source": self.source,
+            "settings": self.settings,
+            "best": self.best,
             "versions": versions(),
         }
 
@@ -613,6 +617,7 @@ class TrainingSession:
         session.committed, session.skipped = checkpoint.committed, checkpoint.skipped
         session.position = checkpoint.position
         session.data, session.source = checkpoint.data, checkpoint.source
+        session.settings, session.best = checkpoint.settings, checkpoint.best
         session._stepper.host_roots = checkpoint.host_roots
         session._serialized = checkpoint.model
         session._open.random.entropy = checkpoint.entropy

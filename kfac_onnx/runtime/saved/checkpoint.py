@@ -90,7 +90,9 @@ class Checkpoint:
 
     `entropy` is what random operators without a seed draw from, `data` describes the batches that `position`
     counts, `source` is the hash of the training graph that the model was made of (see `source_hash`), and
-    `versions` are those of the programs that wrote the file.
+    `versions` are those of the programs that wrote the file. `settings` are those of the command that trains,
+    as TOML; `best` is the best held-out metric so far by its name, with its `position`, and how many
+    evaluations have `waited` for a better one.
     """
 
     model: bytes
@@ -107,6 +109,8 @@ class Checkpoint:
     data: dict[str, int | bool | None] | None = None
     source: str | None = None
     versions: dict[str, str] = field(default_factory=dict[str, str])
+    settings: str | None = None
+    best: dict[str, float] | None = None
 
 
 _HEADER: Final = tuple(
@@ -294,9 +298,15 @@ _FIELDS: Final[dict[str, Callable[[Any], bool]]] = {
     "data": _or_none(_each(_or_none(lambda value: isinstance(value, bool) or _is_seed(value)))),
     "source": _or_none(_is_text),
     "versions": _each(_is_text),
+    "settings": _or_none(_is_text),
+    "best": _or_none(_each(_is_rate)),
     "tensors": _each(_is_entry),
 }
 """What each field of the header must be."""
+
+
+_LATER: Final = ("settings", "best")
+"""Fields that checkpoints of this version did not always have."""
 
 
 def require_readable(header: Mapping[str, Any]) -> None:
@@ -312,6 +322,8 @@ def require_readable(header: Mapping[str, Any]) -> None:
 
 
 def _checked(path: str | Path, header: dict[str, Any], tensors: dict[str, StoredArray]) -> Checkpoint:
+    for key in _LATER:
+        header.setdefault(key, None)
     for key, fits in _FIELDS.items():
         if key not in header or not fits(header[key]):
             raise _damaged(path, f"its header has no right '{key}'")

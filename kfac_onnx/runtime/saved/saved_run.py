@@ -46,10 +46,11 @@ class SavedRun:
     position: int
     root_fallbacks: int
     roots: tuple[RootHealth, ...]
+    settings: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return plain JSON data, without the model."""
-        names = ("committed", "skipped", "position", "root_fallbacks")
+        names = ("committed", "skipped", "position", "root_fallbacks", "settings")
         data: dict[str, object] = {"path": str(self.path)}
         data.update((name, getattr(self, name)) for name in names)
         data["roots"] = [root.to_json() for root in self.roots]
@@ -83,6 +84,7 @@ def read_run(path: str | Path) -> SavedRun:
         skipped=checkpoint.skipped,
         position=checkpoint.position,
         root_fallbacks=checkpoint.host_roots,
+        settings=checkpoint.settings,
         roots=root_health(
             read_source(model).items, checks, states, lambda name: np.asarray(checkpoint.states[name])
         ),

@@ -12,7 +12,7 @@ from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
-from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
+from kfac_onnx.metadata import Loss, Parameter, Refusal, Role, Site
 from kfac_onnx.options import function_with
 from kfac_onnx.passes.standard import PLAIN, TransformOptions
 from kfac_onnx.reports.why import Verdicts, why
@@ -44,7 +44,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Report:
-    """What `scan` found: sites, refusals, the loss, and every input by its kind."""
+    """What `scan` found: sites, refusals, the loss, and every input by its kind.
+
+    `roles` say what each trained parameter is for, and why; a graph without gradients has none.
+    """
 
     frontend: str
     sites: tuple[Site, ...]
@@ -55,9 +58,12 @@ class Report:
     parameters: tuple[Parameter, ...]
     notes: tuple[str, ...]
     trainable: bool = True
+    roles: tuple[Role, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON data."""
+        roles = {role.parameter: {"role": role.kind, "reason": role.reason} for role in self.roles}
+        no_role = {"role": None, "reason": None}
         return {
             "trainable": self.trainable,
             "sites": [_site_json(site) for site in self.sites],
@@ -67,6 +73,7 @@ class Report:
             "batch_inputs": list(self.batch_inputs),
             "parameters": [
                 {"name": item.name, "shape": list(item.shape), "gradient": item.gradient}
+                | roles.get(item.name, no_role)
                 for item in self.parameters
             ],
             "frontend": self.frontend,
@@ -109,7 +116,7 @@ def scan(
     gradients: Mapping[str, str] | None = None,
     trace: Trace | None = None,
 ) -> Report:
-    """Return the embedding tables of a training graph and what was refused, with reasons.
+    """Return the tables of a training graph, what was refused and all parameters' roles, with reasons.
 
     A graph without gradients is read too: its tables are listed with `trainable` false.
 
@@ -123,6 +130,7 @@ def scan(
         UserError: the file is not a model, or holds something that cannot be read.
 
     """
+    from kfac_onnx.passes.classify import classified
     from kfac_onnx.passes.find_embeddings import find_tables
     from kfac_onnx.readers import read_forward_graph
     from kfac_onnx.tables.untrained import forward_tables
@@ -158,6 +166,7 @@ def scan(
         parameters=tuple(parameters),
         notes=tuple(metadata.read_strings(model, "notes")),
         trainable=trainable,
+        roles=tuple(classified(model, sites)) if trainable else (),
     )
 
 

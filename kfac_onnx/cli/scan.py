@@ -29,7 +29,7 @@ BUG: Final = 3
 def command(
     ctx: click.Context, model: str, loss: str | None, gradients: tuple[str, ...], as_json: bool
 ) -> None:
-    """List the embedding tables of a training graph, and what was refused and why.
+    """List the embedding tables of a training graph, what was refused and why, and each parameter's role.
 
     Of a FOLDER: one row for every .onnx file in it and the folders in it. Exits 0 whenever the graph could be
     read, or the folder has a graph: a refusal is a result.
@@ -117,5 +117,12 @@ def _print(report: Report) -> None:
     say(f"loss: {report.loss or 'none'} ({report.reduction})")
     say(f"batch inputs: {', '.join(report.batch_inputs) or 'none'}")
     say(f"{'trained ' if report.trainable else ''}parameters: {len(report.parameters)}")
+    if report.roles:
+        shapes = {item.name: list(item.shape) for item in report.parameters}
+        print_table(
+            "Roles of parameters",
+            ["parameter", "shape", "role", "because"],
+            [(role.parameter, shapes[role.parameter], role.kind, role.reason) for role in report.roles],
+        )
     for note in report.notes:
         say(f"note: {note}")

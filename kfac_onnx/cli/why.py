@@ -32,6 +32,8 @@ def command(model: str, parameter: str, loss: str | None, gradients: tuple[str, 
     verdict = {"embedding": "is an embedding table", "refused": "was refused"}
     gradients_missing = "" if found.trainable else ", but the graph has no gradients"
     say(f"'{parameter}' {verdict.get(found.verdict, 'is not an embedding table')}{gradients_missing}")
+    if found.role is not None:
+        say(f"  role:  {found.role.kind}: {found.role.reason}")
     for line in found.trail:
         say(f"  {line}")
     if found.refusal is not None:

@@ -14,11 +14,25 @@ from kfac_onnx.pipeline.registry import register
 from kfac_onnx.tables.roles import roles_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx_ir as ir
 
+    from kfac_onnx.metadata import Role
     from kfac_onnx.pipeline.log import Log
 
-__all__ = ["Classify"]
+__all__ = ["Classify", "classified"]
+
+
+def classified(model: ir.Model, sites: Sequence[Site]) -> list[Role]:
+    """Return the role of each trained parameter of a canonical training graph; edits nothing."""
+    values = values_by_name(model)
+    weights = {
+        item.name: values[item.name]
+        for item in metadata.read_list(model, "parameters", Parameter)
+        if item.name in values and item.gradient is not None
+    }
+    return roles_of(weights, sites, facts_of(model, values))
 
 
 @register
@@ -35,14 +49,7 @@ class Classify(Pass):
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Write the roles; nothing else of `model` changes."""
-        values = values_by_name(model)
-        weights = {
-            item.name: values[item.name]
-            for item in metadata.read_list(model, "parameters", Parameter)
-            if item.name in values and item.gradient is not None
-        }
-        sites = metadata.read_list(model, "sites", Site)
-        roles = roles_of(weights, sites, facts_of(model, values))
+        roles = classified(model, metadata.read_list(model, "sites", Site))
         for role in roles:
             log.count(role.kind)
         emitter = Emitter(model, self.name)

@@ -356,14 +356,24 @@ def _cost(node: ir.Node, site: Site, g_rows: int | None) -> LinearCost:
     return LinearCost(none.flops, none.bytes, one.flops - none.flops, one.bytes - none.bytes)
 
 
+_OPTIMIZERS: Final = {
+    "MuonDirection": "Muon",
+    "OutputRowScale": "OutputRows",
+    "Momentum": "Momentum",
+    "Adam": "Adam",
+    "Adagrad": "Adagrad",
+    "Sgd": "Sgd",
+}
+"""Operators that tell an optimizer; the last step of the first ones is an Sgd."""
+
+
 def _other(parameter: Parameter, nodes: Iterable[ir.Node], states: Iterable[State]) -> ParameterReport:
-    optimizers = [
+    operators = {
         node.op_type
         for node in nodes
-        if node.metadata_props.get("kfac.site") == parameter.name
-        and node.domain == dialect.DOMAIN
-        and node.op_type in ("Sgd", "Momentum", "Adam", "Adagrad")
-    ]
+        if node.metadata_props.get("kfac.site") == parameter.name and node.domain == dialect.DOMAIN
+    }
+    optimizers = [name for operator, name in _OPTIMIZERS.items() if operator in operators]
     mine = [state for state in states if state.parameter == parameter.name and state.role == "optimizer"]
     return ParameterReport(
         parameter.name, parameter.shape, optimizers[0] if optimizers else None, _bytes(mine)

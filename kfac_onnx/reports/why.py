@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
-from kfac_onnx.metadata import Parameter, Refusal
+from kfac_onnx.metadata import Parameter, Refusal, Role
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,8 @@ LOOK_UP = (
 class Verdicts:
     """What `why` found of one parameter: the verdict, and what was tried at each node, in order.
 
-    `trainable` is false in a graph without gradients. `remedy` says what would change the verdict.
+    `trainable` is false in a graph without gradients. `remedy` says what would change the verdict. `role` is
+    what a trained parameter is for, which decides what `--rest muon` and `--rest kfac` train it with.
     """
 
     parameter: str
@@ -42,6 +43,7 @@ class Verdicts:
     refusal: Refusal | None = None
     trainable: bool = True
     remedy: str | None = None
+    role: Role | None = None
 
 
 @checked
@@ -59,6 +61,7 @@ def why(
 
     Raises UserError when the graph has no such parameter.
     """
+    from kfac_onnx.passes.classify import classified
     from kfac_onnx.passes.find_embeddings import facts_of, find_tables, values_by_name
     from kfac_onnx.readers import read_forward_graph, read_training_graph
 
@@ -76,9 +79,13 @@ def why(
                 remedy=refusal.remedy,
             )
     values = values_by_name(model)
-    for item in find_tables(model):
+    verdicts = find_tables(model)
+    for item in verdicts:
         if item.weight.name == parameter:
-            return _verdict(item, _gradient(model, parameter, values), facts_of(model, values))
+            sites = [other.site.describe() for other in verdicts if other.site is not None]
+            role = next((role for role in classified(model, sites) if role.parameter == parameter), None)
+            verdict = _verdict(item, _gradient(model, parameter, values), facts_of(model, values))
+            return replace(verdict, role=role)
     raise _unknown(model, parameter, values)
 
 

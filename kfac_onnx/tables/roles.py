@@ -4,7 +4,7 @@
 |----------|---------------------------------------------------------------------------------------------|
 | `table`  | an embedding table: rows of it are looked up                                                |
 | `output` | a matrix whose products are the logits of a softmax over many classes                       |
-| `head`   | another matrix after which no trained matrix comes: few classes, scores, regression         |
+| `head`   | another matrix that no product with a trained matrix or with looked-up rows follows         |
 | `hidden` | a matrix (or kernel, or a stack of matrices) that multiplies activations                    |
 | `vector` | a tensor with one dimension larger than 1: biases, gains                                    |
 | `other`  | anything else                                                                               |
@@ -46,6 +46,8 @@ _SOFTMAX: Final = having(Trait.SOFTMAX)
 # Elementwise: with what does not depend on the batch they make another matrix of the same use (weight norm,
 # a scale, a mask); with activations they end what is followed.
 _ELEMENTWISE: Final = ELEMENTWISE - having(Trait.BOOLEAN)
+_SCORING: Final = _PRODUCTS | {"Mul"}  # Mul and a sum: products of pairs of rows
+_VIEWS: Final = keeping(Keeps.PLACES, Keeps.ORDER, Keeps.ENTRIES, Keeps.SOME, Keeps.REPEATS)
 _KEPT_AXES: Final = keeping(Keeps.PLACES, Keeps.SOME) | {"Pad"}
 
 
@@ -69,6 +71,7 @@ def roles_of(weights: Mapping[str, ir.Value], sites: Iterable[Site], facts: Fact
     batch = _depending_on_the_batch(facts)
     products = {name: _products(weight, facts, batch) for name, weight in weights.items()}
     multiplying = {item.node for found in products.values() for item in found}
+    multiplying |= _products_with_rows(tables.values(), facts)
     roles: list[Role] = []
     for name, weight in weights.items():
         shape = static_shape(weight) or ()
@@ -148,6 +151,20 @@ def _what_follows(start: ir.Node, multiplying: set[ir.Node], facts: Facts) -> tu
                 seen.add(node)
                 waiting.append(node)
     return True, softmax
+
+
+def _products_with_rows(sites: Iterable[Site], facts: Facts) -> set[ir.Node]:
+    """Return the products whose operand is looked-up rows: the table is what scores activations there."""
+    outputs = {use.output for site in sites for use in site.uses}
+    rows: set[ir.Value] = set()
+    products: set[ir.Node] = set()
+    for node in facts.model.graph:
+        if node.op_type in _SCORING and any(value in rows for value in node.inputs):
+            products.add(node)
+        first = node.inputs[0] if node.inputs else None
+        view = node.op_type in _VIEWS and first in rows
+        rows.update(value for value in node.outputs if view or value.name in outputs)
+    return products
 
 
 def _depending_on_the_batch(facts: Facts) -> set[ir.Value]:

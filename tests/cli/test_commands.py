@@ -52,6 +52,10 @@ def test_scan_as_table_and_as_json(run: Callable[..., Outcome]) -> None:
     assert (site["parameter"], site["vocab_size"], site["embedding_dim"]) == ("m.emb.weight", 100, 16)
     assert data["batch_inputs"] == ["ids", "labels"]
     assert data["refused"] == []
+    assert "because" in outcome.out
+    assert data["parameters"][-1]["role"] == "vector"
+    assert data["parameters"][-1]["reason"] == "its shape [100] has one dimension above 1"
+    assert "role:  vector: its shape [100] has one dimension above 1" in run("why", GRAPH, "m.out.bias").out
 
 
 def test_transform_reports_what_it_made(run: Callable[..., Outcome], folder: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from kfac_onnx.cli.options import common, given_options, model_argument
-from kfac_onnx.cli.output import print_json, quantity, say
+from kfac_onnx.cli.output import print_json, say
 from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.markup import quantity
 
 __all__ = ["command"]
 

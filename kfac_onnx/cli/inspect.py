@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kfac_onnx.cli.options import chosen_providers, common, model_argument, provider_option
-from kfac_onnx.cli.output import print_json, print_refusals, print_table, quantity, say
+from kfac_onnx.cli.options import chosen_providers, common, html_option, model_argument, provider_option
+from kfac_onnx.cli.output import print_json, print_refusals, print_table, say
+from kfac_onnx.cli.pages import require_page_place, save_page
 from kfac_onnx.cli.placement import placement_of, print_placement
+from kfac_onnx.markup import quantity
 
 if TYPE_CHECKING:
-    from kfac_onnx.reports.inspect import Inspection, LinearCost, SiteReport
+    from kfac_onnx.reports.inspect import Inspection, SiteReport
     from kfac_onnx.runtime.saved.saved_run import SavedRun
 
 __all__ = ["command"]
@@ -22,6 +24,7 @@ __all__ = ["command"]
 @click.option("--lookups", type=click.IntRange(min=0), metavar="N", help="Give costs for N lookups per step.")
 @click.option("--nodes", is_flag=True, help="Also list every inserted node with its phase.")
 @provider_option
+@html_option
 @common
 @click.pass_context
 def command(
@@ -30,23 +33,30 @@ def command(
     lookups: int | None,
     nodes: bool,
     provider: tuple[str, ...],
+    html: str | None,
     as_json: bool,
 ) -> None:
     """Show what was inserted into the transformed MODEL: state, cost, and when each part runs.
 
     Of a checkpoint, or a folder of them, also how far the run came and how well its factors are conditioned.
     With --provider also where each part runs: what falls back to the host, and what a step copies. Where the
-    provider works that is what ONNX Runtime does here; for cuda it is predicted elsewhere. Whatever is found,
-    the exit code is 0: it is shown, not checked.
+    provider works that is what ONNX Runtime does here; for cuda it is predicted elsewhere. With --html
+    also the graph drawn, with cost, state and placement of each node. Whatever is found, the exit code is 0:
+    it is shown, not checked.
     """
     from kfac_onnx.disk.models import load_model
     from kfac_onnx.reports.inspect import inspect
     from kfac_onnx.runtime.saved.saved_run import is_checkpoint, read_run
 
+    require_page_place(html, model)
     run = read_run(model) if is_checkpoint(model) else None
     loaded = load_model(model) if run is None else run.model
     report = inspect(loaded)
     placement, why = placement_of(loaded, chosen_providers(ctx, provider)[0]) if provider else (None, None)
+    if html is not None:
+        from kfac_onnx.reports.pages import inspection_page
+
+        save_page(html, inspection_page(loaded, model, report=report, placement=placement))
     if as_json:
         placed = {} if placement is None else {"placement": placement.to_json() | {"predicted_because": why}}
         print_json(report.to_json() | ({} if run is None else {"checkpoint": run.to_json()}) | placed)
@@ -100,28 +110,15 @@ def _print_site(site: SiteReport, lookups: int | None) -> None:
         f"  state             {quantity(site.state_bytes, 'B')}; "
         f"Adam would keep {quantity(site.adam_bytes, 'B')} ({share:.1%} of it)"
     )
-    say(f"  each step         {_cost(site.step_cost, lookups)}")
-    say(f"  each refresh      {_cost(site.refresh_cost, lookups)}")
+    say(f"  each step         {site.step_cost.text(lookups)}")
+    say(f"  each refresh      {site.refresh_cost.text(lookups)}")
     if site.statistics_cost.flops:
-        say(f"  each update of G  {_cost(site.statistics_cost, lookups)}")
+        say(f"  each update of G  {site.statistics_cost.text(lookups)}")
     print_table(
         "",
         ["phase", "operator", "nodes ", "what it does", "cost"],
-        [(g.phase, g.operator, len(g.nodes), g.meaning, _cost(g.cost, lookups)) for g in site.groups],
+        [(g.phase, g.operator, len(g.nodes), g.meaning, g.cost.text(lookups)) for g in site.groups],
     )
-
-
-def _cost(cost: LinearCost, lookups: int | None) -> str:
-    if lookups is not None:
-        flops, moved = cost.at(lookups)
-        return f"{quantity(flops, 'FLOP')}, {quantity(moved, 'B')}"
-    parts: list[str] = []
-    if cost.flops or cost.bytes:
-        parts.append(f"{quantity(cost.flops, 'FLOP')}, {quantity(cost.bytes, 'B')}")
-    if cost.flops_per_lookup or cost.bytes_per_lookup:
-        each = f"{quantity(cost.flops_per_lookup, 'FLOP')}, {quantity(cost.bytes_per_lookup, 'B')}"
-        parts.append(f"{each} per lookup")
-    return " + ".join(parts) or "none"
 
 
 def _print_others(report: Inspection) -> None:

@@ -71,6 +71,10 @@ def is_quiet() -> bool:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
+html_option = click.option(
+    "--html", metavar="FILE", help="Also write a page to look at: one file, for any browser, without network."
+)
+
 model_argument = click.argument("model", metavar="MODEL")
 
 parameters_option = click.option(

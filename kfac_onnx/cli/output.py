@@ -32,7 +32,6 @@ __all__ = [
     "print_json",
     "print_refusals",
     "print_table",
-    "quantity",
     "say",
     "show_every_sign",
 ]
@@ -127,11 +126,3 @@ def print_refusals(refused: Iterable[Refusal]) -> None:
         say(f"  why:  {item.reason}")
         say(f"  path: {item.path}")
         say(f"  help: {item.remedy}")
-
-
-def quantity(number: float, unit: str = "") -> str:
-    """Return `1.25 M`, `3.20 GB`: a number with a decimal prefix and its unit."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= factor:
-            return f"{number / factor:.2f} {prefix}{unit}"
-    return f"{number:g} {unit}".rstrip()

@@ -21,8 +21,9 @@ from kfac_onnx.cli.options import (
     trace_of,
     trace_options,
 )
-from kfac_onnx.cli.output import print_json, quantity, say
+from kfac_onnx.cli.output import print_json, say
 from kfac_onnx.errors import UserError
+from kfac_onnx.markup import quantity
 
 __all__ = ["command"]
 

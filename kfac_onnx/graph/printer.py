@@ -17,7 +17,7 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["model_lines", "model_text", "node_text", "type_text"]
+__all__ = ["attribute_text", "model_lines", "model_text", "node_text", "type_text"]
 
 _LONGEST_LIST = 8
 
@@ -41,14 +41,15 @@ def node_text(node: ir.Node) -> str:
     inputs = ", ".join("" if value is None else f"%{value.name}" for value in node.inputs)
     domain = f"{node.domain}::" if node.domain else ""
     attributes = ", ".join(
-        f"{name}={_attribute_text(node.attributes[name])}" for name in sorted(node.attributes)
+        f"{name}={attribute_text(node.attributes[name])}" for name in sorted(node.attributes)
     )
     text = f"{outputs} = {domain}{node.op_type}({inputs})" + (f" {{{attributes}}}" if attributes else "")
     tags = [node.metadata_props[key] for key in ("kfac.phase", "kfac.site") if key in node.metadata_props]
     return f"{text}  # {' '.join(tags)}" if tags else text
 
 
-def _attribute_text(attribute: ir.Attr) -> str:
+def attribute_text(attribute: ir.Attr) -> str:
+    """Return an attribute's value in short: large tensors and graphs by their size."""
     if attribute.is_ref():
         return f"@{attribute.ref_attr_name}"
     if attribute.type == ir.AttributeType.GRAPH:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Source = str | Path | ir.Model | onnx.ModelProto
 
-__all__ = ["Difference", "Section", "diff"]
+__all__ = ["Difference", "Section", "diff", "node_key"]
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,16 @@ def _initializer_text(value: ir.Value) -> str:
     return f"{value.name} {type_text(value)} sha256:{digest}"
 
 
+def node_key(node: ir.Node) -> str:
+    """Return what a node of a graph is known by: its first output, or its own name where it has none."""
+    return next((str(value.name) for value in node.outputs if value.name), str(node.name))
+
+
 def _nodes(graph: ir.Graph, prefix: str) -> dict[str, str]:
     """Return each node's text by its first output, bodies of `If` and the like below their node."""
     found: dict[str, str] = {}
     for node in graph:
-        key = prefix + next((str(value.name) for value in node.outputs if value.name), str(node.name))
+        key = prefix + node_key(node)
         found[key] = prefix + node_text(node)
         for attribute in node.attributes.values():
             for body in graphs_of(attribute):

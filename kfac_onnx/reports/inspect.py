@@ -22,6 +22,7 @@ from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.values import constant
 from kfac_onnx.graph.verifier import require_sound
+from kfac_onnx.markup import quantity
 from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, StepSettings, read, read_list
 from kfac_onnx.runtime.saved.saved_run import is_checkpoint, read_run
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-__all__ = ["Group", "Inspection", "LinearCost", "NodeReport", "SiteReport", "inspect"]
+__all__ = ["Group", "Inspection", "LinearCost", "NodeReport", "SiteReport", "inspect", "node_cost"]
 
 _FLOAT: Final = 4
 _PLUMBING: Final = "shape and copy values between the operators above"
@@ -62,6 +63,19 @@ class LinearCost:
     def at(self, lookups: int) -> tuple[int, int]:
         """Return (FLOPs, bytes) for that many lookups."""
         return self.flops + self.flops_per_lookup * lookups, self.bytes + self.bytes_per_lookup * lookups
+
+    def text(self, lookups: int | None = None) -> str:
+        """Return the cost in words: of that many lookups, or the fixed part and that of each lookup."""
+        if lookups is not None:
+            flops, moved = self.at(lookups)
+            return f"{quantity(flops, 'FLOP')}, {quantity(moved, 'B')}"
+        parts: list[str] = []
+        if self.flops or self.bytes:
+            parts.append(f"{quantity(self.flops, 'FLOP')}, {quantity(self.bytes, 'B')}")
+        if self.flops_per_lookup or self.bytes_per_lookup:
+            each = f"{quantity(self.flops_per_lookup, 'FLOP')}, {quantity(self.bytes_per_lookup, 'B')}"
+            parts.append(f"{each} per lookup")
+        return " + ".join(parts) or "none"
 
 
 @dataclass(frozen=True)
@@ -326,13 +340,13 @@ def _groups(nodes: list[ir.Node], site: Site, g_rows: int | None) -> tuple[Group
         Group(
             *key,
             tuple(_name(node) for node in found),
-            sum((_cost(node, site, g_rows) for node in found), LinearCost()),
+            sum((node_cost(node, site, g_rows) for node in found), LinearCost()),
         )
         for key, found in ordered
     )
 
 
-def _cost(node: ir.Node, site: Site, g_rows: int | None) -> LinearCost:
+def node_cost(node: ir.Node, site: Site, g_rows: int | None) -> LinearCost:
     """Return a dialect node's cost on this table; standard operators around it count as free.
 
     What sees a sample of at most `g_rows` rows is priced for that many.

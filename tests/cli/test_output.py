@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kfac_onnx.cli.main import VERBS
-from kfac_onnx.cli.output import quantity
+from kfac_onnx.markup import quantity
 
 GRAPH = Path(__file__).parents[1] / "data" / "graphs" / "torchjoint_in__nplm.onnx"
 PROGRAM = "import sys; from kfac_onnx.cli.main import main; sys.exit(main(sys.argv[1:]))"

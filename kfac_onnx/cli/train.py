@@ -32,6 +32,7 @@ from kfac_onnx.cli.options import (
     target_of,
 )
 from kfac_onnx.cli.output import print_json, say
+from kfac_onnx.cli.pages import reported, require_page_place
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
 )
 @click.option("--eval-every", type=int, metavar="N", help="Evaluate every N steps (default: at the end).")
 @click.option("--metrics", metavar="FILE", help="Add one JSON line per step to this file.")
+@click.option("--report", metavar="FILE", help="Write a page about the run: curves, settings, factors.")
 @click.option(
     "--checkpoint",
     metavar="PATH",
@@ -162,6 +164,7 @@ def command(
     held_out: str | None,
     eval_every: int | None,
     metrics: str | None,
+    report: str | None,
     checkpoint: str | None,
     checkpoint_every: int | None,
     keep: int | None,
@@ -194,9 +197,8 @@ def command(
     place = checkpoint or begun
     for option in given_options(ctx, ("checkpoint_every", "keep")) if place is None else ():
         raise UserError(f"{option} is given, but no --checkpoint to save to")
-    _check(
-        export, into, place, resume, metrics, [model, data, *(p for p in (parameters, held_out, into) if p)]
-    )
+    inputs = [model, data, *(path for path in (parameters, held_out, into) if path)]
+    _check(export, into, place, resume, metrics, report, inputs)
     from kfac_onnx.cli.resumed import changed_options
     from kfac_onnx.cli.rows import Rows
     from kfac_onnx.passes.standard import TransformOptions
@@ -315,8 +317,11 @@ def _fit(
         return FitResult(held_out={} if valid is None else {session.position: session.evaluate(valid)})
     if left is not None:
         options = replace(options, steps=left, epochs=None)
+    report, title = ctx.params["report"], Path(ctx.params["model"]).name
+    settings = {name: value for name, value in settings_of(ctx).items() if value not in (None, False, [])}
     try:
-        return session.fit_as(batches, options)
+        with reported(report, session, title, settings, options.metrics) as metrics:
+            return session.fit_as(batches, replace(options, metrics=metrics))
     except (Interrupted, Terminated) as e:
         place = options.checkpoint
         more = "with --checkpoint it could go on" if place is None else f"`--resume {place}` goes on"
@@ -330,6 +335,7 @@ def _check(
     checkpoint: str | None,
     resume: str | None,
     metrics: str | None,
+    report: str | None,
     inputs: list[str],
 ) -> None:
     """Raise UserError for what would fail after hours of training: options, places, a wrong --into."""
@@ -352,7 +358,8 @@ def _check(
         require_folder(Path(checkpoint).parent)
     if metrics is not None:
         refuse_overwrite(metrics, *inputs)
-    for one, other in itertools.combinations([export, checkpoint, metrics], 2):
+    require_page_place(report, *inputs)
+    for one, other in itertools.combinations([export, checkpoint, metrics, report], 2):
         if one is not None and other is not None and Path(one).absolute() == Path(other).absolute():
             raise UserError(f"'{one}' is named for two outputs", help="give each its own name")
     if into is not None:

@@ -12,19 +12,20 @@ from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
-from kfac_onnx.metadata import Loss, Parameter, Refusal, Role, Site
+from kfac_onnx.metadata import Account, Loss, Parameter, Refusal, Role, Site
 from kfac_onnx.options import function_with
 from kfac_onnx.passes.standard import PLAIN, TransformOptions
 from kfac_onnx.reports.why import Verdicts, why
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterable, Mapping
 
     import onnx
     import onnx_ir as ir
 
     from kfac_onnx.pipeline.log import Log
     from kfac_onnx.pipeline.pipeline import Trace
+    from kfac_onnx.tables.matching import Verdict
 
     Source = str | Path | ir.Model | onnx.ModelProto
 
@@ -46,7 +47,9 @@ __all__ = [
 class Report:
     """What `scan` found: sites, refusals, the loss, and every input by its kind.
 
-    `roles` say what each trained parameter is for, and why; a graph without gradients has none.
+    `roles` say what each trained parameter is for, and why; a graph without gradients has none. `accounts`
+    have every trained parameter, every float constant of two or more dimensions and every gradient that
+    belongs to none exactly once: as a table, another parameter, refused, frozen, or merged by an exporter.
     """
 
     frontend: str
@@ -59,6 +62,7 @@ class Report:
     notes: tuple[str, ...]
     trainable: bool = True
     roles: tuple[Role, ...] = ()
+    accounts: tuple[Account, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON data."""
@@ -76,6 +80,7 @@ class Report:
                 | roles.get(item.name, no_role)
                 for item in self.parameters
             ],
+            "accounts": [asdict(item) for item in self.accounts],
             "frontend": self.frontend,
             "notes": list(self.notes),
         }
@@ -145,8 +150,8 @@ def scan(
     parameters = metadata.read_list(model, "parameters", Parameter)
     found_loss = metadata.read(model, "loss", Loss)
     refused = metadata.read_list(model, "refused", Refusal)
+    verdicts = find_tables(model) if trainable else []
     if trainable:
-        verdicts = find_tables(model)
         sites = [item.site.describe() for item in verdicts if item.site is not None]
         refused += [item.refusal for item in verdicts if item.refusal is not None]
     else:
@@ -167,7 +172,19 @@ def scan(
         notes=tuple(metadata.read_strings(model, "notes")),
         trainable=trainable,
         roles=tuple(classified(model, sites)) if trainable else (),
+        accounts=tuple(_accounts(model, verdicts, sites)),
     )
+
+
+def _accounts(model: ir.Model, verdicts: Iterable[Verdict], sites: Iterable[Site]) -> list[Account]:
+    from kfac_onnx.passes.accounting import accounts_of
+    from kfac_onnx.passes.find_embeddings import facts_of, values_by_name
+
+    values = values_by_name(model)
+    facts = facts_of(model, values)
+    if not facts.forward:
+        facts.follow(model.graph.outputs)
+    return accounts_of(model, verdicts, values, facts, tables=[site.parameter for site in sites])
 
 
 @blames_the_graph

@@ -19,6 +19,7 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.refused`    | frontends, passes      | list of `Refusal`                             |
 | `kfac.vocabularies` | `encode-strings`     | list of `Vocabulary`                          |
 | `kfac.frozen`     | `differentiate`        | list of `Frozen`                              |
+| `kfac.accounts`   | `find-embeddings`      | list of `Account`: every tensor, once         |
 | `kfac.id_checks`  | `find-embeddings`      | list of `IdCheck`                             |
 | `kfac.draft`      | inserting passes       | what `close-step` still has to assemble       |
 | `kfac.state`      | `close-step`           | list of `State`                               |
@@ -135,6 +136,15 @@ class Frozen:
     """A tensor that could be a weight and is not trained, and why, as a clause."""
 
     name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """In which class a tensor of a training graph is, and why, as a clause."""
+
+    name: str
+    kind: Literal["table", "other", "refused", "frozen", "merged"]
     reason: str
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kfac_onnx.cli.options import chosen_providers, common, html_option, model_argument, provider_option
-from kfac_onnx.cli.output import print_json, print_refusals, print_table, say
+from kfac_onnx.cli.output import print_accounts, print_json, print_refusals, print_table, say
 from kfac_onnx.cli.pages import require_page_place, save_page
 from kfac_onnx.cli.placement import placement_of, print_placement
 from kfac_onnx.markup import quantity
@@ -129,3 +129,4 @@ def _print_others(report: Inspection) -> None:
             [(p.name, list(p.shape), p.optimizer, quantity(p.state_bytes, "B")) for p in report.others],
         )
     print_refusals(report.refused)
+    print_accounts(report.accounts)

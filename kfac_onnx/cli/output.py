@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from kfac_onnx.metadata import Refusal
+    from kfac_onnx.metadata import Account, Refusal
 
 __all__ = [
     "console",
     "discard_output",
+    "print_accounts",
     "print_json",
     "print_refusals",
     "print_table",
@@ -37,6 +39,14 @@ __all__ = [
 ]
 
 _UNLIMITED = 10_000
+_CLASSES: Final = {
+    "table": "embedding tables",
+    "other": "other trained parameters",
+    "merged": "that an exporter may have merged",
+    "refused": "refused",
+    "frozen": "frozen",
+}
+"""The classes of tensors as they are counted in a line."""
 _NOT_SHOWN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What JSON leaves as it is, and a terminal may act on; inside of JSON strings an escape means the same."""
 
@@ -117,6 +127,21 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(Text("—" if cell is None else safe(str(cell))) for cell in row))
     console().print(table)
+
+
+def print_accounts(accounts: Iterable[Account]) -> None:
+    """Print how many tensors are in each class, and those of which more is to be said; refusals are apart."""
+    accounts = list(accounts)
+    if not accounts:
+        return
+    numbers = Counter(item.kind for item in accounts)
+    say(
+        "tensors: "
+        + ", ".join(f"{numbers[kind]} {words}" for kind, words in _CLASSES.items() if numbers[kind])
+    )
+    for item in accounts:
+        if item.kind in ("frozen", "merged") or item.reason.startswith("no table"):
+            say(f"{item.kind}: {item.name} ({item.reason})")
 
 
 def print_refusals(refused: Iterable[Refusal]) -> None:

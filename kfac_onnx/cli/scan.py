@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from kfac_onnx.cli.options import common, gradient_pairs, reading_options, trace_of, trace_options
-from kfac_onnx.cli.output import print_json, print_refusals, print_table, say
+from kfac_onnx.cli.output import print_accounts, print_json, print_refusals, print_table, say
 from kfac_onnx.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def _print(report: Report) -> None:
         for use in site.dead_ends:
             say(f"dead end of '{site.parameter}': no gradient passes through {use.op} '{use.output}'")
     print_refusals(report.refused)
+    print_accounts(report.accounts)
     if not report.trainable:
         say("the graph has no gradients, so it cannot be trained: `kfac-onnx differentiate` appends them")
     say(f"loss: {report.loss or 'none'} ({report.reduction})")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kfac_onnx import metadata
 from kfac_onnx.graph.emit import Emitter
 from kfac_onnx.metadata import Loss, Parameter, Refusal, Site
+from kfac_onnx.passes.accounting import accounts_of
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
 from kfac_onnx.pipeline.registry import register
@@ -30,7 +31,10 @@ __all__ = ["FindEmbeddings", "facts_of", "find_sites", "find_tables", "values_by
 def find_tables(model: ir.Model) -> list[Verdict]:
     """Return a verdict for every trained parameter of a canonical training graph; edits nothing."""
     values = values_by_name(model)
-    facts = facts_of(model, values)
+    return _verdicts(model, values, facts_of(model, values))
+
+
+def _verdicts(model: ir.Model, values: Mapping[str, ir.Value], facts: Facts) -> list[Verdict]:
     return [
         match_table(values[item.name], values.get(item.gradient) if item.gradient else None, facts)
         for item in metadata.read_list(model, "parameters", Parameter)
@@ -79,7 +83,7 @@ class FindEmbeddings(Pass):
 
     Reads   `kfac.parameters` and `kfac.loss` of a canonical training graph.
     Adds    per table the values ids int64[N], rows float32[N, D], keep float32[N] (if rows are dropped)
-    Writes  `kfac.sites`, `kfac.refused`, `kfac.id_checks`.
+    Writes  `kfac.sites`, `kfac.refused`, `kfac.id_checks`, and `kfac.accounts`: what becomes of each tensor.
     Source  docs/architecture.md: match by data flow, claim every use or report it.
     """
 
@@ -91,7 +95,10 @@ class FindEmbeddings(Pass):
 
         Raises UserError for a padding row that no table has.
         """
-        verdicts = find_tables(model)
+        values = values_by_name(model)
+        facts = facts_of(model, values)
+        verdicts = _verdicts(model, values, facts)
+        accounts = accounts_of(model, verdicts, values, facts)
         found = [verdict.site for verdict in verdicts if verdict.site is not None]
         padding = check_padding(padding_rows(self.padding), found)
         emitter = Emitter(model, self.name)
@@ -112,5 +119,6 @@ class FindEmbeddings(Pass):
             log.warning(f"'{refusal.parameter}' is not transformed: {refusal.reason}")
         emitter.metadata("sites", sites)
         emitter.metadata("refused", refused)
+        emitter.metadata("accounts", accounts)
         emitter.metadata("id_checks", [*checks, *label_checks(model, _loss_of(model))])
         return emitter.changes

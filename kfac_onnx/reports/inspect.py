@@ -23,7 +23,18 @@ from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.values import constant
 from kfac_onnx.graph.verifier import require_sound
 from kfac_onnx.markup import quantity
-from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, State, Step, StepSettings, read, read_list
+from kfac_onnx.metadata import (
+    Account,
+    Parameter,
+    Phase,
+    Refusal,
+    Site,
+    State,
+    Step,
+    StepSettings,
+    read,
+    read_list,
+)
 from kfac_onnx.runtime.saved.saved_run import is_checkpoint, read_run
 
 if TYPE_CHECKING:
@@ -155,6 +166,7 @@ class Inspection:
     sites: tuple[SiteReport, ...]
     others: tuple[ParameterReport, ...]
     refused: tuple[Refusal, ...]
+    accounts: tuple[Account, ...]
     nodes: tuple[NodeReport, ...]
 
     @property
@@ -203,6 +215,7 @@ def inspect(source: str | Path | ir.Model | onnx.ModelProto) -> Inspection:
             if parameter.name not in tables
         ),
         refused=tuple(read_list(model, "refused", Refusal)),
+        accounts=tuple(read_list(model, "accounts", Account)),
         nodes=tuple(_node(node) for node in nodes),
     )
 

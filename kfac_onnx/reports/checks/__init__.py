@@ -29,6 +29,7 @@ CHECKS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
     operators.inference_mode,
     parameters.gone,
     parameters.refused,
+    parameters.set_aside,
     parameters.stale_copies,
     parameters.folded,
     parameters.folded_lookups,

@@ -34,6 +34,7 @@ __all__ = [
     "no_derivative",
     "refused",
     "renamed",
+    "set_aside",
     "shared",
     "stale_copies",
     "unused",
@@ -78,6 +79,21 @@ def refused(subject: Subject) -> Iterator[Finding]:
             else "`transform` refuses it unless the ordinary optimizer may train it",
             item.remedy,
         )
+
+
+def set_aside(subject: Subject) -> Iterator[Finding]:
+    """Report parameters in which rows are looked up and that are no tables: their gradients are dense."""
+    for verdict in subject.verdicts:
+        item = verdict.aside
+        if item is not None:
+            yield Finding(
+                "no-table",
+                "warning",
+                f"'{item.parameter}' is no embedding table: {item.reason}",
+                (item.path,),
+                "it is trained as any other matrix: a step costs as much as it is large",
+                item.remedy,
+            )
 
 
 def stale_copies(subject: Subject) -> Iterator[Finding]:

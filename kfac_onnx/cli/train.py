@@ -13,6 +13,7 @@ import click
 
 from kfac_onnx.cli.config import ConfiguredCommand, config_options, settings_of, settings_text
 from kfac_onnx.cli.data_options import data_options
+from kfac_onnx.cli.measuring import chosen_logs, chosen_measures, measure_options, require_measures
 from kfac_onnx.cli.options import (
     BLOCK_OPTIONS,
     REST_OPTIONS,
@@ -100,6 +101,7 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
     help="Data to evaluate on, as --data: the mean over its examples.",
 )
 @click.option("--eval-every", type=int, metavar="N", help="Evaluate every N steps (default: at the end).")
+@measure_options
 @click.option("--metrics", metavar="FILE", help="Add one JSON line per step to this file.")
 @click.option("--report", metavar="FILE", help="Write a page about the run: curves, settings, factors.")
 @click.option(
@@ -197,6 +199,7 @@ def command(
     place = checkpoint or begun
     for option in given_options(ctx, ("checkpoint_every", "keep")) if place is None else ():
         raise UserError(f"{option} is given, but no --checkpoint to save to")
+    require_measures(ctx, held_out, eval_every)
     inputs = [model, data, *(path for path in (parameters, held_out, into) if path)]
     _check(export, into, place, resume, metrics, report, inputs)
     from kfac_onnx.cli.resumed import changed_options
@@ -219,6 +222,7 @@ def command(
         keep=keep,
         skip_limit=skip_limit or None,
         prefetch=prefetch,
+        **chosen_logs(ctx),
     )
     providers = chosen_providers(ctx, provider)
     if resume is not None and begun is not None:
@@ -267,14 +271,18 @@ def command(
         size = batch_size if batch_size is not None else fixed
         rows = Rows.chosen(ctx, model, session)
         valid = None if held_out is None else rows.batches(held_out, size, full=fixed is not None)
+        options = replace(options, held_out=valid, **chosen_measures(ctx))
         if valid is not None:
-            session.evaluate(itertools.islice(valid, 1))  # what is wrong with it shows before training
+            first = itertools.islice(valid, 1)
+            session.measure(
+                first, options.measures, scores=options.scores, labels=options.labels
+            )  # what is wrong with it shows before training
         if into is not None:
             filled(session.parameters, into)  # and so does a model that the weights do not fit
         order = None if no_shuffle else seed
         batches = rows.batches(data, size, seed=order, full=fixed is not None, window=shuffle_window)
         left = None if resume is None else _remaining(session, batches, options)
-        result = _fit(ctx, session, batches, replace(options, held_out=valid), left)
+        result = _fit(ctx, session, batches, options, left)
         if export is not None:
             session.export(export, into=into)
         _print(session, result, settings_of(ctx), as_json)
@@ -313,8 +321,13 @@ def _fit(
 
     if left == 0:
         _log.info("the run is complete: it was saved after batch %d", session.position)
-        valid = options.held_out
-        return FitResult(held_out={} if valid is None else {session.position: session.evaluate(valid)})
+        if options.held_out is None:
+            return FitResult()
+        values = session.measure(
+            options.held_out, options.measures, scores=options.scores, labels=options.labels
+        )
+        at = session.position
+        return FitResult(held_out={at: values["loss"]}, measured={at: values}, best=session.best)
     if left is not None:
         options = replace(options, steps=left, epochs=None)
     report, title = ctx.params["report"], Path(ctx.params["model"]).name
@@ -410,6 +423,12 @@ def _print(session: TrainingSession, result: FitResult, settings: dict[str, obje
                 "ms_per_step": milliseconds,
                 "loss": result.loss if math.isfinite(result.loss) else None,
                 "held_out": result.held_out,
+                "held_out_metrics": {
+                    at: {name: value for name, value in values.items() if name != "loss"}
+                    for at, values in result.measured.items()
+                },
+                "best": result.best,
+                "stopped_early": result.stopped_early,
                 "host_roots": session.host_roots,
                 "roots": [health.to_json() for health in session.health()],
                 "settings": settings,
@@ -424,4 +443,7 @@ def _print(session: TrainingSession, result: FitResult, settings: dict[str, obje
         say(f"{session.root_fallbacks} inverse roots did not converge and were computed on the host instead")
     say(f"{result.seconds:.1f} s, {milliseconds:.2f} ms per step")
     for at, loss in result.held_out.items():
-        say(f"held-out loss at step {at}: {loss:.6f}")
+        others = [(name, x) for name, x in result.measured.get(at, {}).items() if name != "loss"]
+        say(f"held-out loss at step {at}: {loss:.6f}" + "".join(f", {name} {x:.6f}" for name, x in others))
+    if result.stopped_early:
+        say("stopped early: what is monitored did not become better")

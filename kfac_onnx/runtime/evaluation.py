@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx.device.failures import from_onnxruntime
-from kfac_onnx.errors import UserError, first_line
+from kfac_onnx.errors import UserError, did_you_mean, first_line
 from kfac_onnx.runtime.feed.batches import checked_batch, examples_in, rows_in
 from kfac_onnx.runtime.feed.ids import check_given, check_ids, explain_failure, origin_of
 from kfac_onnx.runtime.step.tensors import Buffer, Device, open_session
 from kfac_onnx.step.plan import extract
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import onnxruntime as ort
 
@@ -43,6 +43,7 @@ class Evaluator:
         providers: Providers,
         device: Device,
         threads: int,
+        further: Sequence[str] = (),
     ) -> None:
         self._plan = plan
         self._holders = holders
@@ -50,6 +51,7 @@ class Evaluator:
         self._reduction = reduction
         self._device = device
         self._outputs = plan.step.ends
+        self._further = [name for name in further if name not in self._outputs]
         # The CPU's kernels fail for an id that is no row; a device's do not, so that ids are looked at.
         # A negative label is one of the last classes to either.
         self._checks = tuple(
@@ -57,7 +59,17 @@ class Evaluator:
         )
         known = {item.name for item in batch}
         self._computed = [name for name in dict.fromkeys(c.ids for c in self._checks) if name not in known]
-        parts = extract(plan, [*self._outputs, *self._computed])
+        self._wanted = [name for name in self._further if name not in known]
+        self._made = list(dict.fromkeys([*self._outputs, *self._computed, *self._wanted]))
+        try:
+            parts = extract(plan, self._made)
+        except KeyError as e:
+            missing = str(e.args[0])
+            values = [name for item in plan.source.items for name in item.makes]
+            raise UserError(
+                f"the graph has no value '{missing}'{did_you_mean(missing, [*known, *values])}",
+                help="--scores and --labels name values of the graph that is trained",
+            ) from e
         self._session = open_session(parts, providers, threads=threads)
         used = [info.name for info in self._session.get_inputs()]
         self._inputs = [item for item in batch if item.name in used]
@@ -72,6 +84,11 @@ class Evaluator:
 
         Raises UserError as `TrainingSession.step` does.
         """
+        made = self._values(batch)
+        return {name: made[name] for name in self._outputs}
+
+    def _values(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs, and the further values that this evaluator is for."""
         ready = checked_batch(batch, self._inputs, allowed=self._known)
         check_given(self._plan, self._checks, ready)
         binding = self._session.io_binding()
@@ -82,7 +99,7 @@ class Evaluator:
                 binding.bind_cpu_input(name, value)
             else:
                 binding.bind_ortvalue_input(name, value)
-        for name in (*self._outputs, *self._computed):
+        for name in self._made:
             binding.bind_output(name, "cpu", 0)
         try:
             self._session.run_with_iobinding(binding)
@@ -98,20 +115,31 @@ class Evaluator:
         for check in self._checks:
             if check.ids in made:
                 check_ids(check, made[check.ids], lambda check=check: origin_of(self._plan, check, ready))
-        return {name: made[name] for name in self._outputs}
+        for name in self._further:
+            if name not in made:
+                value = ready[name] if name in ready else batch[name]
+                made[name] = value if isinstance(value, np.ndarray) else value.numpy()
+        return made
 
     def loss(self, batch: Mapping[str, np.ndarray]) -> float:
         """Return the loss of one batch, as `outputs` does."""
-        (value,) = self.outputs(batch).values()
-        return float(np.asarray(value, np.float64).reshape(()))
+        return self._loss_in(self.outputs(batch))
+
+    def _loss_in(self, values: Mapping[str, np.ndarray]) -> float:
+        (name,) = self._outputs
+        return float(np.asarray(values[name], np.float64).reshape(()))
 
     def _examples(self, batch: Mapping[str, np.ndarray]) -> int:
         if (examples := rows_in(batch)) is not None:
             return examples
         return examples_in({name: batch[name] for name in self._known if name in batch})
 
-    def mean(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-        """Return the loss per example over all batches.
+    def mean(
+        self,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        observe: Callable[[Mapping[str, np.ndarray]], None] = lambda values: None,
+    ) -> float:
+        """Return the loss per example over all batches; `observe` sees the values of each.
 
         A mean (or unknown) loss counts each batch by its examples, a summed loss is divided by them.
 
@@ -120,7 +148,9 @@ class Evaluator:
         total, examples = 0.0, 0
         for batch in batches:
             size = self._examples(batch)
-            total += self.loss(batch) * (1 if self._reduction == "sum" else size)
+            values = self._values(batch)
+            observe(values)
+            total += self._loss_in(values) * (1 if self._reduction == "sum" else size)
             examples += size
         if examples == 0:
             raise UserError("there is no batch to evaluate")

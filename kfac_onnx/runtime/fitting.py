@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, cast
 
 from kfac_onnx.disk.json_lines import json_lines
 from kfac_onnx.errors import UserError
@@ -18,17 +18,21 @@ from kfac_onnx.runtime.divergence import ADVICE, LossWatch
 from kfac_onnx.runtime.feed.batches import examples_in
 from kfac_onnx.runtime.feed.data import Batches
 from kfac_onnx.runtime.feed.prefetch import prefetched
+from kfac_onnx.runtime.logs.recorder import LOG_EVERY, open_recorder, require_logs
+from kfac_onnx.runtime.measures.judge import Judge
 from kfac_onnx.runtime.saved.checkpoint_folder import is_folder
 from kfac_onnx.runtime.step.skip_causes import advice, reasons
 from kfac_onnx.runtime.stopping import stop_signals, stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import numpy as np
 
     from kfac_onnx.runtime.description import Metrics
+    from kfac_onnx.runtime.health import RootHealth
+    from kfac_onnx.runtime.logs.recorder import LogTarget, Recorder
     from kfac_onnx.runtime.schedules import Schedule
     from kfac_onnx.runtime.step.skip_causes import Cause
 
@@ -55,13 +59,28 @@ class Trainee(Protocol):
 
     schedule: Schedule | None
     data: dict[str, int | bool | None] | None
+    settings: str | None
+    best: dict[str, float] | None
 
     @property
     def position(self) -> int: ...
+    @property
+    def parameters(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def tables(self) -> tuple[str, ...]: ...
+    def health(self) -> tuple[RootHealth, ...]: ...
+    def rates(self) -> Mapping[str, float]: ...
     def step(self, batch: Mapping[str, np.ndarray]) -> Metrics: ...
     def prepared(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]: ...
     def reserve(self, ahead: int) -> None: ...
-    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float: ...
+    def measure(
+        self,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        metrics: Sequence[str] = (),
+        *,
+        scores: str | None = None,
+        labels: str | None = None,
+    ) -> dict[str, float]: ...
     def require_loss(self, what: str) -> None: ...
     def require_place(self, path: str | Path) -> None: ...
     def require_savable(self) -> None: ...
@@ -72,7 +91,8 @@ class Trainee(Protocol):
 class Row(TypedDict):
     """One line of metrics; `loss` is null where it is not finite, `held_out` where it was not measured.
 
-    `skip` is there for skipped steps only: sentences that say what was not finite.
+    `skip` is there for skipped steps only: sentences that say what was not finite. `held_out_metrics` is
+    there where metrics besides the loss were measured.
     """
 
     step: int
@@ -82,6 +102,7 @@ class Row(TypedDict):
     lr: float
     held_out: float | None
     skip: NotRequired[list[str]]
+    held_out_metrics: NotRequired[dict[str, float]]
 
 
 @dataclass
@@ -100,6 +121,11 @@ class FitResult:
     last_skip: tuple[Cause, ...] = ()
     diverged_at: int | None = None
     """The position at which the loss was seen to diverge; None where it was not."""
+    measured: dict[int, dict[str, float]] = field(default_factory=dict[int, "dict[str, float]"])
+    """Held-out loss and metrics by position."""
+    best: dict[str, float] | None = None
+    """The best of them by what was monitored, with its `position`; None without held-out data."""
+    stopped_early: bool = False
 
 
 def _supply(
@@ -199,6 +225,15 @@ class FitOptions:
         checkpoint_every: every so many steps.
         keep: how many checkpoints a folder keeps (default: 3).
         skip_limit: so many skipped steps in a row stop the run; None goes on whatever happens.
+        measures: metrics of the held-out data, such as `accuracy`, `auc` and `recall@10` (see `measure`);
+        scores, labels: the values of the graph that they are of, where its loss does not say it.
+        monitor: what is best by: `loss`, or one of the metrics.
+        patience: so many evaluations without a better one end the run; needs eval_every.
+        best: the file of the checkpoint that was best.
+        log: where numbers go: `tensorboard:DIR`, `mlflow:URI`, `wandb`, `csv:FILE`, a function of numbers by
+            name and the position, a `logs.protocol.Log`, or several of them;
+        log_every: every so many steps (default: 50).
+        histograms: also the distribution of each table's entries.
         prefetch: how many batches a thread makes ahead while a step runs, 0 for no thread; 2 for
             `data.Batches` if None, 0 for any other iterable, which may fill one array again and again.
 
@@ -218,17 +253,44 @@ class FitOptions:
     keep: int | None = None
     skip_limit: int | None = SKIP_LIMIT
     prefetch: int | None = None
+    measures: Sequence[str] = ()
+    scores: str | None = None
+    labels: str | None = None
+    monitor: str = "loss"
+    patience: int | None = None
+    best: str | Path | None = None
+    log: LogTarget | Sequence[LogTarget] = ()
+    log_every: int = LOG_EVERY
+    histograms: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "eval_every", "checkpoint_every", "keep", "skip_limit"):
+        for name in ("steps", "epochs", "eval_every", "checkpoint_every", "keep", "skip_limit", "patience"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, whole_number(value, name, least=1))
         if self.prefetch is not None:
             ahead = whole_number(self.prefetch, "prefetch", least=0, most=MOST_AHEAD)
             object.__setattr__(self, "prefetch", ahead)
+        object.__setattr__(self, "log_every", whole_number(self.log_every, "log_every", least=1))
+        if self.held_out is None:
+            for name in ("measures", "patience", "best"):
+                if getattr(self, name):
+                    raise UserError(f"{name} is given, but no held-out data to evaluate on")
+        if self.patience is not None and self.eval_every is None:
+            raise UserError(
+                "patience counts evaluations, and there is one at the end only", help="give eval_every"
+            )
+        require_logs(self.logs, histograms=self.histograms)
         for name in ("checkpoint_every", "keep"):
             if getattr(self, name) is not None and self.checkpoint is None:
                 raise UserError(f"{name} is given, but no checkpoint to save to")
+
+    @property
+    def logs(self) -> tuple[LogTarget, ...]:
+        """The logs, however many were given."""
+        log: object = self.log
+        if isinstance(log, (list, tuple)):
+            return tuple(cast("Sequence[LogTarget]", log))
+        return (cast("LogTarget", log),)
 
 
 def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: FitOptions) -> FitResult:
@@ -239,9 +301,23 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
     if depth is None:
         depth = PREFETCH if isinstance(batches, Batches) else 0
     session.require_loss("fit")
+    judge = (
+        None
+        if held_out is None
+        else Judge(
+            session,
+            held_out,
+            options.measures,
+            scores=options.scores,
+            labels=options.labels,
+            monitor=options.monitor,
+            patience=options.patience,
+            best=options.best,
+        )
+    )
     saver = None if checkpoint is None else _Saver(session, checkpoint, options.keep)
     _note_data(session, batches)
-    if checkpoint is not None:
+    if checkpoint is not None or options.best is not None:
         session.require_savable()
     supply, total = _supply(session, batches, options.steps, options.epochs)
     if session.schedule is not None:
@@ -254,9 +330,13 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
         with (
             _writer(options.metrics) as write,
             _Bar(total, enabled=options.progress) as bar,
+            open_recorder(
+                session, options.logs, options.log_every, histograms=options.histograms
+            ) as recorder,
             prefetched(supply, depth, session.prepared) as ready,
         ):
             for batch in ready:
+                recorder.before_step()
                 made = session.step(batch)
                 loss = math.nan if made["loss"] is None else made["loss"]
                 result.steps += 1
@@ -268,14 +348,15 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
                 if warning is not None:
                     result.diverged_at = session.position
                     _log.warning("%s: %s", warning, ADVICE)
-                result.examples += examples_in(batch)
+                examples = examples_in(batch)
+                result.examples += examples
+                recorder.after_step(loss, examples, skipped=made["skipped"])
                 measured = None
                 last = total is not None and result.steps == total
-                if held_out is not None and (last or (eval_every and result.steps % eval_every == 0)):
-                    measured = session.evaluate(held_out)
-                    result.held_out[session.position] = measured
+                if judge is not None and (last or (eval_every and result.steps % eval_every == 0)):
+                    measured = _judged(judge, session, recorder, result)
                 write(_row(session, made, measured))
-                bar.update(loss, result.examples, measured)
+                bar.update(loss, result.examples, None if measured is None else measured["loss"])
                 if skip_limit is not None and in_a_row >= skip_limit:
                     if saver is not None:
                         saver.save()
@@ -284,16 +365,29 @@ def fit(session: Trainee, batches: Iterable[Mapping[str, np.ndarray]], options: 
                     saver.save()
                 if stop.signal is not None:
                     break
-        unmeasured = held_out is not None and session.position not in result.held_out and result.steps
-        if held_out is not None and unmeasured and stop.signal is None:
-            result.held_out[session.position] = session.evaluate(held_out)
+                if judge is not None and judge.stop:
+                    result.stopped_early = True
+                    break
+            unmeasured = session.position not in result.held_out and result.steps
+            if judge is not None and unmeasured and stop.signal is None:
+                _judged(judge, session, recorder, result)
         saved = None if saver is None else saver.save()
     if stop.signal is not None:
         raise stopped(stop.signal, session.position, saved)
-    if total is not None and result.steps < total:
+    if total is not None and result.steps < total and not result.stopped_early:
         _log.warning("the batches ended after %d of %d steps", result.steps, total)
     result.seconds = time.perf_counter() - start
+    result.best = session.best if judge is not None else None
     return result
+
+
+def _judged(judge: Judge, session: Trainee, recorder: Recorder, result: FitResult) -> dict[str, float]:
+    """Return what held-out data say now, and keep it."""
+    values = judge.measure()
+    result.held_out[session.position] = values["loss"]
+    result.measured[session.position] = values
+    recorder.measured(values)
+    return values
 
 
 class _Saver:
@@ -353,15 +447,17 @@ def _stopped(count: int, made: Metrics, checkpoint: str | Path | None) -> UserEr
     )
 
 
-def _row(session: Trainee, made: Metrics, held_out: float | None) -> Row:
+def _row(session: Trainee, made: Metrics, measured: Mapping[str, float] | None) -> Row:
     row: Row = {
         "step": made["step"],
         "position": session.position,
         "loss": made["loss"] if made["loss"] is not None and math.isfinite(made["loss"]) else None,
         "skipped": made["skipped"],
         "lr": made["lr"],
-        "held_out": held_out,
+        "held_out": None if measured is None else measured["loss"],
     }
+    if measured is not None and len(measured) > 1:
+        row["held_out_metrics"] = {name: value for name, value in measured.items() if name != "loss"}
     if "skip" in made:
         row["skip"] = [str(cause) for cause in made["skip"][:ROW_CAUSES]]
     return row

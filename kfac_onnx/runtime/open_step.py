@@ -144,6 +144,7 @@ class OpenStep:
         loss = metadata.read(loaded, "loss", Loss)
         self._reduction = "unknown" if loss is None else loss.reduction
         self._evaluator: Evaluator | None = None
+        self._further: tuple[str, ...] = ()
         values: dict[str, Array] = (
             stored_weights(parameters) if isinstance(parameters, (str, Path)) else {**(parameters or {})}
         )
@@ -236,7 +237,14 @@ class OpenStep:
     @property
     def evaluator(self) -> Evaluator:
         """The forward part at the current weights, opened when it is first used."""
-        if self._evaluator is None:
+        return self.evaluator_of(())
+
+    def evaluator_of(self, further: tuple[str, ...]) -> Evaluator:
+        """Return the forward part that also gives these values of the graph; the last one stays open.
+
+        Raises UserError where there is no such value.
+        """
+        if self._evaluator is None or self._further != further:
             self._evaluator = Evaluator(
                 self.plan,
                 self.holders,
@@ -246,7 +254,9 @@ class OpenStep:
                 providers=self.providers,
                 device=self.device,
                 threads=self.threads or 0,
+                further=further,
             )
+            self._further = further
         return self._evaluator
 
     def health(self) -> tuple[RootHealth, ...]:

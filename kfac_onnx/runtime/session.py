@@ -36,6 +36,7 @@ from kfac_onnx.runtime.description import Parameters
 from kfac_onnx.runtime.feed.batches import as_inputs
 from kfac_onnx.runtime.feed.table_batches import WINDOW, batches_of, require_rows
 from kfac_onnx.runtime.fitting import FitOptions, fit
+from kfac_onnx.runtime.measures.predictions import Predictions
 from kfac_onnx.runtime.open_step import OpenStep
 from kfac_onnx.runtime.opening import learning_rates, require_step
 from kfac_onnx.runtime.saved.checkpoint import (
@@ -249,6 +250,48 @@ class TrainingSession:
         with self._turn("evaluate"):
             self.require_loss("evaluate")
             return self._open.evaluator.mean(batches)
+
+    @checked
+    def measure(
+        self,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        metrics: Sequence[str] = (),
+        *,
+        scores: str | None = None,
+        labels: str | None = None,
+    ) -> dict[str, float]:
+        """Return the loss per example, as `evaluate`, and metrics of the predictions, by name.
+
+        Args:
+            batches: held-out data.
+            metrics: `accuracy`, `perplexity`, `auc`, `rmse`, `recall@K`, `ndcg@K`; see `measures.metrics`.
+            scores: the value of the graph that they are of; None takes that of its loss over classes.
+            labels: the value (or batch input) that they are held against; None as for `scores`.
+
+        Raises:
+            UserError: as `evaluate`; an unknown metric or value, or shapes that do not fit.
+
+        """
+        with self._turn("measure"):
+            self.require_loss("measure")
+            if not metrics:
+                return {"loss": self._open.evaluator.mean(batches)}
+            observed = Predictions.of(self._plan.step.id_checks, metrics, scores, labels)
+            loss = self._open.evaluator_of(observed.names).mean(batches, observed.add)
+            return {"loss": loss, **observed.values()}
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The parameters that ids look rows up in."""
+        checks = [check for check in self._plan.step.id_checks if check.kind == "ids"]
+        own = self.parameters
+        return tuple(dict.fromkeys(check.parameter for check in checks if check.parameter in own))
+
+    def rates(self) -> dict[str, float]:
+        """Return the learning rates of the last step (of the first before it), with the schedule's factor."""
+        at = max(0, self.position - 1)
+        factor = 1.0 if self.schedule is None else self.schedule.factor(at)
+        return {name: factor * rate for name, rate in self.learning_rates.items()}
 
     @checked
     def batches(

@@ -13,6 +13,7 @@ import pytest
 
 from kfac_onnx.cli.config import _settable
 from kfac_onnx.cli.train import command
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +67,11 @@ def test_the_command_line_comes_first(run: Callable[..., Outcome], tmp_path: Pat
     assert (settings["model"], settings["lr"], settings["seed"], settings["rule"]) == (
         "other.onnx", 0.5, 4, ["b=sgd"],
     )  # fmt: skip
-    assert (settings["no-shuffle"], settings["cuda-graph"], settings["preset"]) == (True, False, "half")
+    assert (settings["no-shuffle"], settings["cuda-graph"], settings["preset"]) == (
+        True,
+        False,
+        DEFAULT_PRESET,
+    )
     assert "# steps =  # How many steps," in outcome.out
 
 

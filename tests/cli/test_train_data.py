@@ -127,3 +127,45 @@ def test_a_vocabulary_that_does_not_fit(run: Callable[..., Outcome], model: Path
         "  help: give a size: --batch-size 256\n"
     )
     assert onnx.load(model).graph.input[0].name == "ids"
+
+
+def test_logs_metrics_and_the_best(run: Callable[..., Outcome], model: Path, tmp_path: Path) -> None:
+    path = WRITERS["a file of JSON lines"](tmp_path, TABLE)
+    words = [
+        "--data",
+        path,
+        "--columns",
+        "user=ids",
+        "--batch-size",
+        8,
+        "--held-out",
+        path,
+        "--eval-every",
+        2,
+    ]
+    outcome = trained(
+        run, model, *words, "--metric", "rmse", "--scores", "p", "--labels", "y", "--monitor", "rmse", "--best",
+        tmp_path / "best.ckpt", "--log", f"csv:{tmp_path / 'log.csv'}", "--log-every", 4,
+    )  # fmt: skip
+    assert (outcome.code, outcome.err) == (0, "")
+    measured = outcome.data["held_out_metrics"]
+    assert list(measured) == ["2", "4", "6", "8"]
+    for at, values in measured.items():
+        assert values["rmse"] == pytest.approx(outcome.data["held_out"][at] ** 0.5, rel=1e-6)  # float32 sums
+    best = min(measured, key=lambda at: measured[at]["rmse"])
+    assert outcome.data["best"]["position"] == int(best)
+    with TrainingSession.resume(tmp_path / "best.ckpt", threads=1) as session:
+        assert session.position == int(best)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert sum(",table/emb.weight/rows_touched," in line for line in lines) == 2
+    assert sum(",held_out/rmse," in line for line in lines) == 4
+    assert 'metric = ["rmse"]' in run("inspect", tmp_path / "best.ckpt").out
+    for option, message in (
+        (["--metric", "rmse"], "error: --metric is given, but no --held-out to evaluate on\n"),
+        (["--held-out", path, "--patience", 2],
+         "error: --patience counts evaluations, and there is one at the end only\n  help: give --eval-every\n"),
+        (["--held-out", path, "--metric", "rmse"],
+         "error: the graph has no loss over classes, so that it does not say which values its predictions are\n"
+         "  help: name scores and labels: --scores VALUE --labels VALUE\n"),
+    ):  # fmt: skip
+        assert trained(run, model, *words[:6], *option).err == message

@@ -145,7 +145,7 @@ _DECLARED: Final = (
         rows=Window(power=0.8, least=0.01),
         output=Average(decay=0.95),
         damping=Relative(0.01),
-        lr=0.005,
+        lr=0.01,
     ),
 )
 

@@ -41,7 +41,7 @@ def test_the_others_keep_no_input_factor() -> None:
     assert [PRESETS[name].input_decay for name in ("adagrad", "adaptive")] == [None, None]
     assert PRESETS["adagrad"].rows == SquareSum(epsilon=1e-10)
     assert PRESETS["adaptive"].rows == Window(power=0.8)
-    assert [PRESETS[name].lr for name in ("adagrad", "adaptive")] == [0.1, 0.005]
+    assert [PRESETS[name].lr for name in ("adagrad", "adaptive")] == [0.1, 0.01]
 
 
 def test_presets_are_found_by_name() -> None:

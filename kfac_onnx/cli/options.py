@@ -157,8 +157,8 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
         metavar="NAME",
         default="adam",
         show_default=True,
-        help="Optimizer of all other parameters: sgd, momentum, adam, adamw, adagrad; or muon: Muon on "
-        "hidden matrices, a block of their own for output tables, adamw on all else.",
+        help="Optimizer of all other parameters: sgd, momentum, adam, adamw, adagrad; or muon or kfac: "
+        "Muon or K-FAC on hidden matrices, a block of their own for output tables, adamw on all else.",
     )(function)
     function = click.option(
         "--lr",
@@ -175,13 +175,18 @@ def optimizer_options(function: Callable[P, R]) -> Callable[P, R]:
 
 
 _REST: Final = (
-    ("hidden_lr", float, "X", "Learning rate of hidden matrices, with --rest muon (default 0.01)."),
-    ("output_lr", float, "X", "Learning rate of output tables, with --rest muon (default 0.016)."),
+    (
+        "hidden_lr",
+        float,
+        "X",
+        "Learning rate of hidden matrices, with --rest muon (default 0.01) or kfac (0.003).",
+    ),
+    ("output_lr", float, "X", "Learning rate of output tables, with --rest muon or kfac (default 0.016)."),
     (
         "weight_decay",
         float,
         "X",
-        "Decoupled decay of other matrices (default: 0.01 for adamw and muon, else 0).",
+        "Decoupled decay of other matrices (default: 0.01 for adamw, muon and kfac, else 0).",
     ),
     ("beta1", float, "X", "Weight kept from the old first moment of --rest (default 0.9)."),
     ("beta2", float, "X", "Weight kept from the old second moment of --rest (default 0.999)."),

@@ -339,6 +339,14 @@ _TABLE = (
         cost=lambda s: (8 * s.V * s.D, 20 * s.V * s.D),
     ),
     _operator(
+        "LayerMomentum",
+        "debiased momentum of a layer's preconditioned gradient",
+        "layer_momentum.layer_momentum",
+        "z:f32[R,C] M:f32[R,C] t:i64[] -> update:f32[R,C] M:f32[R,C]",
+        (Attribute("beta", "float", 0.0, 1.0),),
+        cost=lambda s: (4 * s.V * s.D, 16 * s.V * s.D),
+    ),
+    _operator(
         "DecayWeights",
         "shrink weights by lr times their decay",
         "optimizers.decay_weights",

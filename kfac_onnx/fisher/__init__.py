@@ -21,6 +21,7 @@ from kfac_onnx.fisher.blocks import (
 )
 from kfac_onnx.fisher.errors import FisherIndexError, FisherKeyError, FisherTypeError, FisherValueError
 from kfac_onnx.fisher.input_factor import EmbeddingInputKroneckerFactor
+from kfac_onnx.fisher.layer_blocks import ConvKFACBasicFB, FullyConnectedKFACBasicFB, LayerSettings, Window
 from kfac_onnx.fisher.layer_collection import AUTO_REUSE, LayerCollection
 from kfac_onnx.fisher.output_factor import FullyConnectedKroneckerFactor
 from kfac_onnx.fisher.presets import PRESETS, Preset, find_preset
@@ -32,6 +33,7 @@ __all__ = [
     "AUTO_REUSE",
     "PRESETS",
     "Average",
+    "ConvKFACBasicFB",
     "EmbeddingInputKroneckerFactor",
     "EmbeddingKFACFB",
     "EmbeddingKFACMultiIndepFB",
@@ -42,12 +44,15 @@ __all__ = [
     "FisherSession",
     "FisherTypeError",
     "FisherValueError",
+    "FullyConnectedKFACBasicFB",
     "FullyConnectedKroneckerFactor",
     "KroneckerProductFB",
     "LayerCollection",
+    "LayerSettings",
     "Preset",
     "SparseRows",
     "Update",
+    "Window",
     "find_preset",
     "placeholder",
     "settings_of",

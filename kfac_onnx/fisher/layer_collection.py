@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from kfac_onnx.fisher.blocks import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, FisherBlock
 from kfac_onnx.fisher.errors import FisherKeyError, FisherTypeError, FisherValueError
+from kfac_onnx.fisher.layer_blocks import ConvKFACBasicFB, FullyConnectedKFACBasicFB
 from kfac_onnx.fisher.output_rows import OutputRowFB
 from kfac_onnx.fisher.place import Place
 from kfac_onnx.fisher.settings import FactorSettings
@@ -17,6 +18,7 @@ from kfac_onnx.step.draft import Draft
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
+    from kfac_onnx.fisher.layer_blocks import LayerSettings, Window
     from kfac_onnx.fisher.output_rows import OutputRowSettings
     from kfac_onnx.fisher.presets import Preset
 
@@ -142,6 +144,50 @@ class LayerCollection:
         `outputs` [N, C] the products.
         """
         block = self.register_block(params, OutputRowFB(self, num_classes, settings), reuse=reuse)
+        block.register_additional_minibatch(inputs, outputs)
+        return block
+
+    def register_fully_connected(
+        self,
+        params: ir.Value | tuple[ir.Value, ir.Value],
+        inputs: ir.Value,
+        outputs: ir.Value,
+        approx: str | None = None,
+        reuse: Reuse = False,
+        *,
+        settings: LayerSettings | None = None,
+    ) -> FullyConnectedKFACBasicFB:
+        """Register a minibatch of a layer W [n, m], or of W and its bias [m].
+
+        `inputs` [N, n] are what W multiplies, `outputs` [N, m] the products. Vectors of the block are
+        float[n, m], with the bias as last row. `settings` are those of a training step.
+        """
+        _known_approximation("kron" if approx is None else approx, ("kron",), "a layer")
+        has_bias = isinstance(params, tuple)
+        block = self.register_block(params, FullyConnectedKFACBasicFB(self, has_bias, settings), reuse=reuse)
+        block.register_additional_minibatch(inputs, outputs)
+        return block
+
+    def register_conv2d(
+        self,
+        params: ir.Value | tuple[ir.Value, ir.Value],
+        window: Window,
+        inputs: ir.Value,
+        outputs: ir.Value,
+        approx: str | None = None,
+        reuse: Reuse = False,
+        *,
+        settings: LayerSettings | None = None,
+    ) -> ConvKFACBasicFB:
+        """Register a minibatch of a kernel [m, channels, kh, kw], or of a kernel and its bias [m].
+
+        Tensors are laid out as ONNX has them: `inputs` [B, channels, h, w], `outputs` [B, m, h', w']. Vectors
+        of the block are float[channels·kh·kw, m], with the bias as last row; `window` stands for the
+        original's strides and padding.
+        """
+        _known_approximation("kron" if approx is None else approx, ("kron",), "a convolution")
+        has_bias = isinstance(params, tuple)
+        block = self.register_block(params, ConvKFACBasicFB(self, window, has_bias, settings), reuse=reuse)
         block.register_additional_minibatch(inputs, outputs)
         return block
 
@@ -277,11 +323,9 @@ def _alone() -> Draft:
     return Draft(model, Emitter(model, "block"), {})
 
 
-def _known_approximation(value: str, known: tuple[str, ...]) -> str:
+def _known_approximation(value: str, known: tuple[str, ...], kind: str = "an embedding") -> str:
     if value not in known:
-        raise FisherValueError(
-            f"unknown approximation '{value}' of an embedding", help=f"use {' or '.join(known)}"
-        )
+        raise FisherValueError(f"unknown approximation '{value}' of {kind}", help=f"use {' or '.join(known)}")
     return value
 
 

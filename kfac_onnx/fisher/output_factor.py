@@ -48,23 +48,28 @@ class FullyConnectedKroneckerFactor:
     `tensors` are float [B, D] per source, per source and tower, or per source, tower and use (float64,
     float16 and bfloat16 become float32), or the `GradientRows` of a training step. State `<prefix>/G`
     float32[D, D], `<prefix>/G.count`, and `<prefix>/root` float32[D, D] for each registered power; `letter`
-    names the factor of a layer's inputs, A.
+    names the factor of a layer's inputs, A, `power` its powers. With `has_bias` a one is put at the end of
+    each row [D - 1].
     """
 
     def __init__(
         self,
         tensors: GradientRows | Sequence[ir.Value | Sequence[ir.Value | Sequence[ir.Value]]],
         average: Average | None = None,
+        has_bias: bool = False,
         *,
         place: Place,
         settings: FactorSettings | None = None,
         sample: Sample | None = None,
         letter: str = "G",
+        power: str = "root",
     ) -> None:
         self._settings = FactorSettings() if settings is None else settings
         self._average = self._settings.average if average is None else average
         self._sample = Sample() if sample is None else sample
         self._place = place
+        self._power_name = power
+        self._has_bias = has_bias
         self._rows: GradientRows | tuple[tuple[tuple[ir.Value, ...], ...], ...]
         if isinstance(tensors, GradientRows):
             self._rows = tensors
@@ -75,7 +80,7 @@ class FullyConnectedKroneckerFactor:
             self._rows = tuple(as_towers(source) for source in tensors)
             self.embedding_dim = _common_width(
                 [use for source in self._rows for tower in source for use in tower]
-            )
+            ) + int(has_bias)
         start = {0.0: "zeros", 1.0: "identity"}.get(self._average.start)
         if start is None:
             raise FisherValueError(f"G starts as 0 or as I, not as {self._average.start:g}·I")
@@ -128,7 +133,7 @@ class FullyConnectedKroneckerFactor:
         key = (float(exponent), damping)
         if exponent == 1 or key in self._powers:
             return
-        what = "root" if not self._powers else f"root_{len(self._powers) + 1}"
+        what = self._power_name if not self._powers else f"{self._power_name}_{len(self._powers) + 1}"
         start = "zeros" if self._settings.inverse_starts_at_zero else "identity"
         self._powers[key] = self._place.state(what, FLOAT, self._square, start, "root")
 
@@ -217,7 +222,13 @@ class FullyConnectedKroneckerFactor:
         for source in sources:
             for tower in source:
                 rows = [place.float32(use) for use in tower]
-                tower_rows = emit.node("Concat", rows, attributes=along, dtype=FLOAT, shape=shape)
+                width = self.embedding_dim - int(self._has_bias)
+                tower_rows = emit.node("Concat", rows, attributes=along, dtype=FLOAT, shape=[None, width])
+                if self._has_bias:
+                    pads = emit.constant(np.asarray([0, 0, 0, 1], np.int64), "one_column")
+                    tower_rows = emit.node(
+                        "Pad", [tower_rows, pads, place.number(1.0)], dtype=FLOAT, shape=shape
+                    )
                 if separate:
                     size = row_count([tower_rows], place)
                     size = self._node("Mul", [size, place.number(float(len(source)))], [])

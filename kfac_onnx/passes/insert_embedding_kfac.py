@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
@@ -14,11 +13,12 @@ from kfac_onnx.fisher import EmbeddingKFACFB, EmbeddingKFACMultiIndepFB, LayerCo
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.fisher.projections import emit_positions
 from kfac_onnx.graph.emit import Emitter, Out
-from kfac_onnx.metadata import Loss, Parameter, Phase, Refusal, Site, StepSettings
+from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, StepSettings
 from kfac_onnx.passes.find_embeddings import values_by_name
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
+from kfac_onnx.passes.insertion.loss_divisor import squared_divisor
 from kfac_onnx.passes.insertion.penalty import with_penalty
 from kfac_onnx.passes.insertion.writing import drop_gradient, from_rows, takes_steps, to_rows, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
@@ -135,7 +135,12 @@ class InsertEmbeddingKfac(Pass):
             emitter.metadata("sites", sites)
             emitter.metadata("refused", refused)
         sites = self._chosen(model, [site for site in sites if site.parameter not in done])
-        scale = self._gradient_scale(model, emitter, draft) if preset.per_example else None
+        scale: ir.Value | None = None
+        if preset.per_example:
+            subject = f"preset {self.preset}"
+            scale = squared_divisor(
+                model, emitter, draft, divisor=self.grad_scale, subject=subject, context=self.name
+            )
         collection = LayerCollection(preset=preset, draft=draft, in_place=self.shape == "rows")
         for site in sites:
             self._insert(site, preset, collection, scale, log)
@@ -350,23 +355,3 @@ class InsertEmbeddingKfac(Pass):
                 context=self.name,
                 help="`scan MODEL` lists the trained parameters, `why MODEL PARAM` what was tried for one",
             )
-
-    def _gradient_scale(self, model: ir.Model, emitter: Emitter, draft: Draft) -> ir.Value:
-        """Emit c², c being the divisor of a mean loss: G wants gradients of a loss summed over examples."""
-        emit = emitter.derive(phase=Phase.GRADIENTS)
-        if self.grad_scale is not None:
-            return emit.constant(np.float32(self.grad_scale**2), "grad_scale_squared")
-        from kfac_onnx.readers import emit_divisor
-
-        divisor = emit_divisor(model)
-        if divisor is None:
-            loss = metadata.read(model, "loss", Loss)
-            named = "the loss" if loss is None or loss.value is None else f"the loss '{loss.value}'"
-            raise UserError(
-                f"preset {self.preset} needs the number of examples that {named} divides by, "
-                "and the graph does not show it",
-                context=self.name,
-                help="give it: grad-scale=N, or 1 for a loss that is a sum",
-            )
-        draft.remember(divisor)
-        return emit.node("Mul", [divisor, divisor], name="grad_scale_squared", dtype=FLOAT, shape=[])

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
     from kfac_onnx.pipeline.base import Pass
 
-__all__ = ["METHODS", "REST", "rule_passes"]
+__all__ = ["LAYERS", "METHODS", "REST", "rule_passes"]
 
 METHODS: Final = ("sgd", "momentum", "adam", "adamw", "adagrad")
 """Methods of `insert-optimizer`."""
-REST: Final = (*METHODS, "muon")
-"""What trains the other parameters; `muon` hidden matrices, with output tables and adamw for the others."""
-_SPECIAL: Final = {"muon": "insert-muon", "outrow": "insert-output-rows"}
+LAYERS: Final = ("muon", "kfac")
+"""What trains hidden matrices, with the block of output tables on those and adamw on all else."""
+REST: Final = (*METHODS, *LAYERS)
+"""What trains the other parameters."""
+_SPECIAL: Final = {"muon": "insert-muon", "kfac": "insert-layer-kfac", "outrow": "insert-output-rows"}
 """Optimizers that are passes of their own: of matrices, and of output tables."""
 
 

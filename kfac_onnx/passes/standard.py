@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
-from kfac_onnx.passes.rules import METHODS, REST, rule_passes
+from kfac_onnx.passes.rules import LAYERS, METHODS, REST, rule_passes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,11 +43,11 @@ class TransformOptions:
         preset: one of `kfac_onnx.fisher.PRESETS`, or `plain-sgd`, `plain-momentum`, `plain-adam`,
             `plain-adagrad` for the tables too.
         lr: learning rate of the tables; the preset's own if None.
-        rest: optimizer of the other parameters: sgd, momentum, adam, adamw or adagrad; or muon: Muon on
-            hidden matrices, the block of output tables (`OutRow`) on those, adamw on all else.
+        rest: optimizer of the other parameters: sgd, momentum, adam, adamw or adagrad; or muon or kfac:
+            Muon or K-FAC on hidden matrices, the block of output tables on those, adamw on all else.
         rest_lr: learning rate of the other parameters.
-        hidden_lr, output_lr: muon: learning rates of the hidden matrices, and of the output tables.
-        weight_decay: decoupled decay of the other parameters' matrices; 0.01 with adamw and muon, else 0.
+        hidden_lr, output_lr: muon, kfac: learning rates of the hidden matrices, and of the output tables.
+        weight_decay: decoupled decay of the other parameters' matrices; 0.01 with adamw, muon, kfac, else 0.
         beta1, beta2, epsilon: of the other parameters' optimizer; its own if None.
         clip_norm: the largest global norm of all gradients together.
         clip_value: the largest absolute entry of a gradient.
@@ -124,11 +124,11 @@ class TransformOptions:
                 f"unknown optimizer '{self.rest}'{did_you_mean(self.rest, REST)}",
                 help="the optimizers are: " + ", ".join(REST),
             )
-        if self.rest != "muon" and (self.hidden_lr is not None or self.output_lr is not None):
+        if self.rest not in LAYERS and (self.hidden_lr is not None or self.output_lr is not None):
             name = "hidden_lr" if self.hidden_lr is not None else "output_lr"
             raise UserError(
-                f"{name} belongs to rest=muon, and the rest is trained by {self.rest}",
-                help="set rest=muon, or give rest_lr",
+                f"{name} belongs to rest=muon and rest=kfac, and the rest is trained by {self.rest}",
+                help="set rest=muon or rest=kfac, or give rest_lr",
             )
         if self.shape == "dense":
             given = [
@@ -162,6 +162,7 @@ class TransformOptions:
         from kfac_onnx.passes.clip_gradients import ClipGradients
         from kfac_onnx.passes.find_embeddings import FindEmbeddings
         from kfac_onnx.passes.insert_embedding_kfac import InsertEmbeddingKfac
+        from kfac_onnx.passes.insert_layer_kfac import InsertLayerKfac
         from kfac_onnx.passes.insert_muon import InsertMuon
         from kfac_onnx.passes.insert_optimizer import InsertOptimizer
         from kfac_onnx.passes.insert_output_rows import InsertOutputRows
@@ -172,7 +173,8 @@ class TransformOptions:
         if self.clip_norm is not None or self.clip_value is not None:
             passes.append(ClipGradients(norm=self.clip_norm, value=self.clip_value))
         ruled = rule_passes(self.rules)
-        if self.rest == "muon" or any(isinstance(item, (InsertMuon, InsertOutputRows)) for item in ruled):
+        by_role = (InsertMuon, InsertLayerKfac, InsertOutputRows)
+        if self.rest in LAYERS or any(isinstance(item, by_role) for item in ruled):
             passes.append("classify")
         passes += ruled
         if self.preset in PLAIN:
@@ -195,10 +197,11 @@ class TransformOptions:
                 )
             )
         if self.shape == "rows":
-            if self.rest == "muon":
-                passes.append(InsertMuon(**_rate(self.hidden_lr)))
+            if self.rest in LAYERS:
+                hidden = InsertMuon if self.rest == "muon" else InsertLayerKfac
+                passes.append(hidden(**_rate(self.hidden_lr)))
                 passes.append(InsertOutputRows(**_rate(self.output_lr)))
-            method = "adamw" if self.rest == "muon" else self.rest
+            method = "adamw" if self.rest in LAYERS else self.rest
             own = {name: getattr(self, name) for name in OPTIMIZER if getattr(self, name) is not None}
             passes.append(InsertOptimizer(method=cast("Any", method), **_rate(self.rest_lr), **own))
         passes += ["close-step", "dce"]

@@ -40,6 +40,7 @@ BUILT_IN: Final[dict[str, str]] = {
     "clip-gradients": "kfac_onnx.passes.clip_gradients",
     "insert-embedding-kfac": "kfac_onnx.passes.insert_embedding_kfac",
     "insert-optimizer": "kfac_onnx.passes.insert_optimizer",
+    "insert-layer-kfac": "kfac_onnx.passes.insert_layer_kfac",
     "insert-muon": "kfac_onnx.passes.insert_muon",
     "insert-output-rows": "kfac_onnx.passes.insert_output_rows",
     "close-step": "kfac_onnx.passes.close_step",

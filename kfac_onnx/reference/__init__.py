@@ -8,6 +8,7 @@ room, and nothing is fast.
 from __future__ import annotations
 
 from kfac_onnx.reference.block import BlockReference, BlockSettings
+from kfac_onnx.reference.layers import LayerBlockReference, LayerReference, patches
 from kfac_onnx.reference.operators import TWINS
 from kfac_onnx.reference.optimizers import (
     AdagradReference,
@@ -26,10 +27,13 @@ __all__ = [
     "AdamReference",
     "BlockReference",
     "BlockSettings",
+    "LayerBlockReference",
+    "LayerReference",
     "MomentumReference",
     "MuonReference",
     "OutputRowReference",
     "SgdReference",
     "TableReference",
     "TableSettings",
+    "patches",
 ]

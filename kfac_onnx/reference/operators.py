@@ -277,6 +277,12 @@ def output_row_scale(
     return (momentum / (1 - beta ** int(t)) / (np.sqrt(window) + 1e-12)[:, None], momentum, window)
 
 
+def layer_momentum(z: Array, M: Array, t: Array, *, beta: float) -> tuple[Array, ...]:
+    """Debiased momentum of z; t counts from 1."""
+    new = beta * M + (1 - beta) * z
+    return (new / (1 - beta ** int(t)), new)
+
+
 def decay_weights(W: Array, lr: Array, *, decay: float) -> tuple[Array, ...]:
     """W' = W·(1 − lr·decay)."""
     return (W * (1.0 - lr * decay),)
@@ -343,6 +349,7 @@ TWINS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
     "MuonDirection": muon_direction,
     "OrthogonalizeStep": orthogonalize_step,
     "OutputRowScale": output_row_scale,
+    "LayerMomentum": layer_momentum,
     "DecayWeights": decay_weights,
     "Sgd": sgd,
     "Momentum": momentum,

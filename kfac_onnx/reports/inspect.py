@@ -386,6 +386,7 @@ def node_cost(node: ir.Node, site: Site, g_rows: int | None) -> LinearCost:
 _OPTIMIZERS: Final = {
     "MuonDirection": "Muon",
     "OutputRowScale": "OutputRows",
+    "LayerMomentum": "LayerKfac",
     "Momentum": "Momentum",
     "Adam": "Adam",
     "Adagrad": "Adagrad",

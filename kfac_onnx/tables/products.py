@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kfac_onnx.tables.pull_back import Layout
     from kfac_onnx.tables.terms import DenseTerm
 
-__all__ = ["projections"]
+__all__ = ["operands_of_product", "projections"]
 
 TWO_DIMENSIONS = PRODUCTS - {"Einsum"}  # whose axes would have to be read off its equation
 STRIPPED = VIEWS | {"Expand"}
@@ -83,14 +83,16 @@ def _factors(
         return pulled
     if any(step.kind != "negate" for step in pulled.steps):
         return Miss(f"the product '{term.value.name}' is scaled or cut before it reaches the table")
-    operands = _operands(term.value, facts)
+    operands = operands_of_product(term.value, facts)
     if isinstance(operands, Miss):
         return operands
     one, other = operands
     return (one, other) if pulled.layout == layout else (other, one)
 
 
-def _operands(value: ir.Value, facts: Facts) -> tuple[tuple[ir.Value, int], tuple[ir.Value, int]] | Miss:
+def operands_of_product(
+    value: ir.Value, facts: Facts
+) -> tuple[tuple[ir.Value, int], tuple[ir.Value, int]] | Miss:
     """Return the operands of a product [..., i, j], each with the axis that becomes i or j."""
     node = value.producer()
     summed: list[int] = []

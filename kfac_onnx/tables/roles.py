@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from kfac_onnx.metadata import Site
     from kfac_onnx.tables.facts import Facts
 
-__all__ = ["MANY_CLASSES", "roles_of"]
+__all__ = ["MANY_CLASSES", "Product", "products_of", "roles_of"]
 
 MANY_CLASSES: Final = 256
 """From this many outputs on, the matrix before a softmax is an output table."""
@@ -52,7 +53,7 @@ _KEPT_AXES: Final = keeping(Keeps.PLACES, Keeps.SOME) | {"Pad"}
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """One product of a parameter with activations, by the axes of the parameter as it is stored."""
 
     node: ir.Node
@@ -86,8 +87,23 @@ def roles_of(weights: Mapping[str, ir.Value], sites: Iterable[Site], facts: Fact
     return roles
 
 
+def products_of(weight: ir.Value, facts: Facts) -> list[Product]:
+    """Return the products that read a parameter or a view of it, also with what does not depend on the batch.
+
+    Such is the first state of a recurrent layer: it has a gradient as any other use has.
+    """
+    return _products(weight, facts, _Everything())
+
+
+class _Everything(Container["ir.Value | None"]):
+    """The set of all values."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
 def _matrix(
-    name: str, shape: tuple[int, ...], products: Sequence[_Product], multiplying: set[ir.Node], facts: Facts
+    name: str, shape: tuple[int, ...], products: Sequence[Product], multiplying: set[ir.Node], facts: Facts
 ) -> Role:
     if not products:
         return Role(name, "other", "it multiplies no activations")
@@ -182,11 +198,11 @@ def _depending_on_the_batch(facts: Facts) -> set[ir.Value]:
     return depending
 
 
-def _products(weight: ir.Value, facts: Facts, batch: set[ir.Value]) -> list[_Product]:
+def _products(weight: ir.Value, facts: Facts, batch: Container[ir.Value | None]) -> list[Product]:
     """Return the products with activations that read a parameter, or a view or function of it alone."""
     rank = len(static_shape(weight) or ())
     start: Axes = tuple(frozenset({axis}) for axis in range(rank))
-    products: list[_Product] = []
+    products: list[Product] = []
     seen: set[ir.Value] = {weight}
     waiting: deque[tuple[ir.Value, Axes]] = deque([(weight, start)])
     while waiting:
@@ -208,7 +224,12 @@ def _products(weight: ir.Value, facts: Facts, batch: set[ir.Value]) -> list[_Pro
 
 
 def _through(
-    node: ir.Node, index: int, value: ir.Value, output: ir.Value, axes: Axes, batch: set[ir.Value]
+    node: ir.Node,
+    index: int,
+    value: ir.Value,
+    output: ir.Value,
+    axes: Axes,
+    batch: Container[ir.Value | None],
 ) -> Axes | None:
     """Return the axes of an operator's output, or None where what comes out is not the matrix any more."""
     kind = node.op_type
@@ -250,7 +271,7 @@ def _reshaped(axes: Axes, old: tuple[int, ...] | None, new: tuple[int, ...] | No
     return tuple(result)
 
 
-def _product(node: ir.Node, index: int, axes: Axes, batch: set[ir.Value]) -> _Product | None:
+def _product(node: ir.Node, index: int, axes: Axes, batch: Container[ir.Value | None]) -> Product | None:
     """Return how a product uses an operand with these axes, if the other operand is activations."""
     if index > 1 or len(node.inputs) < 2 or node.inputs[1 - index] not in batch:
         return None
@@ -291,7 +312,7 @@ def _product(node: ir.Node, index: int, axes: Axes, batch: set[ir.Value]) -> _Pr
         activations, features = (activations, summed[0]) if len(summed) == 1 else (None, -1)
     else:
         activations = None
-    return _Product(node, inputs, outputs, stacked, activations, features, grouped)
+    return Product(node, inputs, outputs, stacked, activations, features, grouped)
 
 
 def _einsum_terms(node: ir.Node, index: int) -> tuple[str, str]:

@@ -165,6 +165,8 @@ CASES = [
         (0 * TABLE, 0 * TABLE, 0 * COUNTS, 1),
         {"beta": 0.9, "power": 0.8},
     ),
+    Case("first", "LayerMomentum", (TABLE[::-1], 0 * TABLE, 1), {"beta": 0.9}),
+    Case("later", "LayerMomentum", (TABLE[::-1], TABLE, 40), {"beta": 0.9}),
     Case("matrix", "DecayWeights", (TABLE, 0.1), {"decay": 0.25}),
     Case("matrix", "Sgd", (TABLE, TABLE[::-1], 0.1)),
     Case("matrix", "Momentum", (TABLE, TABLE[::-1], TABLE**2, 0.1), {"mu": 0.9}),

@@ -39,7 +39,6 @@ MOST: Final = 2
 """Operators that another module may name together without a query: a pair is a case, not a kind."""
 LISTS: Final = {
     "device/placement/predict.py": "a room below the table's; its list is held against the table here",
-    "reports/inspect.py": "the optimizers of `ai.kfac`, two of which have the name of an operator of ONNX",
 }
 """Module -> why it lists operators all the same."""
 

@@ -37,6 +37,7 @@ PIPELINES = {
     "plain-adagrad": TransformOptions(preset="plain-adagrad", rest="adagrad").text,
     "dense": TransformOptions(preset="half", shape="dense").text,
     "clipped": "find-embeddings,clip-gradients{norm=1,value=0.1},insert-embedding-kfac,close-step,dce,lower",
+    "layers": "find-embeddings,classify,insert-layer-kfac,insert-optimizer{parameters=all},close-step,dce,lower",
     "muon": "find-embeddings,classify,insert-muon,insert-optimizer{method=adamw,parameters=all},close-step,dce,lower",
 }
 

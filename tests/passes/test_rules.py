@@ -100,7 +100,7 @@ def test_a_rule_for_nobody() -> None:
     ("options", "message"),
     [
         ({"rest": "muonn"}, "unknown optimizer 'muonn'; did you mean 'muon'?"),
-        ({"hidden_lr": 0.1}, "hidden_lr belongs to rest=muon, and the rest is trained by adam"),
+        ({"hidden_lr": 0.1}, "hidden_lr belongs to rest=muon and rest=kfac, and the rest is trained by adam"),
         (
             {"shape": "dense", "weight_decay": 0.1},
             "shape=dense inserts no optimizer, so weight_decay cannot be set",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kfac_onnx.reports.diff import diff
     from kfac_onnx.reports.inspect import inspect
     from kfac_onnx.runtime import TrainingSession
+    from kfac_onnx.runtime.frames import metrics_frame
 
 __all__ = [
     "TrainingSession",
@@ -39,6 +40,7 @@ __all__ = [
     "diff",
     "differentiate",
     "inspect",
+    "metrics_frame",
     "parse_pipeline",
     "save",
     "scan",
@@ -52,6 +54,7 @@ _LAZY = {
     "diff": "kfac_onnx.reports.diff",
     "differentiate": "kfac_onnx.passes.differentiate",
     "inspect": "kfac_onnx.reports.inspect",
+    "metrics_frame": "kfac_onnx.runtime.frames",
     "parse_pipeline": "kfac_onnx.pipeline.pipeline",
     "save": "kfac_onnx.api",
     "scan": "kfac_onnx.api",

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import io
 import re
+import runpy
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -34,6 +37,32 @@ def test_python_dash_m_is_the_command_line() -> None:
         [sys.executable, "-m", "kfac_onnx", "--version"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, f"kfac-onnx {kfac_onnx.__version__}")
+
+
+def test_extras_are_those_of_the_readme() -> None:
+    extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z]+)` \| .* \| .* \|$", readme, re.MULTILINE)) >= set(extras)
+
+
+def test_a_source_distribution_packed_anew_has_the_same_bytes(tmp_path: Path) -> None:
+    repack = runpy.run_path(str(ROOT.parent / "tools" / "build_release.py"))["repack"]
+    archives: list[bytes] = []
+    for number, names in enumerate((("b", "a"), ("a", "b"))):
+        archive = tmp_path / f"{number}.tar.gz"
+        with tarfile.open(archive, "w:gz") as files:
+            for name in names:
+                member = tarfile.TarInfo(f"x-1/{name}")
+                member.size, member.mtime, member.uid, member.mode = 1, number, number, 0o600 + 0o40 * number
+                files.addfile(member, io.BytesIO(name.encode()))
+        repack(archive, 7)
+        archives.append(archive.read_bytes())
+    assert archives[0] == archives[1]
+    with tarfile.open(tmp_path / "1.tar.gz") as files:
+        assert [(m.name, m.mtime, m.uid, m.mode) for m in files] == [
+            ("x-1/a", 7, 0, 0o644),
+            ("x-1/b", 7, 0, 0o644),
+        ]
 
 
 def test_the_lowest_versions_are_those_that_are_allowed() -> None:

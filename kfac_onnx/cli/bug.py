@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import tempfile
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfac_onnx.cli.output import say
+from kfac_onnx.version import environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["report"]
-
-_PACKAGES = ("kfac-onnx", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
 def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> None:
@@ -28,12 +25,13 @@ def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> 
     The file holds the command, the versions, the traceback and the sizes and SHA-256 sums of the files
     that the command names; not their contents, which may be private.
     """
+    versions = environment()
     details: dict[str, Any] = {
         "command": ["kfac-onnx", *arguments],
         "files": [_described(Path(word)) for word in arguments if os.path.isfile(word)],  # noqa: PTH113  it never raises
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "system": platform.platform(),
+        "versions": {name: version or "not installed" for name, version in versions.items()},
+        "python": versions["python"],
+        "system": versions["system"],
         "traceback": traceback.format_exception(error),
     }
     try:
@@ -50,13 +48,6 @@ def report(error: Exception, arguments: Sequence[str], *, broken_pass: bool) -> 
     for line in f"{type(error).__name__}: {error}".splitlines():
         say(f"  {line}", err=True)
     say(f"  help: {remedy}", err=True)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _described(path: Path) -> dict[str, str | int]:

@@ -14,7 +14,7 @@ from typing import Final
 
 import click
 
-from kfac_onnx.cli.output import discard_output, say, show_every_sign
+from kfac_onnx.cli.output import discard_output, print_json, say, show_every_sign
 from kfac_onnx.errors import UserError, VerifyError, did_you_mean, safe_line
 
 __all__ = ["VERBS", "cli", "main"]
@@ -77,14 +77,33 @@ class LazyVerbs(click.Group):
 
 
 @click.group(
-    cls=LazyVerbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyVerbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+    no_args_is_help=True,
 )
-@click.version_option(package_name="kfac-onnx", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.option("--version", is_flag=True, help="Show the version and exit.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="With --version: all versions and the machine, as JSON."
+)
+@click.pass_context
+def cli(ctx: click.Context, version: bool, as_json: bool) -> None:
     """K-FAC for embedding tables in ONNX training graphs.
 
     Start with `kfac-onnx demo`, or with `kfac-onnx scan MODEL` on your own training graph.
     """
+    if version:
+        from kfac_onnx.version import __version__, environment
+
+        if as_json:
+            print_json(environment())
+        else:
+            say(f"kfac-onnx {__version__}")
+        ctx.exit()
+    if as_json:
+        raise UserError("--json before a verb is for --version", help="put it behind the verb")
+    if ctx.invoked_subcommand is None:
+        raise click.UsageError("Missing command.", ctx)
 
 
 class _StderrHandler(logging.Handler):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+import kfac_onnx
 from kfac_onnx.cli import main as main_module
 from kfac_onnx.cli.main import VERBS, cli
 from kfac_onnx.errors import UserError, VerifyError
+from kfac_onnx.version import PACKAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +106,38 @@ def test_a_bug_leaves_a_report(
     assert data["command"] == ["kfac-onnx", "scan"]
     assert data["versions"]["onnx-ir"]
     assert any("main.py" in line for line in data["traceback"])
+
+
+def test_versions_for_reports(run: Callable[..., Outcome]) -> None:
+    outcome = run("--version", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(outcome.data) == {"kfac-onnx", "python", "system", "machine", "cpus", *PACKAGES}
+    assert outcome.data["kfac-onnx"] == kfac_onnx.__version__
+    assert outcome.data["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    outcome = run("--json", "scan", "x")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == "error: --json before a verb is for --version\n  help: put it behind the verb\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_and_options(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main_module.main([])
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("_KFAC_ONNX_COMPLETE", f"{shell}_source")
+    monkeypatch.setattr("click.shell_completion.BashComplete._check_version", lambda *_: None)
+    assert "kfac-onnx" in said()
+    monkeypatch.setenv("_KFAC_ONNX_COMPLETE", f"{shell}_complete")
+    for words, word, expected in (
+        ("kfac-onnx ins", "ins", "inspect"), ("kfac-onnx inspect --look", "--look", "--lookups"),
+    ):  # fmt: skip
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", word if shell == "fish" else str(len(words.split()) - 1))
+        assert expected in said()
 
 
 def test_results_go_to_stdout_and_words_to_stderr(run: Callable[..., Outcome], relu: Path) -> None:

@@ -29,7 +29,7 @@ DRAWN = "return Number(document.documentElement.dataset.drawn)"
 
 @pytest.fixture(scope="module")
 def transformed() -> ir.Model:
-    return kx.transform(NPLM)
+    return kx.transform(NPLM, preset="half")
 
 
 def test_a_transformed_model(browser: Browser, transformed: ir.Model, tmp_path: Path) -> None:

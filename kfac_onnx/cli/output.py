@@ -135,10 +135,8 @@ def print_accounts(accounts: Iterable[Account]) -> None:
     if not accounts:
         return
     numbers = Counter(item.kind for item in accounts)
-    say(
-        "tensors: "
-        + ", ".join(f"{numbers[kind]} {words}" for kind, words in _CLASSES.items() if numbers[kind])
-    )
+    counts = [(numbers[kind], words) for kind, words in _CLASSES.items() if numbers[kind]]
+    say("tensors: " + ", ".join(f"{n} {words.removesuffix('s') if n == 1 else words}" for n, words in counts))
     for item in accounts:
         if item.kind in ("frozen", "merged") or item.reason.startswith("no table"):
             say(f"{item.kind}: {item.name} ({item.reason})")

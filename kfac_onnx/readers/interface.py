@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import onnx_ir as ir
 
 from kfac_onnx.graph.emit import Miss
+from kfac_onnx.graph.operators import VIEWS
 from kfac_onnx.graph.values import is_float
 from kfac_onnx.readers.load import Exported
 from kfac_onnx.readers.row_gradients import following_row_gradients, named_row_gradients
@@ -70,11 +71,40 @@ def _owner(value: ir.Value) -> str | None:
     return name.removesuffix(GRADIENT_SUFFIX) if name.endswith(GRADIENT_SUFFIX) else None
 
 
+def _views_before(value: ir.Value | None) -> list[ir.Node]:
+    """Return the views that a value is of something stored, the last one first."""
+    views: list[ir.Node] = []
+    while value is not None and (node := value.producer()) is not None and node.op_type in VIEWS:
+        views.append(node)
+        value = node.inputs[0]
+    return views
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """Return what a value is a view of."""
+    views = _views_before(value)
+    return views[-1].inputs[0] if views else value
+
+
+def _views_behind(value: ir.Value) -> list[ir.Node] | None:
+    """Return the views of a value and of those, in order; None where something else reads one."""
+    views: list[ir.Node] = []
+    stack = [value]
+    while stack:
+        for node, index in stack.pop().uses():
+            if node.op_type not in VIEWS or index != 0:
+                return None
+            views.append(node)
+            stack.extend(node.outputs)
+    return views
+
+
 def ort_artifacts(exported: Exported) -> Interface | Miss:
     """Read ONNX Runtime training artifacts: each gradient goes into an InPlaceAccumulatorV2 with its buffer.
 
     The buffer is the input `<p>_grad.accumulation.buffer`. The accumulators, their buffers, the reset
-    flag and the flags that they return belong to the exporter's optimizer and are removed.
+    flag and the flags that they return belong to the exporter's optimizer and are removed, and so are views
+    (a Transpose and its opposite, an Identity) between them.
     """
     model = exported.model
     nodes = [node for node in model.graph if node.op_type == "InPlaceAccumulatorV2"]
@@ -82,23 +112,36 @@ def ort_artifacts(exported: Exported) -> Interface | Miss:
         return Miss("it has no InPlaceAccumulatorV2 nodes")
     gradients: dict[str, str] = {}
     orphans: dict[str, str] = {}
+    views = [
+        view
+        for node in nodes
+        for value in (node.inputs[0], *node.inputs[2:])
+        for view in _views_before(value)
+    ]
+    behind: list[ir.Node] = []
     for node in nodes:
-        buffer, gradient = node.inputs[:2]
+        buffer, gradient = _source(node.inputs[0]), node.inputs[1]
         if buffer is None or gradient is None:
             return Miss("an InPlaceAccumulatorV2 node lacks its buffer or gradient")
         name = (buffer.name or "").removesuffix(BUFFER_SUFFIX).removesuffix(GRADIENT_SUFFIX)
-        if node.outputs[0].uses():
+        flags = _views_behind(node.outputs[0])
+        if flags is None:
             return Miss("the flag of an InPlaceAccumulatorV2 node is read by another node")
+        behind += flags
         (gradients if _known(model, name) else orphans)[name] = str(gradient.name)
-    state = {value for node in nodes for value in (node.inputs[0], *node.inputs[2:]) if value is not None}
-    results = {value for node in nodes for value in node.outputs}
+    read = [value for node in nodes for value in (node.inputs[0], *node.inputs[2:])]
+    state = {source for value in read if (source := _source(value)) is not None}
+    results = {value for node in (*nodes, *behind) for value in node.outputs}
     for index in reversed(range(len(model.graph.outputs))):
         if model.graph.outputs[index] in results:
             del model.graph.outputs[index]
     for node in nodes:
         if len(node.outputs) > 1 and node.outputs[1].uses() and node.inputs[1] is not None:
             node.outputs[1].replace_all_uses_with(node.inputs[1])
-    model.graph.remove(nodes, safe=True)
+    model.graph.remove([*reversed(behind), *nodes], safe=True)
+    for view in dict.fromkeys(views):  # those nearest to an accumulator first
+        if not view.outputs[0].uses() and not view.outputs[0].is_graph_output():
+            model.graph.remove(view, safe=True)
     for index in reversed(range(len(model.graph.inputs))):
         value = model.graph.inputs[index]
         if value in state and not value.uses():

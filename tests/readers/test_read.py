@@ -213,6 +213,30 @@ def test_accumulators_may_have_a_second_output() -> None:
     assert extra.inputs[0].name == "emb.weight_grad"
 
 
+def test_views_before_and_behind_accumulators_go_with_them() -> None:
+    proto = onnx.load(GRAPHS / "ortart_legcore__nplm.onnx")
+    nodes: list[onnx.NodeProto] = []
+    for place, node in enumerate(proto.graph.node):
+        if node.op_type == "InPlaceAccumulatorV2":
+            buffer, flag, reset = node.input[0], node.output[0], node.input[2]
+            matrix = not buffer.startswith(("fc.bias", "out.bias"))
+            back = ["Transpose", "Transpose"] if matrix else ["Identity", "Identity"]
+            nodes.append(onnx.helper.make_node(back[0], [buffer], [f"turned{place}"]))
+            nodes.append(onnx.helper.make_node(back[1], [f"turned{place}"], [f"buffer{place}"]))
+            nodes.append(onnx.helper.make_node("Identity", [reset], [f"reset{place}"]))
+            node.input[0], node.input[2], node.output[0] = f"buffer{place}", f"reset{place}", f"flag{place}"
+            nodes += [node, onnx.helper.make_node("Identity", [f"flag{place}"], [flag])]
+        else:
+            nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    plain = read_training_graph(GRAPHS / "ortart_legcore__nplm.onnx")
+    model = read_training_graph(proto)
+    assert pairs(model) == pairs(plain)
+    assert {value.name for value in model.graph.inputs} == {value.name for value in plain.graph.inputs}
+    assert outputs(model) == outputs(plain)
+
+
 def test_a_boundary_gradient_becomes_a_batch_input() -> None:
     model = read_training_graph(GRAPHS / "ortmodule_leg__nplm.onnx")
     assert model.metadata_props["kfac.frontend"] == "ort-module"

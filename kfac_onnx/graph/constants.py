@@ -11,13 +11,27 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from kfac_onnx.graph.operators import ELEMENTWISE, REDUCTIONS, SIZES, VIEWS, Keeps, keeping
-from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute, static_shape
+from kfac_onnx.graph.operators import (
+    ELEMENTWISE,
+    PRODUCTS,
+    REDUCTIONS,
+    SCATTERS,
+    SIZES,
+    VIEWS,
+    Keeps,
+    Trait,
+    having,
+    keeping,
+)
+from kfac_onnx.graph.values import ONNX_DOMAINS, int_attribute, is_float, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["Constants"]
+
+LINEAR = having(Trait.LINEAR)
+SCALES = having(Trait.SCALES)
 
 SMALL = 1 << 16
 """Entries above which a constant expression is not evaluated."""
@@ -39,6 +53,7 @@ class Constants:
         self.varying = set(varying)
         self.opset = opset
         self._known: dict[ir.Value, np.ndarray | None] = {}
+        self._vanishing: dict[ir.Value, bool] = {}
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """Return the array that a value always has, if that can be found out cheaply, otherwise None."""
@@ -122,6 +137,35 @@ class Constants:
                 return array is not None and not np.any(array)
             case _:
                 return False
+
+    def vanishes(self, value: ir.Value | None) -> bool:
+        """Say whether linear operators make a tensor of nothing but zeros, as far as that is seen.
+
+        It is what an exporter writes for the derivative by a value that the loss does not depend on.
+        """
+        if value is None:
+            return False
+        if value not in self._vanishing:
+            self._vanishing[value] = False  # also the answer while a cycle is being walked
+            self._vanishing[value] = self._vanishes(value)
+        return self._vanishing[value]
+
+    def _vanishes(self, value: ir.Value) -> bool:
+        if self.is_zeros(value):
+            return True
+        node = value.producer()
+        if node is None or node.domain not in ONNX_DOMAINS:
+            return False
+        sources, operator = node.inputs, node.op_type
+        if operator in SCALES:
+            return any(map(self.vanishes, sources[:1] if operator == "Div" else sources))
+        if operator in PRODUCTS:
+            return any(map(self.vanishes, sources[:2])) and all(map(self.vanishes, sources[2:]))
+        if operator in SCATTERS:
+            return self.vanishes(sources[0]) and self.vanishes(sources[2])
+        return operator in LINEAR and all(
+            self.vanishes(item) for item in sources if item is not None and is_float(item)
+        )
 
 
 def _has_graph(attr: ir.Attr) -> bool:

@@ -141,6 +141,12 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
             [_step(lookups[0].node)],
             f"name its gradient: --gradients {weight.name}=OUTPUT",
         )
+    if facts.vanishes(gradient):
+        return verdict.refuse(
+            f"its gradient '{gradient.name}' is zero whatever the batch is, so it would never be trained",
+            [_step(lookups[0].node), str(gradient.name)],
+            "check the model: is the lookup detached, or is the gradient that of another lookup?",
+        )
     terms = gradient_terms(gradient, facts)
     verdict = _pair(verdict, gradient, lookups, dense_uses, terms, facts)
     if verdict.site is not None:

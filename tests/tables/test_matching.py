@@ -418,6 +418,22 @@ def test_one_lookup_by_constant_ids_whose_rows_two_scatters_add() -> None:
     np.testing.assert_allclose(table, want, atol=1e-6)
 
 
+def test_a_gradient_that_is_zero_whatever_the_batch_is_is_refused() -> None:
+    """The loss reads one of two equal lookups, and the derivative is by the other one."""
+    backward = """
+        shape = Shape(h)
+        nothing = ConstantOfShape(shape)
+        step = Mul(rate, nothing)
+        rows = Neg(step)
+        index = Unsqueeze(ids, last)
+        W_grad = ScatterND<reduction: string = "add">(zeros, index, rows)
+    """
+    model = training_graph(backward=backward, constants=", float rate = {0.1}")
+    assert refusal(model).reason == (
+        "its gradient 'W_grad' is zero whatever the batch is, so it would never be trained"
+    )
+
+
 def test_lookup_in_a_normalized_table_is_refused() -> None:
     forward = """
         squares = Mul(W, W)

@@ -130,7 +130,7 @@ def unused(subject: Subject) -> Iterator[Finding]:
                 "it has a gradient output, but it cannot be trained",
                 "leave it out of the trained parameters, or check the model: is it detached?",
             )
-        elif gradient is not None and facts.is_zeros(gradient):
+        elif gradient is not None and facts.vanishes(gradient):
             yield Finding(
                 "zero-gradient",
                 "warning",

@@ -6,7 +6,7 @@ Source: Apache Arrow columnar format, https://arrow.apache.org/docs/format/Colum
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from kfac_onnx.data.lists import Block, Column
 
-__all__ = ["block_of", "column_of", "pyarrow"]
+__all__ = ["DAMAGE", "block_of", "column_of", "pyarrow"]
+
+DAMAGE: Final = (OSError, ValueError, TypeError, LookupError, MemoryError, NotImplementedError, RuntimeError)
+"""What pyarrow raises for damaged files: its own errors are of these kinds, but others come through too."""
 
 
 def pyarrow(module: str = "pyarrow", what: str = "Parquet, Arrow and CSV files") -> Any:
@@ -57,7 +60,10 @@ def column_of(array: Any, name: str, place: str) -> Column:
     if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
         return np.asarray(array.to_numpy(zero_copy_only=False))
     if types.is_string(kind) or types.is_large_string(kind) or kind == pyarrow().string_view():
-        return np.asarray(array.to_numpy(zero_copy_only=False), object)
+        try:
+            return np.asarray(array.to_numpy(zero_copy_only=False), object)
+        except UnicodeDecodeError as e:
+            raise UserError(f"column '{name}' of {place} holds texts that are no UTF-8") from e
     if types.is_fixed_size_list(kind):
         inner = column_of(array.flatten(), name, place)
         if isinstance(inner, np.ndarray):

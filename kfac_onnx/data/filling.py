@@ -135,6 +135,8 @@ def fillings(
     is what the data are called.
     """
     names = [item.name for item in inputs]
+    if not columns:
+        raise UserError(f"{place} holds no columns")
     by_input = {name: filling for filling in chosen for name in filling.inputs}
     for name, filling in by_input.items():
         if name not in names:

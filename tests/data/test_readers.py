@@ -199,6 +199,8 @@ def test_a_table_of_values_in_many_pieces(tmp_path: Path, monkeypatch: pytest.Mo
         ("t.jsonl", '{"user": 1}\n', "'DIR/t.jsonl' has no column 'labels', and no other fills that input"),
         ("t.jsonl", '{"usr": 1, "labels": 1}\n', "'DIR/t.jsonl' has no column 'user'; did you mean 'usr'?"),
         ("t.parquet", "PAR1 and no more", "'DIR/t.parquet' is not a readable Parquet file: ..."),
+        ("t.jsonl", "{}\n", "'DIR/t.jsonl' holds no columns"),
+        ("t.jsonl", "\n", "'DIR/t.jsonl' holds no rows"),
         ("t.h5", "\x89HDF", "the format of 'DIR/t.h5' cannot be told"),
         ("t.npy", "\x93NUMPY", "'DIR/t.npy' is a single array, which does not say whose it is"),
     ],
@@ -331,6 +333,33 @@ def test_columns_of_arrow_s_other_types(tmp_path: Path) -> None:
     texts = BatchInput("ids", INT, ("B",), keys=("b", "a"))
     (batch,) = opened(path, [texts, LABELS], 2, columns="word.x=ids")
     assert batch["ids"].tolist() == ["a", "b"]
+
+
+def test_damaged_files_are_said_or_read(tmp_path: Path) -> None:
+    """Bytes that are others, at random: an error of ours, or rows."""
+    random = np.random.default_rng(0)
+    said = 0
+    for name in ("a Parquet file", "an Arrow file", "an Arrow stream"):
+        path = WRITERS[name](tmp_path, {"user": [[1, 2], [3]] * 5, "labels": [0.0, 1.0] * 5})
+        whole = path.read_bytes()
+        for _ in range(12):
+            damaged = bytearray(whole)
+            for place in random.integers(0, len(whole), 4).tolist():
+                damaged[place] = int(random.integers(256))
+            path.write_bytes(damaged)
+            try:
+                list(opened(path, [BatchInput("ids", INT, ("B", "L")), LABELS], columns="user=ids{pad=0}"))
+            except UserError:
+                said += 1
+    assert said > 12
+
+
+def test_a_folder_that_hugging_face_wrote(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(NUMBERS).save_to_disk(tmp_path / "set", num_shards=3)
+    np.testing.assert_array_equal(
+        np.concatenate([batch["ids"] for batch in opened(tmp_path / "set")]), TABLE["user"]
+    )
 
 
 def test_other_rows_are_another_content(tmp_path: Path) -> None:

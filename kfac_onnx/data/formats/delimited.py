@@ -12,7 +12,7 @@ import io
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from kfac_onnx.data.arrow import block_of, pyarrow
+from kfac_onnx.data.arrow import DAMAGE, block_of, pyarrow
 from kfac_onnx.data.formats.chunks import chunks_of, read_chunk
 from kfac_onnx.errors import UserError, first_line
 
@@ -95,7 +95,7 @@ class Delimited:
                 parse_options=library.ParseOptions(delimiter=self._mark, newlines_in_values=True),
                 convert_options=library.ConvertOptions(column_types=types, include_columns=list(columns)),
             )
-        except arrow.ArrowException as e:
+        except DAMAGE as e:
             raise UserError(f"{place} cannot be read: {first_line(e)}") from e
         if table.num_rows != chunk.rows:
             raise UserError(f"{place} hold {table.num_rows} rows instead of {chunk.rows}")

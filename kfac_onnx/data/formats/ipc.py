@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kfac_onnx.data.arrow import block_of, pyarrow
+from kfac_onnx.data.arrow import DAMAGE, block_of, pyarrow
 from kfac_onnx.data.source import Joined
 from kfac_onnx.disk.records import parse
 from kfac_onnx.errors import UserError, first_line
@@ -41,7 +41,7 @@ class ArrowFile:
             with self._opened(self.names[:1]) as reader:
                 count = reader.num_record_batches
                 self.rows: list[int] = [reader.get_batch(index).num_rows for index in range(count)]
-        except (OSError, pyarrow().ArrowException) as e:
+        except DAMAGE as e:
             raise _unreadable(path, e) from e
 
     def _opened(self, columns: Sequence[str]) -> Any:
@@ -53,8 +53,10 @@ class ArrowFile:
         """Yield a record batch."""
         try:
             with self._opened(columns) as reader:
-                yield block_of(reader.get_batch(piece), columns, f"'{self._path}'")
-        except (OSError, pyarrow().ArrowException) as e:
+                batch = reader.get_batch(piece)
+                batch.validate(full=True)  # offsets of a damaged file may lie outside of it
+                yield block_of(batch, columns, f"'{self._path}'")
+        except DAMAGE as e:
             raise _unreadable(self._path, e) from e
 
 
@@ -67,7 +69,7 @@ class ArrowStream:
             with pyarrow("pyarrow.ipc").open_stream(str(path)) as reader:
                 self.names: tuple[str, ...] = tuple(reader.schema.names)
                 self.rows: list[int] = [sum(batch.num_rows for batch in reader)]
-        except (OSError, pyarrow().ArrowException) as e:
+        except DAMAGE as e:
             raise _unreadable(path, e) from e
 
     def read(self, piece: int, columns: Sequence[str]) -> Iterator[Block]:
@@ -75,8 +77,9 @@ class ArrowStream:
         try:
             with pyarrow("pyarrow.ipc").open_stream(str(self._path)) as reader:
                 for batch in reader:
+                    batch.validate(full=True)
                     yield block_of(batch, columns, f"'{self._path}'")
-        except (OSError, pyarrow().ArrowException) as e:
+        except DAMAGE as e:
             raise _unreadable(self._path, e) from e
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from kfac_onnx.data.arrow import block_of, pyarrow
+from kfac_onnx.data.arrow import DAMAGE, block_of, pyarrow
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ParquetFile:
                 self.names: tuple[str, ...] = tuple(file.schema_arrow.names)
                 groups = file.metadata.num_row_groups
                 self.rows: list[int] = [file.metadata.row_group(index).num_rows for index in range(groups)]
-        except (OSError, pyarrow().ArrowException) as e:
+        except DAMAGE as e:
             raise UserError(f"'{path}' is not a readable Parquet file: {first_line(e)}") from e
 
     def _opened(self) -> Any:
@@ -50,7 +50,7 @@ class ParquetFile:
                 )
                 for batch in batches:
                     yield block_of(batch, columns, f"'{self._path}'")
-        except (OSError, pyarrow().ArrowException) as e:
+        except DAMAGE as e:
             raise UserError(f"'{self._path}' is not a readable Parquet file: {first_line(e)}") from e
 
     @cached_property

@@ -129,7 +129,13 @@ class WandbLog:
 
     def __init__(self, project: str) -> None:
         self._library = _library("wandb", "wandb")
-        self._run = self._library.init(project=project or "kfac-onnx")
+        try:
+            self._run = self._library.init(project=project or "kfac-onnx")
+        except Exception as e:  # a wrong name, no key, no network
+            raise UserError(
+                f"Weights & Biases cannot begin a run: {first_line(e)}",
+                help="run `wandb login`, or set WANDB_MODE=offline",
+            ) from e
 
     def scalars(self, values: Mapping[str, float], position: int) -> None:
         """Write numbers."""

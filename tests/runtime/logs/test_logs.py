@@ -84,6 +84,7 @@ READ: dict[str, Callable[[Path], dict[str, list[tuple[int, float]]]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("default")  # what these libraries warn of among themselves
 @pytest.mark.parametrize("name", LOGS)
 def test_what_is_written_can_be_read_by_its_own_library(
     name: str,
@@ -93,7 +94,7 @@ def test_what_is_written_can_be_read_by_its_own_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place = tmp_path / "place"
-    target = f"{name}:sqlite:///{place}" if name == "mlflow" else f"{name}:{place}"
+    target = {"mlflow": f"mlflow:sqlite:///{place}", "wandb": "wandb:tests"}.get(name, f"{name}:{place}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     if name != "csv":

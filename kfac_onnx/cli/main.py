@@ -40,7 +40,7 @@ VERBS: Final[dict[str, str]] = {
     "opt": "Run a textual pipeline of passes over a model.",
     "check": "Find what is wrong with a training graph, or probably not meant.",
     "why": "Explain why a parameter was taken as an embedding table, or was not.",
-    "demo": "Train a small language model with Adam, Adagrad and K-FAC, and compare.",
+    "demo": "Train a small language model with Adam, Muon and K-FAC, and compare.",
     "bench": "Measure what a training step costs here, beside what else could be used.",
 }
 """Verb to its one line of help. Its command is the function `command` in `kfac_onnx/cli/<verb>.py`."""

@@ -1,15 +1,15 @@
 """The optimizers that the demo compares, each at the learning rates that were best for it.
 
-The rates come from the sweep in benchmarks/convergence (constant learning rate, 1,200 steps). All other
-layers are trained by Adam in every arm.
+The rates come from sweeps at a constant learning rate over 1,200 steps (benchmarks/convergence for those of
+Adam as the rest). The two baselines come first.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.demo.curves import Curve
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
@@ -23,25 +23,46 @@ if TYPE_CHECKING:
 
     from kfac_onnx.device.providers import GivenProviders
 
-__all__ = ["ARMS", "Arm", "ArmResult", "train"]
+__all__ = ["ARMS", "BASELINES", "Arm", "ArmResult", "train"]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An optimizer of the table: its preset, learning rate, and Adam's for all other layers."""
+    """What trains the table, and what trains the rest, with their learning rates.
+
+    `options` are further ones of `transform`: of hidden matrices and of output tables.
+    """
 
     name: str
     preset: str
     lr: float
     rest_lr: float
+    rest: str = "adam"
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 ARMS: Final = (
     Arm("Adam", "plain-adam", lr=0.006, rest_lr=0.004),
-    Arm("Adagrad", "plain-adagrad", lr=0.1, rest_lr=0.005),
-    Arm(DEFAULT_PRESET, DEFAULT_PRESET, lr=0.01, rest_lr=0.003),
+    Arm(
+        "Muon + Adam",
+        "plain-adam",
+        lr=0.006,
+        rest_lr=0.003,
+        options={"rules": ("hidden.weight=muon{lr=0.00667}",)},
+    ),
+    Arm("ours on tables", DEFAULT_PRESET, lr=0.01, rest_lr=0.003),
+    Arm(
+        "ours everywhere",
+        DEFAULT_PRESET,
+        lr=0.00667,
+        rest_lr=0.003,
+        rest="kfac",
+        options={"hidden_lr": 0.0015, "output_lr": 0.006},
+    ),
 )
-"""Adam first: the steps to its best held-out loss are counted. Last the default preset."""
+"""Adam first: the steps to its best held-out loss are counted in the table."""
+BASELINES: Final = ("Adam", "Muon + Adam")
+"""Arms that the others are compared with: steps, and time, to the best loss of each."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Run the demo: scan, transform, train three optimizers on the same batches, tabulate and draw.
+"""Run the demo: scan, transform, train four optimizers on the same batches, tabulate and draw.
 
 Results go to the console given (standard output by default), the progress bar to standard error.
 """
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from kfac_onnx.demo.arms import ARMS, Arm, ArmResult, train
+from kfac_onnx.demo.arms import ARMS, BASELINES, ArmResult, train
 from kfac_onnx.demo.corpus import CLASSES, CONTEXT, load_corpus
 from kfac_onnx.demo.curves import check_plot, draw_png, draw_text
 from kfac_onnx.demo.model import initial_parameters
@@ -65,12 +65,30 @@ class DemoResult:
         """Return the step at which an arm reached the level, or None if it did not."""
         return result.curve.first_below(self.level)
 
+    def steps_ratio(self, result: ArmResult, baseline: ArmResult) -> float | None:
+        """Return an arm's steps to a baseline's best loss over the baseline's own; None if never reached."""
+        level = baseline.curve.best
+        own, reached = baseline.curve.first_below(level), result.curve.first_below(level)
+        return None if own is None or reached is None else reached / own
+
+    def time_ratio(self, result: ArmResult, baseline: ArmResult) -> float | None:
+        """Return the same of wall-clock: the ratio of steps times that of the median steps' times."""
+        steps = self.steps_ratio(result, baseline)
+        return None if steps is None else steps * result.ms_per_step / baseline.ms_per_step
+
+    @property
+    def baselines(self) -> list[ArmResult]:
+        """The arms that the others are compared with."""
+        return [entry for entry in self.arms if entry.arm.name in BASELINES]
+
     def to_json(self) -> str:
-        """Return everything as one JSON object."""
+        """Return everything as one JSON object; ratios are by the name of the baseline."""
         data: dict[str, Any] = asdict(self)
         for entry, result in zip(data["arms"], self.arms, strict=True):
             entry["best_loss"] = result.curve.best
             entry["steps_to_level"] = self.steps_to_level(result)
+            for name, ratio in (("steps_ratio", self.steps_ratio), ("time_ratio", self.time_ratio)):
+                entry[name] = {base.arm.name: ratio(result, base) for base in self.baselines}
         return json_text.dumps(data)
 
 
@@ -84,7 +102,7 @@ def run(
     console: Console | None = None,
     providers: GivenProviders = ("CPUExecutionProvider",),
 ) -> DemoResult:
-    """Train the shipped language model with Adam, Adagrad and the default preset, and report.
+    """Train the shipped language model with Adam, Muon and the blocks, on tables and everywhere, and report.
 
     `quick` makes a run of under 40 s on two cores, `steps` sets the steps of each arm, `plot` names a
     PNG to draw, `json` prints one JSON object instead of tables, `providers` are ONNX Runtime's. Raises
@@ -122,7 +140,7 @@ def run(
             results.append(
                 train(
                     arm,
-                    models[arm],
+                    models[arm.name],
                     parameters,
                     itertools.islice(corpus.batches(_BATCH, seed), scale.steps),
                     held_out,
@@ -153,11 +171,11 @@ def run(
     return result
 
 
-def _models(console: Console, target: str) -> dict[Arm, ir.Model]:
+def _models(console: Console, target: str) -> dict[str, ir.Model]:
     """Scan the shipped graph and transform it once for each arm."""
     from kfac_onnx.api import scan, transform
 
-    models: dict[Arm, ir.Model] = {}
+    models: dict[str, ir.Model] = {}
     packed = resources.files("kfac_onnx.demo").joinpath("data/lm.onnx")
     with resources.as_file(packed) as path:
         for site in scan(path).sites:
@@ -166,10 +184,16 @@ def _models(console: Console, target: str) -> dict[Arm, ir.Model]:
                 f"read by {', '.join(use.op for use in site.uses)}"
             )
         for arm in ARMS:
-            models[arm] = transform(
-                path, preset=arm.preset, lr=arm.lr, rest="adam", rest_lr=arm.rest_lr, target=target
+            models[arm.name] = transform(
+                path,
+                preset=arm.preset,
+                lr=arm.lr,
+                rest=arm.rest,
+                rest_lr=arm.rest_lr,
+                target=target,
+                **arm.options,
             )
-            console.print(f"transform: {arm.preset}, rest adam: {len(models[arm].graph)} nodes")
+            console.print(f"transform: {arm.name}: {len(models[arm.name].graph)} nodes")
     return models
 
 
@@ -186,24 +210,33 @@ def _progress() -> Progress:
 
 def _table(result: DemoResult) -> Table:
     adam = result.arms[0].arm.name
+    baselines = result.baselines
     table = Table(
         title=f"{result.steps:,} steps of {_BATCH} examples each, seed {result.seed}, {result.seconds:.0f} s",
         caption=f"loss: held out, in nats; steps: until {adam}'s best loss, {result.level:.4f}; "
+        "ratios: steps and wall-clock to the best loss of a baseline over its own; "
         "state: what the table's optimizer keeps",
     )
-    table.add_column("table by")
-    for heading in ("lr", "best loss", "final loss", "steps", f"/ {adam}'s", "ms/step", "state"):
+    table.add_column("trained by")
+    for heading in ("best loss", "final loss", "steps"):
         table.add_column(heading, justify="right")
-    reference = result.steps_to_level(result.arms[0])
+    for base in baselines:
+        for what in ("steps", "time"):
+            table.add_column(f"{what} / {base.arm.name}'s", justify="right")
+    for heading in ("ms/step", "state"):
+        table.add_column(heading, justify="right")
     for entry in result.arms:
         reached = result.steps_to_level(entry)
         table.add_row(
             entry.arm.name,
-            f"{entry.arm.lr:g}",
             f"{entry.curve.best:.4f}",
             f"{entry.curve.losses[-1]:.4f}",
             "not reached" if reached is None else f"{reached:.0f}",
-            "" if reached is None or reference is None else f"{reached / reference:.2f}",
+            *(
+                "" if value is None else f"{value:.2f}"
+                for base in baselines
+                for value in (result.steps_ratio(entry, base), result.time_ratio(entry, base))
+            ),
             f"{entry.ms_per_step:.1f}",
             _bytes(entry.state_bytes),
         )

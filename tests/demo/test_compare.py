@@ -11,17 +11,18 @@ import pytest
 from rich.console import Console
 
 from kfac_onnx.demo import DemoResult, run
-from kfac_onnx.demo.arms import ARMS, Arm, ArmResult
+from kfac_onnx.demo.arms import ARMS, BASELINES, Arm, ArmResult
 from kfac_onnx.demo.corpus import load_corpus
 from kfac_onnx.demo.curves import Curve
 from kfac_onnx.demo.model import EMBEDDING, initial_parameters
 from kfac_onnx.errors import UserError
-from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 
 from .test_model import reference
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+ARM_NAMES = ["Adam", "Muon + Adam", "ours on tables", "ours everywhere"]
 
 
 def console() -> Console:
@@ -33,28 +34,29 @@ def printed(target: Console) -> str:
     return target.file.getvalue()
 
 
-def test_the_demo_compares_three_optimizers(tmp_path: Path) -> None:
+def test_the_demo_compares_four_optimizers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = console()
     picture = tmp_path / "curves.png"
     result = run(quick=True, steps=40, threads=2, plot=picture, console=target)
-    assert [entry.arm.preset for entry in result.arms] == ["plain-adam", "plain-adagrad", DEFAULT_PRESET]
-    assert [entry.curve.steps for entry in result.arms] == [(20, 40)] * 3
+    assert [entry.arm.name for entry in result.arms] == ARM_NAMES
+    assert [entry.curve.steps for entry in result.arms] == [(20, 40)] * 4
     assert result.level == result.arms[0].curve.best
     for entry in result.arms:
-        # ln 2001 = 7.60 before training: 40 steps bring every optimizer well below 6.5.
-        assert entry.curve.losses[1] < entry.curve.losses[0] < 6.5
+        # ln 2001 = 7.60 before training: 20 steps bring every optimizer below 7, 40 well below 6.
+        assert entry.curve.losses[0] < 7.0
+        assert entry.curve.losses[1] < 6.0
         assert entry.ms_per_step > 0
         assert entry.skipped == 0
     vocabulary, width = 12_762, 64
-    adam, adagrad, half = (entry.state_bytes for entry in result.arms)
-    assert adam == pytest.approx(2 * 4 * vocabulary * width, abs=64)  # and a counter
-    assert adagrad == pytest.approx(4 * vocabulary * width, abs=64)
-    assert half == pytest.approx(4 * (vocabulary + 2 * width**2), abs=128)  # and scalars
+    adam, muon, tables, everywhere = (entry.state_bytes for entry in result.arms)
+    assert adam == muon == pytest.approx(2 * 4 * vocabulary * width, abs=64)  # and a counter
+    assert tables == everywhere
+    assert tables == pytest.approx(4 * (vocabulary + 2 * width**2), abs=128)  # and scalars
     text = printed(target)
     assert "scan: embedding.weight is a table of 12,762 x 64, read by Gather" in text
-    assert f"transform: {DEFAULT_PRESET}, rest adam:" in text
-    for column in ("table by", "best loss", "final loss", "steps", "ms/step", "state", "83.8 kB", "6.53 MB"):
+    assert "transform: Muon + Adam:" in text
+    for column in ("trained by", "best", "final", "steps", "time", "ms/step", "state", "83.8 kB", "6.53 MB"):
         assert column in text
     assert "⠑" in text  # the curves
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -66,11 +68,10 @@ def test_json_is_one_object_and_a_seed_repeats(capsys: pytest.CaptureFixture[str
     assert len(lines) == 2
     data = json.loads(lines[0])
     assert data["steps"] == 4
-    assert [entry["arm"]["preset"] for entry in data["arms"]] == [
-        "plain-adam",
-        "plain-adagrad",
-        DEFAULT_PRESET,
-    ]
+    assert [entry["arm"]["name"] for entry in data["arms"]] == ARM_NAMES
+    for baseline in BASELINES:
+        entry = next(entry for entry in data["arms"] if entry["arm"]["name"] == baseline)
+        assert entry["steps_ratio"][baseline] == entry["time_ratio"][baseline] == 1.0
     assert data["arms"][0]["best_loss"] == data["level"]
     assert data["arms"][0]["steps_to_level"] == data["arms"][0]["curve"]["steps"][-1]
     assert [entry.curve for entry in first.arms] == [entry.curve for entry in second.arms]
@@ -86,7 +87,9 @@ def test_held_out_loss_is_that_of_the_trained_parameters() -> None:
     held_out = corpus.held_out(size=40, limit=100)  # batches of 40, 40 and 20
     arm = ARMS[-1]
     with resources.as_file(resources.files("kfac_onnx.demo").joinpath("data/lm.onnx")) as path:
-        model = transform(path, preset=arm.preset, lr=arm.lr, rest="adam", rest_lr=arm.rest_lr)
+        model = transform(
+            path, preset=arm.preset, lr=arm.lr, rest=arm.rest, rest_lr=arm.rest_lr, **arm.options
+        )
     with TrainingSession(model, parameters=initial_parameters(3), threads=1) as session:
         batches = corpus.batches(64, 3)
         for _ in range(3):
@@ -102,10 +105,12 @@ def test_held_out_loss_is_that_of_the_trained_parameters() -> None:
     assert (values[EMBEDDING] != initial_parameters(3)[EMBEDDING]).any()
 
 
-def result_of(losses: dict[str, tuple[float, ...]]) -> DemoResult:
+def result_of(
+    losses: dict[str, tuple[float, ...]], milliseconds: tuple[float, ...] = (1.0, 1.0, 1.0)
+) -> DemoResult:
     arms = tuple(
-        ArmResult(Arm(name, name, 0.1, 0.1), Curve((10, 20, 30), values), 1.0, 1, 0)
-        for name, values in losses.items()
+        ArmResult(Arm(name, name, 0.1, 0.1), Curve((10, 20, 30), values), time, 1, 0)
+        for (name, values), time in zip(losses.items(), milliseconds, strict=True)
     )
     return DemoResult(arms, arms[0].curve.best, 30, 0, 1.0)
 
@@ -117,6 +122,17 @@ def test_steps_are_counted_to_the_best_loss_of_adam() -> None:
     data = json.loads(result.to_json())
     assert [entry["steps_to_level"] for entry in data["arms"]] == [20.0, 15.0, None]
     assert [entry["best_loss"] for entry in data["arms"]] == [4.0, 3.0, 4.1]
+
+
+def test_ratios_of_steps_and_of_time_to_each_baseline() -> None:
+    losses = {"Adam": (5.0, 4.0, 4.5), "Muon + Adam": (5.0, 4.5, 3.5), "fast": (4.5, 3.5, 3.0)}
+    result = result_of(losses, milliseconds=(2.0, 4.0, 3.0))
+    entries = {entry["arm"]["name"]: entry for entry in json.loads(result.to_json())["arms"]}
+    assert entries["fast"]["steps_ratio"] == {"Adam": 15 / 20, "Muon + Adam": 20 / 30}
+    assert entries["fast"]["time_ratio"] == {"Adam": 15 / 20 * 3 / 2, "Muon + Adam": 20 / 30 * 3 / 4}
+    assert entries["Muon + Adam"]["steps_ratio"]["Adam"] == 25 / 20
+    assert entries["Adam"]["steps_ratio"]["Muon + Adam"] is None
+    assert entries["Adam"]["time_ratio"]["Muon + Adam"] is None
 
 
 def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:

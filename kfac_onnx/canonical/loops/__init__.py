@@ -17,7 +17,7 @@ from onnx_ir.passes.common import LiftSubgraphInitializersToMainGraphPass
 
 from kfac_onnx.canonical.loops.accumulators import scatter_after
 from kfac_onnx.canonical.loops.branches import take_known_branches
-from kfac_onnx.canonical.loops.casts import name_types_of_casts
+from kfac_onnx.canonical.loops.casts import drop_round_trips, name_types_of_casts
 from kfac_onnx.canonical.loops.lookups import look_up_before
 from kfac_onnx.canonical.loops.recurrence import Recurrence, prune
 from kfac_onnx.canonical.loops.results import compute_outside, prune_emitted, stack_sequences
@@ -74,6 +74,7 @@ def open_loops(model: ir.Model) -> list[str]:
 def _sweep(model: ir.Model, counts: Counter[str]) -> None:
     names = Context.of(model)
     name_types_of_casts(model, names)
+    counts["casts to a wider type and back"] += drop_round_trips(model)
     constants = _constants(model)
     counts["branches that are always taken"] += take_known_branches(model, names, constants)
     for graph in reversed(list(all_graphs(model.graph))):  # inner ones first

@@ -12,6 +12,7 @@ from kfac_onnx import metadata
 from kfac_onnx.errors import NoGradientsError, UserError, did_you_mean
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
+from kfac_onnx.markup import element, rows_table
 from kfac_onnx.metadata import Account, Loss, Parameter, Refusal, Role, Site
 from kfac_onnx.options import function_with
 from kfac_onnx.passes.standard import PLAIN, TransformOptions
@@ -63,6 +64,24 @@ class Report:
     trainable: bool = True
     roles: tuple[Role, ...] = ()
     accounts: tuple[Account, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        sites = rows_table(
+            ["table", "V x D", "dtype", "lookups ", "gradient"],
+            [
+                (s.parameter, f"{s.vocab_size} x {s.embedding_dim}", s.dtype, len(s.uses), s.gradient)
+                for s in self.sites
+            ],
+            name=None,
+        )
+        refused = [
+            element("p", element("b", f"refused: {r.parameter}"), f": {r.reason}") for r in self.refused
+        ]
+        notes = [element("p", note) for note in self.notes]
+        inputs = ", ".join(self.batch_inputs)
+        head = element("p", f"read as {self.frontend}, loss {self.loss}, inputs {inputs}")
+        return element("div", head, sites, *refused, *notes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON data."""

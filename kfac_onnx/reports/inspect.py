@@ -22,7 +22,7 @@ from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
 from kfac_onnx.graph.values import constant
 from kfac_onnx.graph.verifier import require_sound
-from kfac_onnx.markup import quantity
+from kfac_onnx.markup import element, quantity, rows_table
 from kfac_onnx.metadata import (
     Account,
     Parameter,
@@ -174,6 +174,24 @@ class Inspection:
         """Number of nodes in each phase, in the order in which phases run."""
         counts = Counter(node.phase for node in self.nodes)
         return dict(sorted(counts.items(), key=lambda item: _PHASE_ORDER.get(item[0], len(_PHASE_ORDER))))
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        sites = rows_table(
+            ["table", "V x D", "dtype", "state ", "Adam's ", "each step", "each refresh"],
+            [
+                (s.parameter, f"{s.vocab_size} x {s.embedding_dim}", s.dtype, quantity(s.state_bytes, "B"),
+                 quantity(s.adam_bytes, "B"), s.step_cost.text(), s.refresh_cost.text())
+                for s in self.sites
+            ],
+            name=None,
+        )  # fmt: skip
+        others = rows_table(
+            ["other parameter", "shape", "optimizer", "state "],
+            [(p.name, list(p.shape), p.optimizer, quantity(p.state_bytes, "B")) for p in self.others],
+            name=None,
+        )
+        return element("div", sites, others, element("p", f"pipeline: {self.pipeline}"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""

@@ -20,6 +20,7 @@ from kfac_onnx.runtime.feed.data import Batches
 from kfac_onnx.runtime.feed.prefetch import prefetched
 from kfac_onnx.runtime.logs.recorder import LOG_EVERY, open_recorder, require_logs
 from kfac_onnx.runtime.measures.judge import Judge
+from kfac_onnx.runtime.notebook import NotebookBar, in_notebook
 from kfac_onnx.runtime.saved.checkpoint_folder import is_folder
 from kfac_onnx.runtime.step.skip_causes import advice, reasons
 from kfac_onnx.runtime.stopping import stop_signals, stopped
@@ -174,7 +175,7 @@ def _writer(target: Callable[[Row], None] | str | Path | None) -> Generator[Call
 
 
 class _Bar:
-    """A progress bar on stderr: running loss, examples per second, time left."""
+    """A progress bar on stderr, or in a notebook: running loss, examples per second, time left."""
 
     def __init__(self, total: int | None, *, enabled: bool) -> None:
         from rich.console import Console
@@ -188,23 +189,31 @@ class _Bar:
             TextColumn("{task.fields[rate]} examples/s"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=not enabled,
+            disable=not enabled or in_notebook(),
         )
+        self._notebook = NotebookBar(total) if enabled and in_notebook() else None
         self._task = self._progress.add_task("training", total=total, loss="-", rate="-")
         self._running = math.nan
         self._start = time.perf_counter()
 
     def __enter__(self) -> _Bar:
         self._progress.start()
+        if self._notebook is not None:
+            self._notebook.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+        if self._notebook is not None:
+            self._notebook.__exit__(None, None, None)
 
     def update(self, loss: float, examples: int, held_out: float | None) -> None:
         if math.isfinite(loss):
             past = loss if math.isnan(self._running) else self._running
             self._running = SMOOTHING * past + (1 - SMOOTHING) * loss
+        if self._notebook is not None:
+            self._notebook.update(self._running, examples, held_out)
+            return
         shown = f"{self._running:.4f}" + ("" if held_out is None else f", held out {held_out:.4f}")
         rate = examples / max(1e-9, time.perf_counter() - self._start)
         self._progress.update(self._task, advance=1, loss=shown, rate=f"{rate:,.0f}")
@@ -220,7 +229,7 @@ class FitOptions:
         held_out: batches to evaluate, at the end and
         eval_every: every so many steps.
         metrics: called with a `Row` per step, or a file to which rows are added as JSON lines.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, in a notebook one with the curve of the loss.
         checkpoint: where to save (see `save`; folders are made), at the end and
         checkpoint_every: every so many steps.
         keep: how many checkpoints a folder keeps (default: 3).

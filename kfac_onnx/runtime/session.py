@@ -30,6 +30,7 @@ from kfac_onnx.errors.arguments import (
     whole_number,
 )
 from kfac_onnx.errors.signatures import checked
+from kfac_onnx.markup import element, rows_table
 from kfac_onnx.options import method_with
 from kfac_onnx.runtime import schedules
 from kfac_onnx.runtime.description import Parameters
@@ -154,6 +155,21 @@ class TrainingSession:
         self._damaged: tuple[Path, ...] = ()
         self._locks: dict[Path, RunLock] = {}
         self._writing: Writing | None = None
+
+    def _repr_html_(self) -> str:
+        """Return the session as a notebook shows it: nothing is copied or computed for that."""
+        facts = [
+            (
+                "steps",
+                f"{self.committed:,} made, {self.skipped:,} skipped, {self.position:,} batches consumed",
+            ),
+            ("learning rates", ", ".join(f"{name} {rate:g}" for name, rate in self.learning_rates.items())),
+            ("schedule", self.schedule),
+            ("batch", ", ".join(f"{item.name} {list(item.dims or ())}" for item in self.batch_inputs)),
+            ("state", "closed" if self.closed else "open"),
+            ("pipeline", self.pipeline),
+        ]
+        return element("div", element("b", "TrainingSession"), rows_table(["", ""], facts, name=None))
 
     @property
     def batch_inputs(self) -> tuple[BatchInput, ...]:

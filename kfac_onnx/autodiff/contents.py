@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kfac_onnx.disk.mapped import all_same, greatest, windows
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,23 +25,27 @@ FEWEST: Final = 5
 """Rows from which columns are compared with waves: fewer fit any."""
 VARIED: Final = 0.1
 """How far some column must move for its numbers to say anything."""
+FIRST: Final = 1024
+"""Rows that are tried before a whole table is."""
 UNIT: Final = 1e-4
 """How far cos² + sin² may be from 1 where the angle was rounded to float32 (positions up to a thousand)."""
 
 
 def is_uniform(array: np.ndarray, values: Sequence[float]) -> bool:
     """Say whether all entries are equal, to one of `values`."""
-    return array.size > 0 and any(bool(np.all(array == value)) for value in values)
+    return array.size > 0 and array.reshape(-1)[0] in values and all_same(array)
 
 
 def is_mask(array: np.ndarray) -> bool:
     """Say whether there are two different entries at most, which switch scores off, or are zero and one."""
-    entries = array.astype(np.float32, copy=False).reshape(-1)
-    values = np.unique(entries[:64])
-    if 0 < len(values) <= 2:
-        values = np.unique(entries)
+    entries = array.reshape(-1)
+    values = np.unique(entries[:64].astype(np.float32))
     if not 0 < len(values) <= 2:
         return False
+    for (piece,) in windows(entries):
+        values = np.union1d(values, piece.astype(np.float32, copy=False))
+        if len(values) > 2:
+            return False
     if not np.all(np.isfinite(values)) or values.min() < MASKED:
         return True
     return array.ndim > 1 and values.tolist() == [0.0, 1.0]
@@ -67,26 +73,36 @@ def are_waves(array: np.ndarray) -> bool:
         return False
     if array.size != array.shape[-2] * array.shape[-1]:
         return False
-    table = array.reshape(array.shape[-2:]).astype(np.float64)
+    table = array.reshape(array.shape[-2:])
+    if len(table) > 2 * FIRST and not _obey(table[:FIRST].astype(np.float64), 10 * UNIT):
+        return False
+    table = table.astype(np.float64)
+    return float(np.max(np.ptp(table, axis=0))) > VARIED and _obey(table, UNIT)
+
+
+def _obey(table: np.ndarray, error: float) -> bool:
+    """Say whether the columns of a table [T, D] obey the equation of waves up to an error."""
     middle, around = table[1:-1], table[:-2] + table[2:]
     scale = np.sum(middle * middle, axis=0)
     factor = np.sum(middle * around, axis=0) / np.maximum(scale, 1e-30)
     errors = np.abs(around - factor * middle).max(axis=0)
-    varied = float(np.max(np.ptp(table, axis=0))) > VARIED
-    return varied and bool(np.all(errors < UNIT) and np.all(np.abs(factor) <= 2 + UNIT))
+    return bool(np.all(errors < error) and np.all(np.abs(factor) <= 2 + error))
 
 
 def are_cosine_and_sine(one: np.ndarray, other: np.ndarray) -> bool:
     """Say whether two arrays are the cosine and the sine of the same angles."""
     if one.shape != other.shape or one.size < 2 or not (_may_be_angles(one) or _may_be_angles(other)):
         return False
-    total = np.square(one.astype(np.float64)) + np.square(other.astype(np.float64))
-    return bool(np.all(np.abs(total - 1) < UNIT)) and len(np.unique(one)) > 2
+    for first, second in windows(one, other):
+        total = np.square(first.astype(np.float64)) + np.square(second.astype(np.float64))
+        if not np.all(np.abs(total - 1) < UNIT):
+            return False
+    return len(np.unique(one)) > 2
 
 
 def _may_be_angles(array: np.ndarray) -> bool:
     """Say whether entries lie within ±1 and reach it, as the cosine does at position 0."""
-    largest = float(np.max(np.abs(array), initial=0.0))
+    largest = greatest(array)
     return 0.999 < largest <= 1.001
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
-import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.autodiff import differentiate
 from kfac_onnx.autodiff.backward import captured_values
 from kfac_onnx.canonical.lowering.optimizers import TRAINING_DOMAIN
+from kfac_onnx.disk.mapped import equal
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.graph.census import Census
 from kfac_onnx.graph.context import Context
@@ -185,7 +185,7 @@ def _same_nodes(one: ir.Value, other: ir.Value, known: dict[tuple[int, int], boo
         held, also = one.const_value, other.const_value
         if held is None or also is None or one.is_graph_input() or other.is_graph_input():
             return False
-        return held.dtype == also.dtype and np.array_equal(held.numpy(), also.numpy())
+        return held.dtype == also.dtype and equal(held.numpy(), also.numpy())
     if (first.domain, first.op_type) != (second.domain, second.op_type) or one.index() != other.index():
         return False
     if len(first.inputs) != len(second.inputs) or str(first.attributes) != str(second.attributes):

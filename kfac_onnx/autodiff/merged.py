@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kfac_onnx.disk.mapped import all_same
 from kfac_onnx.graph.values import ONNX_DOMAINS, static_shape
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ def merged_parameters(
         if int(np.prod(shape)) == 1 and not all(map(_is_of_layer, readers)):
             continue  # one number may be shared by design, as a temperature is
         array = array_of(value)
-        if array is None or array.size == 0 or not np.all(array == array.reshape(-1)[0]):
+        if array is None or array.size == 0 or not all_same(array):
             continue
-        number = float(array.astype(np.float64).reshape(-1)[0])
+        number = float(array.reshape(-1)[0])
         results.append(Merged(value, number, tuple(readers), len(readers) <= most and most > 1))
     return results
 
@@ -122,7 +123,7 @@ def folded_positions(
         shape = static_shape(value)
         if shape is None or len(shape) < 2 or shape[-2] < 2 or any(dim != 1 for dim in shape[:-2]):
             continue
-        if array is None or np.all(array == array.reshape(-1)[0]):
+        if array is None or all_same(array):
             continue
         readers = [node for node, _ in value.uses() if is_forward(node)]
         if len(readers) != 1 or readers[0].op_type not in ("Add", "Sum"):

@@ -22,6 +22,7 @@ from kfac_onnx.autodiff.contents import (
     is_uniform,
     is_usual_factor,
 )
+from kfac_onnx.disk.mapped import greatest
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.graph.operators import SIZES, Trait, having
 from kfac_onnx.graph.values import is_float, rank_of
@@ -174,7 +175,7 @@ def _why_constant(value: ir.Value) -> str | None:
     if (
         uses
         and all(index in INITIAL_STATES.get(node.op_type, ()) for node, index in uses)
-        and not np.any(numbers)
+        and greatest(numbers) == 0.0
     ):
         return "a recurrent layer's initial state of zeros"
     if is_positions(array):
@@ -204,7 +205,7 @@ def _cosines_and_sines(values: Sequence[ir.Value]) -> list[ir.Value]:
         tensor = value.const_value
         if tensor is not None and len(tensor.shape) > 1:
             array = np.asarray(tensor.numpy())
-            if float(np.max(np.abs(array), initial=0.0)) <= 1.001:
+            if greatest(array) <= 1.001:
                 by_shape.setdefault(array.shape, []).append((value, array))
     found: list[ir.Value] = []
     for group in by_shape.values():

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kfac_onnx import metadata
+from kfac_onnx.disk.mapped import all_same, equal, windows
 from kfac_onnx.graph.operators import SCATTERS
 from kfac_onnx.graph.values import all_graphs, static_shape
 from kfac_onnx.metadata import Refusal
@@ -86,7 +87,11 @@ def undo_repeated_vectors(model: ir.Model, weights: Sequence[ir.Value]) -> list[
             continue
         rows = np.asarray(tensor.numpy()).reshape(-1, shape[-1])
         owners = [value for value, array in by_length[shape[-1]] if len(rows) and _same(rows[0], array)]
-        if len(owners) != 1 or constant.is_graph_input() or not np.all(rows == rows[0]):
+        if (
+            len(owners) != 1
+            or constant.is_graph_input()
+            or not all(bool(np.all(piece == rows[0])) for (piece,) in windows(rows))
+        ):
             continue
         sizes = ir.node("Constant", [], attributes={"value_ints": list(shape)})
         sizes.outputs[0].name = f"kfac/copy/{constant.name}/shape"
@@ -110,11 +115,11 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and np.array_equal(a, b)
+    return a.dtype == b.dtype and equal(a, b)
 
 
 def _uniform(array: np.ndarray) -> bool:
-    return array.size == 0 or bool(np.all(array == array.reshape(-1)[0]))
+    return all_same(array)
 
 
 def _only_scatter_bases(constant: ir.Value) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-__all__ = ["belonging", "check_external", "data_names", "load_external", "pair"]
+__all__ = ["belonging", "check_external", "data_folder", "data_names", "load_external", "pair"]
 
 _REMEDY: Final = "copy the model and its data file again"
 _MODELS: Final = (".onnx", ".ort", ".pb")
@@ -36,15 +36,13 @@ def check_external(proto: onnx.ModelProto, path: str | Path) -> None:
     """
     import onnx
 
-    root = _folder(proto, path).resolve()
-    total = 0
+    root = data_folder(proto, path).resolve()
     for tensor in all_tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            total += _check(tensor, root, path)
-    require_memory(total, f"the external data of '{path}'")
+            _check(tensor, root, path)
 
 
-def _folder(proto: onnx.ModelProto, path: str | Path) -> Path:
+def data_folder(proto: onnx.ModelProto, path: str | Path) -> Path:
     """Return the folder of a model's data: that of a link to the model, or else that of the model itself."""
     if str(path) == "-":
         return Path.cwd()
@@ -62,8 +60,7 @@ def _locations(proto: onnx.ModelProto) -> set[str]:
     return {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
 
 
-def _check(tensor: onnx.TensorProto, root: Path, path: str | Path) -> int:
-    """Check one tensor; return its size in bytes."""
+def _check(tensor: onnx.TensorProto, root: Path, path: str | Path) -> None:
     import onnx
 
     owner = f"tensor '{tensor.name}' of '{path}'"
@@ -94,7 +91,6 @@ def _check(tensor: onnx.TensorProto, root: Path, path: str | Path) -> int:
         )
     if "length" not in entries:  # optional in the format; without it a reader takes the whole file
         tensor.external_data.add(key="length", value=str(needed))
-    return needed
 
 
 def _number(entries: dict[str, str], key: str, default: int, owner: str) -> int:
@@ -108,16 +104,38 @@ def _number(entries: dict[str, str], key: str, default: int, owner: str) -> int:
     return int(text)
 
 
-def load_external(proto: onnx.ModelProto, path: str | Path) -> None:
+def load_external(proto: onnx.ModelProto, path: str | Path, *, mapped: bool = False) -> None:
     """Read the data of every tensor into the proto; `check_external` must have passed.
 
-    Raises UserError when it cannot be read.
+    With `mapped` initializers of the main graph that `is_mappable` accepts stay where they are.
+
+    Raises UserError when they cannot be read, or need more memory than there is.
     """
     import onnx
     import onnx.external_data_helper
 
+    from kfac_onnx.disk.mapped import is_mappable
+
+    folder = data_folder(proto, path)
+    left: dict[int, onnx.TensorProto] = {}  # holds them: an id is of an object that lives
+    if mapped:
+        for tensor in proto.graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            place = folder / next(entry.value for entry in tensor.external_data if entry.key == "location")
+            if is_mappable(tensor.data_type, byte_size(tensor)) and not place.is_symlink():
+                left[id(tensor)] = tensor
+    tensors = [
+        tensor
+        for tensor in all_tensors(proto)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and id(tensor) not in left
+    ]
+    require_memory(sum(map(byte_size, tensors)), f"the external data of '{path}'")
     try:
-        onnx.external_data_helper.load_external_data_for_model(proto, str(_folder(proto, path)))
+        for tensor in tensors:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
     except (OSError, ValueError, onnx.checker.ValidationError) as e:
         raise UserError(f"the external data of '{path}' cannot be read: {first_line(e)}") from e
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from kfac_onnx.disk.atomic import atomic_path, link_target, require_file
-from kfac_onnx.disk.external import belonging, check_external, load_external, pair
+from kfac_onnx.disk.external import belonging, check_external, data_folder, load_external, pair
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -38,10 +38,11 @@ LARGEST_FILE: Final = 2**31 - 2**20
 """Bytes: protobuf's limit, less room for what is not a tensor."""
 
 
-def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
+def load_proto(path: str | Path, *, external: bool = True, mapped: bool = False) -> onnx.ModelProto:
     """Return the ModelProto in a file: `.onnx` (protobuf), `.onnxtxt` (text), or `-` for stdin.
 
-    With `external` the tensors beside the file are read into the proto.
+    With `external` the tensors beside the file are read into the proto; with `mapped` too, large weights stay
+    beside it, for `disk.mapped.map_initializers`.
 
     Raises UserError when there is no such file, it is not an ONNX model, or its external data is
     missing or lies outside its folder.
@@ -65,7 +66,7 @@ def load_proto(path: str | Path, *, external: bool = True) -> onnx.ModelProto:
     require_wellformed(proto, str(path))
     check_external(proto, path)
     if external:
-        load_external(proto, path)
+        load_external(proto, path, mapped=mapped and not proto.training_info)
     return proto
 
 
@@ -92,12 +93,19 @@ def _parser_says(error: Exception) -> str:
 
 
 def load_model(path: str | Path) -> ir.Model:
-    """Return the model in a file as onnx_ir; formats and errors as `load_proto`."""
+    """Return the model in a file as onnx_ir; formats and errors as `load_proto`.
+
+    Large weights beside the file stay there, as `MappedTensor`s.
+    """
     import onnx_ir as ir
 
-    proto = load_proto(path)
+    from kfac_onnx.disk.mapped import map_initializers
+
+    proto = load_proto(path, mapped=True)
     try:
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+        map_initializers(model, data_folder(proto, path))
+        return model
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(f"'{path}' is not an ONNX model: {first_line(e)}") from e
 
@@ -187,6 +195,8 @@ def save_model(model: ir.Model, path: str | Path) -> None:
     """
     import onnx_ir as ir
 
+    from kfac_onnx.disk.streamed import holds_mapped, write_external, write_inline
+
     size = sum(
         value.const_value.nbytes
         for graph in model.graphs()
@@ -197,6 +207,13 @@ def save_model(model: ir.Model, path: str | Path) -> None:
     with pair(place) as data, atomic_path(place) as temporary:
         if str(path).endswith(TEXT_SUFFIXES):
             temporary.write_text(ir.to_onnx_text(model))
+        elif holds_mapped(model):
+            with temporary.open("wb") as file:
+                if size <= LARGEST_FILE:
+                    write_inline(model, file)
+                else:
+                    with (temporary.parent / data).open("wb") as beside:
+                        write_external(model, file, beside, data)
         elif size > LARGEST_FILE:
             ir.save(model, str(temporary), external_data=data)  # pyright: ignore[reportUnknownMemberType]  its PathLike has no parameter
         else:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from kfac_onnx.disk.mapped import greatest
 from kfac_onnx.graph.operators import (
     ELEMENTWISE,
     PRODUCTS,
@@ -122,7 +123,7 @@ class Constants:
         if value is None or value in self.varying:
             return False
         if value.is_initializer():
-            return value.const_value is not None and not np.any(value.const_value.numpy())
+            return value.const_value is not None and greatest(value.const_value.numpy()) == 0.0
         node = value.producer()
         if node is None:
             return False

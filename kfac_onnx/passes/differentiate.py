@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 import onnx_ir as ir
 
 from kfac_onnx import metadata
+from kfac_onnx.disk.mapped import all_same, equal
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.census import Census
@@ -328,10 +329,9 @@ def _without_transposed_copies(values: tuple[ir.Value, ...]) -> list[ir.Value]:
             continue
         array = np.asarray(tensor.numpy())
         others = by_shape.get(array.shape[::-1], [])
-        copied = array.size > 1 and not np.all(array == array.reshape(-1)[0])
+        copied = array.size > 1 and not all_same(array)
         if copied and any(
-            other.const_value is not None and np.array_equal(other.const_value.numpy().T, array)
-            for other in others
+            other.const_value is not None and equal(other.const_value.numpy(), array.T) for other in others
         ):
             continue
         by_shape.setdefault(array.shape, []).append(value)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
+from kfac_onnx.disk.external import data_folder
+from kfac_onnx.disk.mapped import map_initializers
 from kfac_onnx.disk.models import load_proto
 from kfac_onnx.disk.sparse import holds_sparse, write_out_sparse
 from kfac_onnx.disk.wellformed import require_wellformed
@@ -39,7 +41,7 @@ class Exported:
 
 
 def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:
-    """Return a private copy of a model, with its external data in memory.
+    """Return a private copy of a model; large weights beside its file stay there, as `MappedTensor`s.
 
     Raises:
         UserError: if the file is missing, is no ONNX model, or its external data is missing or lies outside
@@ -56,8 +58,10 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> Exported:
             source = dense
         require_wellformed(source, None)
         return Exported(_deserialize(source, None), source, None)
-    proto = load_proto(source)
-    return Exported(_deserialize(proto, str(source)), proto, str(source))
+    proto = load_proto(source, mapped=True)
+    model = _deserialize(proto, str(source))
+    map_initializers(model, data_folder(proto, source))
+    return Exported(model, proto, str(source))
 
 
 def _copy(model: ir.Model) -> ir.Model:

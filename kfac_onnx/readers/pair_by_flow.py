@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.disk.mapped import equal
 from kfac_onnx.graph.numbering import Numbering
 from kfac_onnx.graph.operators import (
     ELEMENTWISE,
@@ -292,4 +292,4 @@ def _same_contents(value: ir.Value, parameter: ir.Value) -> bool:
     if sorted(one.shape.numpy()) != sorted(other.shape.numpy()):
         return False
     held, own = one.numpy(), other.numpy()
-    return np.array_equal(held, own) or (own.ndim == 2 and np.array_equal(held, own.T))
+    return equal(held, own) or (own.ndim == 2 and equal(held, own.T))

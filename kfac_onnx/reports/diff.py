@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kfac_onnx.disk.mapped import digest
 from kfac_onnx.disk.models import as_model
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
@@ -116,10 +117,16 @@ def _described(model: ir.Model) -> dict[str, dict[str, str]]:
 def _initializer_text(value: ir.Value) -> str:
     import hashlib
 
+    import onnx_ir as ir
+
     if value.const_value is None:
         return f"{value.name} {type_text(value)}"
-    digest = hashlib.sha256(contents_of(value.const_value)).hexdigest()[:12]
-    return f"{value.name} {type_text(value)} sha256:{digest}"
+    tensor = value.const_value
+    if tensor.dtype == ir.DataType.STRING:
+        code = hashlib.sha256(contents_of(tensor)).digest()
+    else:
+        code = digest(tensor)
+    return f"{value.name} {type_text(value)} sha256:{code.hex()[:12]}"
 
 
 def node_key(node: ir.Node) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from kfac_onnx import metadata
+from kfac_onnx.disk.mapped import MappedTensor
 from kfac_onnx.disk.memory import require_memory
 from kfac_onnx.disk.stored import StoredArray
 from kfac_onnx.errors import UserError, did_you_mean
@@ -83,7 +84,7 @@ def _initial(state: State, plan: Plan, values: Mapping[str, Array], element: int
                 f"parameter '{state.input}' has no value",
                 help="the model file holds none: give it in parameters= (or --parameters FILE)",
             )
-        return fitting_value(tensor.numpy(), state)
+        return fitting_value(tensor.stored if isinstance(tensor, MappedTensor) else tensor.numpy(), state)
     dtype = numpy_dtype(element)
     require_memory(math.prod(state.shape) * dtype.itemsize, f"the state '{state.input}'")
     match state.initial:

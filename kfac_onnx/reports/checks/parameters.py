@@ -9,6 +9,7 @@ import numpy as np
 
 from kfac_onnx.autodiff.blocked import blocking_nodes, has_derivative
 from kfac_onnx.autodiff.merged import REMEDY, folded_positions, merged_parameters
+from kfac_onnx.disk.mapped import all_same, equal
 from kfac_onnx.graph.values import is_float, label
 from kfac_onnx.reports.checks.finding import Finding
 from kfac_onnx.reports.checks.subject import is_anonymous
@@ -316,7 +317,7 @@ def equal_tables(subject: Subject) -> Iterator[Finding]:
             by_shape.setdefault(array.shape, []).append((item, array))
     for group in by_shape.values():
         for (one, first), (other, second) in combinations(group, 2):
-            if np.array_equal(first, second):
+            if equal(first, second):
                 yield Finding(
                     "equal-parameters",
                     "note",
@@ -347,7 +348,7 @@ def shared(subject: Subject) -> Iterator[Finding]:
             str(value.name) for value in _copies(weight) if str(value.name).endswith((".weight", "_weight"))
         ]
         array = subject.array(item.name)
-        equal = array is not None and array.size > 1 and bool(np.all(array == array.flat[0]))
+        equal = array is not None and array.size > 1 and all_same(array)
         merged = bool(through) or equal or any(True for _ in gone(subject))
         yield Finding(
             "shared-table",

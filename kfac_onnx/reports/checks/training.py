@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx import metadata
+from kfac_onnx.disk.mapped import all_same, windows
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.graph.operators import COMPARISONS
 from kfac_onnx.graph.values import constant
@@ -96,24 +97,24 @@ def weights(subject: Subject) -> Iterator[Finding]:
         array = subject.array(item.name)
         if array is None or array.size == 0 or not subject.trainable:
             continue
-        numbers = array.astype(np.float32)
-        if not np.all(np.isfinite(numbers)):
+        infinite = sum(int(np.sum(~np.isfinite(piece.astype(np.float32)))) for (piece,) in windows(array))
+        first = np.float32(array.reshape(-1)[0])
+        if infinite:
             yield Finding(
                 "non-finite-weights",
                 "error",
-                f"{int(np.sum(~np.isfinite(numbers)))} of {array.size} first values of '{item.name}' "
-                "are not finite",
+                f"{infinite} of {array.size} first values of '{item.name}' are not finite",
                 (item.name,),
                 "every step is skipped, or trains to nothing",
                 "export the model again with finite weights, or give others: --parameters FILE",
             )
-        elif array.ndim > 1 and min(array.shape) > 1 and bool(np.all(numbers == numbers.flat[0])):
+        elif array.ndim > 1 and min(array.shape) > 1 and all_same(array):
             site = tables.get(item.name)
-            zero = numbers.flat[0] == 0.0
+            zero = first == 0.0
             yield Finding(
                 "zero-table" if site is not None and zero else "constant-weights",
                 "warning",
-                f"all first values of '{item.name}' are {numbers.flat[0]:g}",
+                f"all first values of '{item.name}' are {first:g}",
                 (item.name,),
                 "rows that start equal differ only by what they are trained on; where the model multiplies "
                 "two such tensors, neither has a gradient"
@@ -169,10 +170,15 @@ def _zero_row(subject: Subject, site: SiteMatch) -> int | None:
     pulled = site.pulled
     if array is None or array.size != pulled.vocab_size * pulled.embedding_dim or pulled.embedding_dim < 2:
         return None
-    table = array.astype(np.float32)
-    table = table.T if pulled.layout == "columns" else table.reshape(pulled.vocab_size, pulled.embedding_dim)
-    zero = np.flatnonzero(~table.any(axis=1))
-    return int(zero[0]) if zero.size == 1 else None
+    table = array.T if pulled.layout == "columns" else array.reshape(pulled.vocab_size, pulled.embedding_dim)
+    rows: list[int] = []
+    start = 0
+    for (piece,) in windows(table):
+        rows.extend((start + np.flatnonzero(~piece.astype(np.float32).any(axis=1))).tolist())
+        if len(rows) > 1:
+            return None
+        start += len(piece)
+    return rows[0] if rows else None
 
 
 def _compares(subject: Subject, row: int) -> bool:

@@ -10,11 +10,13 @@ from kfac_onnx.cli.options import chosen_providers, common, html_option, model_a
 from kfac_onnx.cli.output import print_accounts, print_json, print_refusals, print_table, say
 from kfac_onnx.cli.pages import require_page_place, save_page
 from kfac_onnx.cli.placement import placement_of, print_placement
+from kfac_onnx.errors import UserError
 from kfac_onnx.markup import quantity
 
 if TYPE_CHECKING:
     from kfac_onnx.reports.inspect import Inspection, SiteReport
     from kfac_onnx.runtime.saved.saved_run import SavedRun
+    from kfac_onnx.runtime.step.mapped_tables import TableOnDisk
 
 __all__ = ["command"]
 
@@ -38,7 +40,8 @@ def command(
 ) -> None:
     """Show what was inserted into the transformed MODEL: state, cost, and when each part runs.
 
-    Of a checkpoint, or a folder of them, also how far the run came and how well its factors are conditioned.
+    Of a folder of `train --tables-in` it is its files. Of a checkpoint, or a folder of them, also how far the
+    run came and how well its factors are conditioned.
     With --provider also where each part runs: what falls back to the host, and what a step copies. Where the
     provider works that is what ONNX Runtime does here; for cuda it is predicted elsewhere. With --html
     also the graph drawn, with cost, state and placement of each node. Whatever is found, the exit code is 0:
@@ -47,8 +50,19 @@ def command(
     from kfac_onnx.disk.models import load_model
     from kfac_onnx.reports.inspect import inspect
     from kfac_onnx.runtime.saved.saved_run import is_checkpoint, read_run
+    from kfac_onnx.runtime.step.mapped_tables import tables_on_disk
 
     require_page_place(html, model)
+    if tables := tables_on_disk(model):
+        if html is not None:
+            raise UserError(
+                f"'{model}' is a folder of tables, which has no graph to draw", help="give the model"
+            )
+        if as_json:
+            print_json({"tables_on_disk": [table.to_json() for table in tables]})
+        else:
+            _print_tables(tables)
+        return
     run = read_run(model) if is_checkpoint(model) else None
     loaded = load_model(model) if run is None else run.model
     report = inspect(loaded)
@@ -79,6 +93,28 @@ def command(
         print_placement(placement, why)
     say("nodes by phase: " + ", ".join(f"{name} {n}" for name, n in report.nodes_by_phase.items()))
     say(f"pipeline: {report.pipeline or 'none'}")
+
+
+def _print_tables(tables: list[TableOnDisk]) -> None:
+    print_table(
+        "Tables in their files",
+        ["table", "shape", "size", "on the disk", "file"],
+        [
+            (
+                f"{t.parameter} {t.dtype}",
+                " x ".join(map(str, t.shape)),
+                quantity(t.nbytes, "B"),
+                quantity(t.on_disk, "B"),
+                t.path.name,
+            )
+            for t in tables
+        ],
+    )
+    say(
+        "a run is changing them, or was killed: they are of use with its checkpoint alone"
+        if tables[0].state == "open"
+        else "closed: they are what their run left at its end"
+    )
 
 
 def _print_run(run: SavedRun) -> None:

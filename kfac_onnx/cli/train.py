@@ -144,6 +144,11 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
     is_flag=True,
     help="On CUDA, capture the stages that can be and launch each as one (batches of one shape).",
 )
+@click.option(
+    "--tables-in",
+    metavar="DIR",
+    help="Train each table in its file in this folder, beyond memory; --resume writes them anew.",
+)
 @provider_option
 @optimizer_options
 @block_options
@@ -177,6 +182,7 @@ def command(
     into: str | None,
     threads: int | None,
     cuda_graph: bool,
+    tables_in: str | None,
     provider: tuple[str, ...],
     preset: str,
     lr: float | None,
@@ -226,7 +232,9 @@ def command(
     )
     providers = chosen_providers(ctx, provider)
     if resume is not None and begun is not None:
-        session = TrainingSession.resume(begun, providers=providers, threads=threads, cuda_graph=cuda_graph)
+        session = TrainingSession.resume(
+            begun, providers=providers, threads=threads, cuda_graph=cuda_graph, tables_in=tables_in
+        )
         require_source(session, model)
         words = {name: ctx.params[name] for name in _SETTINGS if is_given(ctx, name)}
         changed = changed_options(session, {**words, **block_settings(ctx)})
@@ -258,6 +266,7 @@ def command(
             schedule=schedule,
             seed=seed,
             cuda_graph=cuda_graph,
+            tables_in=tables_in,
         )
         session.source = source_hash(model)
     session.settings = settings_toml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kfac_onnx.errors import UserError, first_line
@@ -10,7 +11,7 @@ from kfac_onnx.errors import UserError, first_line
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["array_problem", "machine_memory", "require_memory"]
+__all__ = ["array_problem", "available_memory", "machine_memory", "require_memory"]
 
 _UNKNOWN: Final = 1 << 62
 
@@ -52,3 +53,13 @@ def array_problem(shape: tuple[Any, ...], dtype: np.dtype[Any]) -> str | None:
     except (ValueError, TypeError, OverflowError) as e:
         return first_line(e)
     return None
+
+
+def available_memory() -> int:
+    """Return the bytes that programs may take now, the page cache included; all where nobody tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        held = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return machine_memory()
+    return min(held, machine_memory())

@@ -7,7 +7,10 @@ twice; mapping the file would count it twice too. So readers of weights and chec
 
 from __future__ import annotations
 
+import errno
+import json
 import math
+import os
 import stat
 import struct
 import zipfile
@@ -24,12 +27,16 @@ from kfac_onnx.disk.records import parse
 from kfac_onnx.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+    from typing import BinaryIO
 
-__all__ = ["Array", "StoredArray", "bytes_of", "npz_arrays", "safetensors_arrays"]
+__all__ = ["Array", "StoredArray", "bytes_of", "npz_arrays", "safetensors_arrays", "write_safetensors"]
 
 PIECE: Final = 1 << 24
 """Bytes that are read or written at once."""
+
+_NO_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors that say that the system cannot copy from this file to that one."""
 
 _LARGEST_HEADER: Final = 100_000_000
 """Bytes: the limit that the safetensors format itself sets."""
@@ -192,3 +199,57 @@ def _npz_entries(path: Path) -> Iterator[tuple[str, Array]]:
             yield item.name, np.ascontiguousarray(np.asarray(by_columns).T)
         else:
             yield item.name, StoredArray(path, item.offset, item.shape, item.dtype, item.member)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Array], notes: Mapping[str, str]) -> None:
+    """Write arrays, some of which lie in files, as a safetensors file; those of files first, at a page.
+
+    A stretch of a file is copied by the system, which shares its blocks where the file system can (reflink).
+    Raises OSError when the disk is full.
+    """
+    names = sorted(tensors, key=lambda name: not isinstance(tensors[name], StoredArray))
+    place = 0
+    entries: dict[str, Any] = {"__metadata__": dict(notes)}
+    codes = {np.dtype(dtype): code for code, dtype in _SAFETENSORS.items()}
+    for name in names:
+        array = tensors[name]
+        size = array.nbytes
+        entries[name] = {
+            "dtype": codes[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [place, place + size],
+        }
+        place += size
+    header = json.dumps(entries).encode()
+    header += b" " * (-(8 + len(header)) % 4096)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name in names:
+            array = tensors[name]
+            if not isinstance(array, StoredArray):
+                file.write(bytes_of(np.ascontiguousarray(array)))
+            elif not _copied(array, file):
+                for piece in array.pieces():
+                    file.write(piece)
+
+
+def _copied(array: StoredArray, file: BinaryIO) -> bool:
+    """Let the system append an array's bytes to a file; False where it cannot, with nothing appended."""
+    if array.member is not None or not hasattr(os, "copy_file_range"):
+        return False
+    file.flush()
+    done = 0
+    with array.path.open("rb") as source:
+        while done < array.nbytes:
+            try:
+                count = os.copy_file_range(
+                    source.fileno(), file.fileno(), array.nbytes - done, array.offset + done
+                )
+            except OSError as e:
+                if done == 0 and e.errno in _NO_COPY:
+                    return False
+                raise
+            if count == 0:
+                raise OSError(errno.EIO, f"'{array.path}' ends within an array")
+            done += count
+    return True

@@ -10,6 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from kfac_onnx.runtime.step.mapped_tables import MappedBuffer
     from kfac_onnx.runtime.step.runner import Holder
     from kfac_onnx.runtime.step.skip_causes import Cause
     from kfac_onnx.runtime.step.tensors import Device
@@ -38,7 +39,8 @@ class Description(TypedDict):
     """What `describe` says; `state_bytes` counts parameters and both buffers of each state.
 
     Of the random operators (Dropout), `random_restarts` are ONNX Runtime's own, whose sequence starts anew in
-    a resumed run (those within loops, and all on another device than the CPU).
+    a resumed run (those within loops, and all on another device than the CPU). `tables_on_disk` are the
+    files of the tables that are trained in them.
     """
 
     providers: list[str]
@@ -51,6 +53,7 @@ class Description(TypedDict):
     state_bytes: int
     random_operators: int
     random_restarts: int
+    tables_on_disk: dict[str, str]
 
 
 class Parameters(Mapping[str, np.ndarray]):
@@ -86,6 +89,7 @@ def describe(
     in_place_problem: str | None,
     random_operators: int,
     random_restarts: int,
+    tables: Mapping[str, MappedBuffer],
 ) -> Description:
     """Return the description of a session made of these parts."""
     return {
@@ -102,4 +106,5 @@ def describe(
         "state_bytes": sum(b.nbytes for holder in holders.values() for b in holder.buffers),
         "random_operators": random_operators,
         "random_restarts": random_restarts,
+        "tables_on_disk": {name: str(buffer.path) for name, buffer in tables.items()},
     }

@@ -27,6 +27,7 @@ from kfac_onnx.runtime.evaluation import Evaluator
 from kfac_onnx.runtime.feed.batches import checked_batch
 from kfac_onnx.runtime.feed.feeding import Feeder
 from kfac_onnx.runtime.feed.ids import check_given
+from kfac_onnx.runtime.feed.row_hints import RowHints, mapped_parameters
 from kfac_onnx.runtime.health import RootHealth, root_health
 from kfac_onnx.runtime.opening import (
     assignable,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
     from kfac_onnx.disk.stored import Array
+    from kfac_onnx.runtime.step.mapped_tables import MappedTables
     from kfac_onnx.step.plan import Plan
 
     Ready = Mapping[str, np.ndarray | ort.OrtValue]
@@ -100,6 +102,7 @@ class OpenStep:
         threads: of the parallel stages.
         seed: of random operators.
         cuda_graph: whether to capture stages.
+        mapped: where tables are trained in their files.
 
     Raises:
         UserError: the model is not a training step, or a value is missing or does not fit.
@@ -115,6 +118,7 @@ class OpenStep:
         threads: int | None,
         seed: int | None,
         cuda_graph: bool,
+        mapped: MappedTables | None = None,
     ) -> None:
         threads = thread_count(threads)
         name = "the model" if isinstance(model, ir.Model) else f"'{model}'"
@@ -150,7 +154,17 @@ class OpenStep:
         )
         check_names(plan, values)
         self.in_place_problem = plan_problem(plan, self.providers, self.device)
-        self.holders = build_holders(plan, values, self.device, in_place=self.in_place_problem is None)
+        sites = metadata.read_list(loaded, "sites", Site)
+        self.mapped = mapped
+        tables = [] if mapped is None else mapped_parameters(plan, sites, self.device, self.in_place_problem)
+        self.holders = build_holders(
+            plan,
+            values,
+            self.device,
+            in_place=self.in_place_problem is None,
+            mapped=mapped,
+            tables=tables,
+        )
         self.constants = build_constants(plan, values, self.device)
         self.batch_inputs = batch_inputs(
             plan, self.constants, metadata.read_list(loaded, "vocabularies", metadata.Vocabulary)
@@ -198,9 +212,10 @@ class OpenStep:
             self.batch_inputs,
             self.providers,
             self.random,
-            sites=metadata.read_list(loaded, "sites", Site),
+            sites=sites,
             parameters=metadata.read_list(loaded, "parameters", Parameter),
         )
+        self.hints = None if mapped is None else RowHints(plan, self.batch_inputs, tables, self.providers)
         self.halves = Halves(step.predictions, self.batch_inputs, self.stepper, self.engine)
 
     def ready(self, batch: Mapping[str, np.ndarray]) -> tuple[Ready, bool]:
@@ -223,7 +238,10 @@ class OpenStep:
         self.random.set(position)
         for name, rate in rates.items():
             self._rates[name][...] = rate
-        return self.stepper.step(ready, forwarded=forwarded)
+        result = self.stepper.step(ready, forwarded=forwarded)
+        if self.mapped is not None:
+            self.mapped.after_step()
+        return result
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Return copies of a drop-in graph's own outputs in the last step."""
@@ -290,6 +308,7 @@ class OpenStep:
             in_place_problem=self.in_place_problem,
             random_operators=len(self.random) + self.restarting,
             random_restarts=self.restarting,
+            tables={} if self.mapped is None else self.mapped.buffers,
         )
 
     def require_whole(self) -> None:

@@ -26,12 +26,13 @@ from kfac_onnx.runtime.step.runner import Holder
 from kfac_onnx.runtime.step.tensors import BFLOAT16, Buffer, Device, dtype_name, element_type, numpy_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     import onnx_ir as ir
 
     from kfac_onnx.disk.stored import Array
     from kfac_onnx.metadata import Vocabulary
+    from kfac_onnx.runtime.step.mapped_tables import MappedTables
     from kfac_onnx.step.plan import Plan
 
 __all__ = [
@@ -158,12 +159,27 @@ def assignable(
 
 
 def build_holders(
-    plan: Plan, values: Mapping[str, Array], device: Device, *, in_place: bool
+    plan: Plan,
+    values: Mapping[str, Array],
+    device: Device,
+    *,
+    in_place: bool,
+    mapped: MappedTables | None = None,
+    tables: Collection[str] = (),
 ) -> dict[str, Holder]:
-    """Return each state's buffers, by `State.input`: two, or one where it is held in place."""
+    """Return each state's buffers, by `State.input`: two, or one where it is held in place.
+
+    Those of `tables` are `mapped` from their files.
+    """
     holders: dict[str, Holder] = {}
     for state in plan.states:
         element = element_type(state.dtype)
+        if mapped is not None and state.input in tables:
+            has_value = state.input in values or plan.initial.get(state.input) is not None
+            value = _initial(state, plan, values, element) if has_value else None
+            buffer = mapped.open(state, value, element, partial(require_finite, state=state))
+            holders[state.input] = Holder(state, [buffer])
+            continue
         initial = _initial(state, plan, values, element)
         stored = isinstance(initial, StoredArray)
         buffers = [Buffer(initial, element, device, partial(require_finite, state=state) if stored else None)]

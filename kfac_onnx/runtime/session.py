@@ -66,6 +66,7 @@ from kfac_onnx.runtime.saved.checkpoint_folder import (
 from kfac_onnx.runtime.saved.export import forward_model, write_into
 from kfac_onnx.runtime.saved.run_lock import RunLock
 from kfac_onnx.runtime.step.device_engine import DeviceEngine
+from kfac_onnx.runtime.step.mapped_tables import MappedTables
 from kfac_onnx.runtime.step.skip_causes import reasons
 from kfac_onnx.runtime.stopping import uninterrupted
 from kfac_onnx.runtime.turns import Turns, Writing
@@ -104,6 +105,8 @@ class TrainingSession:
         schedule: a `Schedule` or its text; multiplies both rates.
         seed: of random operators (Dropout) in the graph: the same seed draws the same at the same step.
         cuda_graph: on CUDA, launch each stage that can be captured as one; for batches of one shape.
+        tables_in: a folder in whose files the tables are trained, one each (CPU alone): they may be larger
+            than the memory. A table's value is that of `model` or `parameters`, or else of the file there.
 
     One thread at a time is in a session: another one waits for the end of a step, a save or an evaluation.
     While one is in `fit`, another gets an error, and nothing of its call is done.
@@ -126,17 +129,35 @@ class TrainingSession:
         schedule: Schedule | str | None = None,
         seed: int | None = None,
         cuda_graph: bool = False,
+        tables_in: str | Path | MappedTables | None = None,
     ) -> None:
         if seed is not None:
             seed = whole_number(seed, "the seed", least=0, most=LARGEST_SEED)
-        self._open = OpenStep(
-            model,
-            providers=providers,
-            parameters=parameters,
-            threads=threads,
-            seed=seed,
-            cuda_graph=cuda_graph,
-        )
+        self._locks: dict[Path, RunLock] = {}
+        mapped = MappedTables(tables_in) if isinstance(tables_in, (str, Path)) else tables_in
+        if mapped is not None:
+            make_folder(mapped.folder)
+            self._hold(mapped.folder)
+        try:
+            if mapped is not None:
+                mapped.require_usable()
+            self._open = OpenStep(
+                model,
+                providers=providers,
+                parameters=parameters,
+                threads=threads,
+                seed=seed,
+                cuda_graph=cuda_graph,
+                mapped=mapped,
+            )
+            if mapped is not None:
+                mapped.begin()
+        except BaseException:
+            if mapped is not None:
+                mapped.abandon()
+            for lock in self._locks.values():
+                lock.release()
+            raise
         self._plan, self._holders, self._stepper = self._open.plan, self._open.holders, self._open.stepper
         self._seed = seed
         self.learning_rates = learning_rates(self._plan.step, lr, rest_lr)
@@ -153,7 +174,6 @@ class TrainingSession:
         self._serialized: bytes | None = None
         self._folders: set[Path] = set()
         self._damaged: tuple[Path, ...] = ()
-        self._locks: dict[Path, RunLock] = {}
         self._writing: Writing | None = None
 
     def _repr_html_(self) -> str:
@@ -452,6 +472,8 @@ class TrainingSession:
         What is wrong with it stays as it is, for `step` to say.
         """
         ready = as_inputs(batch, self.batch_inputs)
+        if self._open.hints is not None and self._open.mapped is not None:
+            self._open.mapped.hint(self._open.hints.rows(ready))
         feeder = self._open.feeder
         return ready if feeder is None else feeder.ahead(ready)
 
@@ -610,12 +632,21 @@ class TrainingSession:
         """Return what a checkpoint holds now: the buffers themselves, or copies of them."""
         states = {name: holder.live for name, holder in self._holders.items()}
         constants = self._open.constants
+        tables = {} if self._open.mapped is None else self._open.mapped.buffers
+        if copy and tables:
+            raise UserError(
+                "save(background=True) copies all states into memory, and tables are trained in their files",
+                help="save without background=True: the file is written while the run waits",
+            )
         if copy:
             size = sum(buffer.nbytes for buffer in states.values())
             require_memory(size, "a copy of all states, which is written while steps go on")
         return Checkpoint(
             model=self._model_bytes(),
-            states={name: buffer.read() if copy else buffer.view() for name, buffer in states.items()},
+            states={
+                name: tables[name].stored if name in tables else buffer.read() if copy else buffer.view()
+                for name, buffer in states.items()
+            },
             constants={name: buffer.view() for name, buffer in constants.items()},  # no step changes them
             **self._header(),
         )
@@ -630,6 +661,7 @@ class TrainingSession:
         providers: Sequence[str | tuple[str, Mapping[str, object]]] = ("CPUExecutionProvider",),
         threads: int | None = None,
         cuda_graph: bool = False,
+        tables_in: str | Path | None = None,
     ) -> TrainingSession:
         """Return a session that goes on where `save` was called.
 
@@ -639,6 +671,7 @@ class TrainingSession:
             providers: as for a new session.
             threads: as for a new session.
             cuda_graph: as for a new session.
+            tables_in: as for a new session; tables of the checkpoint are written over those in the folder.
 
         Bit for bit the run goes on as it would have with the same `threads`, versions and machine; other
         versions than those of the checkpoint, and damaged checkpoints in a folder, are warned about.
@@ -667,6 +700,7 @@ class TrainingSession:
             schedule=checkpoint.schedule,
             seed=checkpoint.seed,
             cuda_graph=cuda_graph,
+            tables_in=None if tables_in is None else MappedTables(tables_in, replace=True),
         )
         require_complete(checkpoint, file, [holder.state for holder in session._holders.values()])
         for name, holder in session._holders.items():
@@ -743,6 +777,8 @@ class TrainingSession:
         with self._turns.turn("close"):
             if not self.closed:
                 self.closed = True
+                if self._open.mapped is not None and not self._stepper.broken:
+                    self._open.mapped.close(self.committed)
                 self._open.close()
             try:
                 self.finish_saving()

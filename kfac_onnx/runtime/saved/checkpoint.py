@@ -31,7 +31,7 @@ from google.protobuf.message import DecodeError
 from kfac_onnx import metadata
 from kfac_onnx.disk.models import atomic_path
 from kfac_onnx.disk.records import parse
-from kfac_onnx.disk.stored import StoredArray, bytes_of, safetensors_arrays
+from kfac_onnx.disk.stored import StoredArray, bytes_of, safetensors_arrays, write_safetensors
 from kfac_onnx.disk.wellformed import all_tensors, require_wellformed
 from kfac_onnx.errors import UserError, first_line
 from kfac_onnx.errors.arguments import LARGEST, LARGEST_SEED, shown
@@ -148,7 +148,9 @@ def model_hash(model: bytes) -> str:
     return hashlib.sha256(model).hexdigest()
 
 
-def _plain(array: Array) -> np.ndarray:
+def _plain(array: Array) -> Array:
+    if isinstance(array, StoredArray):
+        return replace(array, dtype=np.dtype(np.uint16)) if array.dtype == BFLOAT16 else array
     flat = np.ascontiguousarray(array).reshape(array.shape)
     return flat.view(np.uint16) if flat.dtype == BFLOAT16 else flat
 
@@ -185,8 +187,12 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     text = json.dumps(header)
     entries = {KEY: text, CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
     with atomic_path(path) as temporary:
+        stored = {name: array for name, array in tensors.items() if isinstance(array, StoredArray)}
+        if stored:
+            write_safetensors(temporary, tensors, entries)
+            return
         try:
-            save_file(tensors, str(temporary), metadata=entries)
+            save_file(tensors, str(temporary), metadata=entries)  # pyright: ignore[reportArgumentType]  none is stored
         except SafetensorError as e:
             raise _system_error(e) from e
 

@@ -214,15 +214,14 @@ def _table(result: DemoResult) -> Table:
     table = Table(
         title=f"{result.steps:,} steps of {_BATCH} examples each, seed {result.seed}, {result.seconds:.0f} s",
         caption=f"loss: held out, in nats; steps: until {adam}'s best loss, {result.level:.4f}; "
-        "ratios: steps and wall-clock to the best loss of a baseline over its own; "
+        "vs: steps / time to the best loss of a baseline, over its own; "
         "state: what the table's optimizer keeps",
     )
-    table.add_column("trained by")
-    for heading in ("best loss", "final loss", "steps"):
+    table.add_column("optimizer", no_wrap=True)
+    for heading in ("best loss", "steps"):
         table.add_column(heading, justify="right")
     for base in baselines:
-        for what in ("steps", "time"):
-            table.add_column(f"{what} / {base.arm.name}'s", justify="right")
+        table.add_column(f"vs {base.arm.name}", justify="right")
     for heading in ("ms/step", "state"):
         table.add_column(heading, justify="right")
     for entry in result.arms:
@@ -230,18 +229,18 @@ def _table(result: DemoResult) -> Table:
         table.add_row(
             entry.arm.name,
             f"{entry.curve.best:.4f}",
-            f"{entry.curve.losses[-1]:.4f}",
             "not reached" if reached is None else f"{reached:.0f}",
-            *(
-                "" if value is None else f"{value:.2f}"
-                for base in baselines
-                for value in (result.steps_ratio(entry, base), result.time_ratio(entry, base))
-            ),
+            *(_pair(result.steps_ratio(entry, base), result.time_ratio(entry, base)) for base in baselines),
             f"{entry.ms_per_step:.1f}",
             _bytes(entry.state_bytes),
         )
     return table
 
 
+def _pair(steps: float | None, time: float | None) -> str:
+    # Blanks that do not break, so that a narrow terminal wraps headings only.
+    return "" if steps is None or time is None else f"{steps:.2f}\u00a0/\u00a0{time:.2f}"
+
+
 def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.2f}\u00a0MB" if count >= 1e6 else f"{count / 1e3:.1f}\u00a0kB"

@@ -118,11 +118,21 @@ def call_of(
         names = list(input_names)
     return Call(
         names=names,
-        tensors=flat.tensors,
+        tensors=_apart(flat.tensors),
         free=flat.free,
         arguments=tuple(nested.values()) if positional else (),
         keywords={} if positional else {name: (nested | constants)[name] for name in values},
     )
+
+
+def _apart(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors with a copy of each that comes again: a trace takes one object for one input."""
+    seen: set[int] = set()
+    apart: list[torch.Tensor] = []
+    for tensor in tensors:
+        apart.append(tensor.clone() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return apart
 
 
 _UNSAID: Any = object()

@@ -570,6 +570,22 @@ def test_an_axis_that_the_module_fixes_is_named(torch: Any) -> None:
     )
 
 
+def test_one_tensor_for_two_arguments_is_two_inputs(torch: Any) -> None:
+    class Pairs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = torch.nn.Embedding(30, 6)
+
+        def forward(self, left: Any, right: Any) -> Any:
+            return (self.emb(left) * self.emb(right)).square().mean()
+
+    module = Pairs()
+    same = torch.tensor([3, 4, 4])
+    model = export_training_graph(module, (same, same))
+    assert [value.name for value in model.graph.inputs] == ["left", "right"]
+    check(model, module, ("left", "right"), (torch.tensor([1, 2]), torch.tensor([2, 9])))
+
+
 def test_the_length_of_a_tensor_leaves_its_axis_free(torch: Any) -> None:
     class Lengths(torch.nn.Module):
         def __init__(self) -> None:

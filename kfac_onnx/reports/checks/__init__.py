@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from kfac_onnx.errors.signatures import checked
 from kfac_onnx.graph.invalid import blames_the_graph
-from kfac_onnx.reports.checks import operators, parameters, training
+from kfac_onnx.reports.checks import operators, parameters, tables, training
 from kfac_onnx.reports.checks.finding import CheckReport, Finding, Severity
 from kfac_onnx.reports.checks.subject import Subject, read_subject
 
@@ -40,6 +40,9 @@ CHECKS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
     parameters.unused,
     parameters.no_derivative,
     parameters.frozen,
+    tables.double_precision,
+    tables.wide_rows,
+    tables.equal_ids,
     training.weights,
     training.padding,
     training.tied,

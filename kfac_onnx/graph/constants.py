@@ -164,9 +164,9 @@ class Constants:
             return any(map(self.vanishes, sources[:2])) and all(map(self.vanishes, sources[2:]))
         if operator in SCATTERS:
             return self.vanishes(sources[0]) and self.vanishes(sources[2])
-        return operator in LINEAR and all(
-            self.vanishes(item) for item in sources if item is not None and is_float(item)
-        )
+        # shapes and ids are skipped; a value of unknown type is not, nor a Cast of ids, which are no zeros
+        numbers = [item for item in sources if item is not None and (item.dtype is None or is_float(item))]
+        return operator in LINEAR and bool(numbers) and all(map(self.vanishes, numbers))
 
 
 def _has_graph(attr: ir.Attr) -> bool:

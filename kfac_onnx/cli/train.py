@@ -134,7 +134,12 @@ _SETTINGS = ("preset", "lr", "rest", "rest_lr", "schedule")
     flag_value="",
     help="Go on from the newest checkpoint of a folder, or from a file; without PATH from --checkpoint's.",
 )
-@click.option("--export", "export", metavar="OUT", help="Write a forward model with the trained weights.")
+@click.option(
+    "--export",
+    "export",
+    metavar="OUT",
+    help="Write a forward model with the trained weights, or OUT.safetensors: the weights.",
+)
 @click.option(
     "--into", metavar="FORWARD", help="Put the weights into this model of yours and write it to --export."
 )

@@ -63,7 +63,7 @@ from kfac_onnx.runtime.saved.checkpoint_folder import (
     require_own,
     tidy,
 )
-from kfac_onnx.runtime.saved.export import forward_model, write_into
+from kfac_onnx.runtime.saved.export import forward_model, write_into, write_weights
 from kfac_onnx.runtime.saved.run_lock import RunLock
 from kfac_onnx.runtime.step.device_engine import DeviceEngine
 from kfac_onnx.runtime.step.mapped_tables import MappedTables
@@ -743,6 +743,7 @@ class TrainingSession:
     ) -> dict[str, str]:
         """Write a forward graph with the trained weights; return the place of each weight in it.
 
+        A path that ends in `.safetensors` gets the weights alone, by their names in the training graph.
         Statistics that the steps change (running means of batch normalization) go with the weights.
 
         Args:
@@ -757,9 +758,16 @@ class TrainingSession:
         """
         with self._turn("export"):
             weights = {**self.parameters, **self.statistics}
+            if into is not None and outputs is not None:
+                raise UserError("outputs and into cannot be given together")
+            if str(path).endswith(".safetensors"):
+                if into is not None or outputs is not None:
+                    raise UserError(
+                        f"'{path}' gets the weights alone, without a graph for outputs= or into=",
+                        help="write an .onnx file, or leave these out",
+                    )
+                return write_weights(weights, path)
             if into is not None:
-                if outputs is not None:
-                    raise UserError("outputs and into cannot be given together")
                 return write_into(weights, into, path)
             plan = self._plan
             constants = {name: buffer.read() for name, buffer in self._open.constants.items()}

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from kfac_onnx.disk.atomic import atomic_path
 from kfac_onnx.disk.models import load_model, refuse_overwrite, save_model
+from kfac_onnx.disk.stored import write_safetensors
 from kfac_onnx.errors import UserError, did_you_mean
 from kfac_onnx.graph.lifting import lift_constants
 from kfac_onnx.step.plan import extract
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from kfac_onnx.step.plan import Plan
 
-__all__ = ["filled", "forward_model", "place_weights", "write_into"]
+__all__ = ["filled", "forward_model", "place_weights", "write_into", "write_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +117,18 @@ def write_into(weights: Mapping[str, np.ndarray], forward: str | Path, path: str
     model, found = filled(weights, forward)
     save_model(model, path)
     return found
+
+
+def write_weights(weights: Mapping[str, np.ndarray], path: str | Path) -> dict[str, str]:
+    """Write the weights alone, as a safetensors file with their own names; return these.
+
+    Raises UserError when the place cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        write_safetensors(
+            temporary, {name: np.ascontiguousarray(array) for name, array in weights.items()}, {}
+        )
+    return {name: name for name in weights}
 
 
 def filled(weights: Mapping[str, np.ndarray], forward: str | Path) -> tuple[ir.Model, dict[str, str]]:

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from safetensors.numpy import load_file
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.runtime.saved.export import place_weights
@@ -158,6 +159,24 @@ def test_a_model_that_nothing_fits(open_toy: Callable[..., TrainingSession], tmp
         "  help: trained parameters are 'emb.weight' [23, 4], 'readout' [4]"
     )
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_safetensors_file_gets_the_weights_alone(
+    open_toy: Callable[..., TrainingSession], tmp_path: Path
+) -> None:
+    session = open_toy()
+    assert session.export(tmp_path / "w.safetensors") == {name: name for name in session.parameters}
+    stored = load_file(tmp_path / "w.safetensors")
+    assert stored.keys() == session.parameters.keys()
+    for name, array in session.parameters.items():
+        np.testing.assert_array_equal(stored[name], array)
+    with pytest.raises(UserError) as error:
+        session.export(tmp_path / "v.safetensors", outputs=["loss"])
+    assert str(error.value) == (
+        f"'{tmp_path / 'v.safetensors'}' gets the weights alone, without a graph for outputs= or into=\n"
+        "  help: write an .onnx file, or leave these out"
+    )
+    assert not (tmp_path / "v.safetensors").exists()
 
 
 def test_the_users_model_is_not_overwritten(open_toy: Callable[..., TrainingSession], tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ _KINDS: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
     "tuple": ("a tuple or a list", lambda value: isinstance(value, (tuple, list))),
     "Callable": ("a function", callable),
     "Schedule": ("a Schedule", _is_named("Schedule")),
+    "MappedTables": ("a folder of tables", _is_named("MappedTables")),
     "np.ndarray": (
         "an array",
         lambda value: hasattr(value, "__array__") or isinstance(value, (list, int, float)),

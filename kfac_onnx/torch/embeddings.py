@@ -71,7 +71,7 @@ def embedding_bag(
     """Return one row per bag, float[bags, D]: what `torch.nn.functional.embedding_bag` computes.
 
     `input` is int[bags, length], or int[N] with `offsets` int[bags] where each bag starts. Raises
-    `UserError` for mode "max" with offsets, and for max_norm and scale_grad_by_freq.
+    `UserError` for max_norm and scale_grad_by_freq.
     """
     del norm_type, sparse
     if max_norm is not None or scale_grad_by_freq:
@@ -89,24 +89,23 @@ def embedding_bag(
         rows = rows * per_sample_weights.unsqueeze(-1)
     if input.ndim == 2:
         if mode == "max":
-            if kept is not None:
-                raise UserError(
-                    "an embedding bag of mode 'max' with padding_idx cannot be exported as a training graph",
-                    help="use mode 'sum' or 'mean', or pad with a trained row",
-                )
-            return rows.amax(1)
+            number, length = input.shape
+            bag = torch.arange(number * length, device=input.device) // length
+            return _largest(rows.flatten(0, 1), bag, number, None if kept is None else kept.flatten(0, 1))
         total = (rows if kept is None else rows * kept).sum(1)
         if mode == "sum":
             return total
         return total / (input.shape[1] if kept is None else kept.sum(1).clamp_min(1))
-    if mode == "max" or offsets is None:
+    if offsets is None:
         raise UserError(
-            "an embedding bag of mode 'max' over offsets cannot be exported as a training graph",
-            help="use mode 'sum' or 'mean', or bags of one length as a 2-D input",
+            "an embedding bag of a 1-D input needs offsets, which say where each bag starts",
+            help="give offsets, or bags of one length as a 2-D input",
         )
     starts = offsets[:-1] if include_last_offset else offsets
     position = torch.arange(input.shape[0], device=input.device, dtype=starts.dtype)
     bag = (position[:, None] >= starts[None, :]).sum(1) - 1
+    if mode == "max":
+        return _largest(rows, bag, starts.shape[0], kept)
     ones = rows.new_ones((input.shape[0], 1)) if kept is None else kept
     total = rows.new_zeros((starts.shape[0], weight.shape[1]))
     total = total.index_add(0, bag, rows if kept is None else rows * kept)
@@ -114,3 +113,28 @@ def embedding_bag(
         return total
     count = rows.new_zeros((starts.shape[0], 1)).index_add(0, bag, ones)
     return total / count.clamp_min(1)
+
+
+def _largest(rows: torch.Tensor, bag: torch.Tensor, bags: int, kept: torch.Tensor | None) -> torch.Tensor:
+    """Return the largest entry of each column over the rows of each bag, float[bags, D]; 0 for an empty bag.
+
+    `bag` int[N] says where each row of `rows` float[N, D] belongs; of equal entries the first wins, and it
+    alone has a gradient, as in PyTorch. Which row wins is found without a derivative, by a maximum and then
+    by the least position that attains it.
+    """
+    with torch.no_grad():
+        numbers = rows.detach()
+        if kept is not None:  # padding never wins
+            numbers = torch.where(kept > 0, numbers, torch.full_like(numbers, -torch.inf))
+        place = bag[:, None].expand(numbers.shape)
+        most = torch.full((bags, rows.shape[1]), -torch.inf, dtype=rows.dtype, device=rows.device)
+        most = most.scatter_reduce(0, place, numbers, "amax")
+        count = rows.shape[0]
+        position = torch.arange(count, device=rows.device)[:, None].expand(numbers.shape)
+        attains = (numbers == most.gather(0, place)) & (numbers > -torch.inf)
+        position = torch.where(attains, position, torch.full_like(position, count))
+        first = torch.full((bags, rows.shape[1]), count, dtype=position.dtype, device=rows.device)
+        first = first.scatter_reduce(0, place, position, "amin")
+        empty = first == count
+        winner = torch.where(empty, torch.zeros_like(first), first)
+    return torch.where(empty, torch.zeros_like(most), rows.gather(0, winner))

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+import kfac_onnx as kx
 import kfac_onnx.torch
 from kfac_onnx.api import scan
 from kfac_onnx.errors import UserError
@@ -660,20 +661,70 @@ def test_bad_dynamic_shapes_are_refused(torch: Any) -> None:
     )
 
 
-def test_max_bags_over_offsets_are_refused(torch: Any) -> None:
+@pytest.mark.parametrize("padding", [None, 3], ids=["all", "padding"])
+@pytest.mark.parametrize("flat", [True, False], ids=["offsets", "matrix"])
+def test_max_bags_are_those_of_torch(torch: Any, flat: bool, padding: int | None) -> None:
+    from kfac_onnx.torch.embeddings import embedding_bag
+
+    torch.manual_seed(1)
+    table = torch.randn(12, 4).round().requires_grad_()  # rounded, so that rows tie
+    ids = torch.randint(0, 12, (9,))
+    ids[2] = 3
+    places = (ids, table, torch.tensor([0, 3, 3, 7])) if flat else (ids.reshape(3, 3), table)
+    ours = embedding_bag(*places, mode="max", padding_idx=padding)
+    theirs = torch.nn.functional.embedding_bag(*places, mode="max", padding_idx=padding)
+    np.testing.assert_array_equal(ours.detach(), theirs.detach())
+    above = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(value, table, above)[0] for value in (ours, theirs)]
+    np.testing.assert_array_equal(*gradients)
+
+
+@pytest.mark.parametrize("padding", [None, 3], ids=["all", "padding"])
+def test_max_bags_over_offsets_train_as_torch_trains_them(torch: Any, padding: int | None) -> None:
     class Bags(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag = torch.nn.EmbeddingBag(12, 4, mode="max")
+            self.bag = torch.nn.EmbeddingBag(12, 4, mode="max", padding_idx=padding)
+            self.out = torch.nn.Linear(4, 3)
 
-        def forward(self, ids: Any, offsets: Any) -> Any:
-            return self.bag(ids, offsets).square().mean()
+        def forward(self, ids: Any, offsets: Any, labels: Any) -> Any:
+            return torch.nn.functional.cross_entropy(self.out(self.bag(ids, offsets)), labels)
+
+    torch.manual_seed(0)
+    module = Bags()
+    inputs = (torch.tensor([1, 3, 3, 5, 1, 0, 11, 7]), torch.tensor([0, 3, 5]), torch.tensor([0, 2, 1]))
+    graph = export_training_graph(module, inputs)
+    assert [site.parameter for site in kx.scan(graph).sites] == ["bag.weight"]
+    step = kx.transform(graph, preset="plain-sgd", lr=0.5, rest="sgd", rest_lr=0.5)
+    values = {name: value.detach().numpy().copy() for name, value in module.named_parameters()}
+    optimizer = torch.optim.SGD(module.parameters(), 0.5)
+    with kx.TrainingSession(step, parameters=values) as session:
+        names = [item.name for item in session.batch_inputs]
+        for _ in range(20):
+            loss = module(*inputs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ours = session.step({name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+            np.testing.assert_allclose(ours["loss"], loss.item(), rtol=1e-5)  # float32, 20 steps
+        for name, value in module.named_parameters():
+            np.testing.assert_allclose(session.parameters[name], value.detach(), atol=1e-5)
+
+
+def test_max_norm_is_refused_by_name(torch: Any) -> None:
+    class Norms(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(12, 4, max_norm=1.0)
+
+        def forward(self, ids: Any) -> Any:
+            return self.table(ids).square().mean()
 
     with pytest.raises(UserError) as caught:
-        export_training_graph(Bags(), (torch.arange(5), torch.tensor([0, 2])))
+        export_training_graph(Norms(), (torch.arange(5),))
     assert str(caught.value) == (
-        "an embedding bag of mode 'max' over offsets cannot be exported as a training graph\n"
-        "  help: use mode 'sum' or 'mean', or bags of one length as a 2-D input"
+        "forward changes the parameter 'table.weight', which a training graph cannot hold\n"
+        "  help: switch off max_norm of embeddings"
     )
 
 

@@ -321,7 +321,7 @@ def test_arrays_of_different_length(run: Callable[..., Outcome], folder: Path, a
         ),
         (
             "transform train.onnx -o out.onnx --rest sdg",
-            "unknown optimizer 'sdg'; did you mean 'sgd'?\n  help: the optimizers are: sgd, momentum, adam, adamw, adagrad, muon",
+            "unknown optimizer 'sdg'; did you mean 'sgd'?\n  help: the optimizers are: sgd, momentum, adam, adamw, adagrad, muon, kfac",
         ),
         (
             "transform train.onnx -o out.onnx --shape row",

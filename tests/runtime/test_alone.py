@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOMS = tomllib.loads((Path(__file__).parents[2] / "docs" / "rooms.toml").read_text(encoding="utf-8"))["room"]
-NEEDED = {"errors", "version", "options", "disk", "dialect", "device", "metadata", "graph", "step", "runtime"}
+NEEDED = {
+    "errors", "version", "options", "markup", "disk", "dialect", "data", "device", "metadata", "graph", "step", "runtime",
+}  # fmt: skip
 """The rooms that a run needs; every other one is the compiler's, the oracle, or a tool."""
 
 PROGRAM = """

@@ -76,7 +76,8 @@ class Fault:
 
 
 def bits(session: TrainingSession) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in session.states.items()}
+    """Return what a step must not touch if it fails; slots are scratch, written anew by each step."""
+    return {name: array.tobytes() for name, array in session.states.items() if not name.endswith("/slot")}
 
 
 def counters(session: TrainingSession) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,8 +32,17 @@ class Browser:
         """Run JavaScript in the page; `return` gives its result."""
         return self.driver.execute_script(script, *values)
 
+    def wait_for(self, script: str, *values: object, seconds: float = 20) -> Any:
+        """Return the result of a script as soon as it is not null; a page draws after it was opened."""
+        end = time.monotonic() + seconds
+        while (result := self.run(script, *values)) is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return result
+
     def text(self, selector: str) -> str:
-        return str(self.run("return document.querySelector(arguments[0]).textContent", selector))
+        return str(
+            self.wait_for("return document.querySelector(arguments[0])?.textContent ?? null", selector)
+        )
 
     def find(self, words: str) -> None:
         """Type words into the search and press Enter."""

@@ -295,8 +295,8 @@ def contents(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     tensors = {f"state {name}": np.asarray(array).tobytes() for name, array in found.states.items()}
     tensors |= {f"constant {name}": np.asarray(array).tobytes() for name, array in found.constants.items()}
     tensors["model"] = found.model
-    # Entropy is for random operators without a seed, and `train` always has one.
-    skipped = ("states", "constants", "model", "entropy")
+    # Entropy is for random operators without a seed, and `train` always has one; settings name files of the run.
+    skipped = ("states", "constants", "model", "entropy", "settings")
     rest = {name: value for name, value in vars(found).items() if name not in skipped}
     return tensors, rest
 

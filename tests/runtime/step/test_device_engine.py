@@ -305,7 +305,7 @@ class TestGraphs:
         return made
 
     def test_what_is_captured(self, graphs: list[int], graph_case: Callable[..., Any]) -> None:
-        case = graph_case("torchjoint_in__nplm", target="cuda")
+        case = graph_case("torchjoint_in__nplm", target="cuda", preset="half")
         batches = [case.batches[n % 2] for n in range(40)]
         with case.open() as session:
             losses = [session.step(batch)["loss"] for batch in batches]

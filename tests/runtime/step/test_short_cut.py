@@ -154,7 +154,7 @@ def test_a_fault_within_is_taken_back_and_the_step_made_the_long_way(
 
 def test_a_fault_between_the_counts_of_two_tables(graph_case: Callable[..., Any]) -> None:
     """The first table's counts were written, the second's not even read."""
-    case = graph_case("ortart_dyncore__twotower")
+    case = graph_case("ortart_dyncore__twotower", preset="half")
     session, plain = case.open(), long_way(case.open())
     way = way_of(session)
     first, second = way._plan.counted
@@ -221,7 +221,7 @@ def test_an_output_of_another_shape_ends_the_short_cut(
 
 
 def test_bad_batches_get_the_same_error_and_write_nothing(graph_case: Callable[..., Any]) -> None:
-    case = graph_case("torchjoint_in__nplm")
+    case = graph_case("torchjoint_in__nplm", preset="half")
     session = case.open()
     for _ in range(5):
         session.step(case.batches[0])

@@ -29,12 +29,13 @@ _DEVICE: Final[Mapping[str, Mapping[Variant, str]]] = {
     "merge_rows": {"atomic": "merge_rows_sorted", "ordered": "merge_rows_ordered"},
     "apply_flat": {"atomic": "apply_flat_device", "ordered": "apply_flat_ordered"},
     "sample_rows": {"atomic": "sample_rows_device", "ordered": "sample_rows_device"},
+    "merge_lookups": {"atomic": "merge_lookups_device", "ordered": "merge_lookups_ordered"},
     "take_now": {"atomic": "take_now_device", "ordered": "take_now_device"},
     **{
         name: {"ordered": f"{name}_ordered"}
         for name in (
             "add_rows", "apply_columns", "apply_rows",
-            "input_factor_average", "input_factor_update", "merge_lookups", "scatter_rows",
+            "input_factor_average", "input_factor_update", "scatter_rows",
         )
     },
 }  # fmt: skip
@@ -201,17 +202,17 @@ _TABLE = (
     ),
     _operator(
         "MergeLookups",
-        "sum the rows of each distinct id at one of its lookups",
+        "sum the rows of each distinct id; some hosts put zeros between the sums",
         "rows.merge_lookups",
-        "slot:i32[V] ids:i64[N] rows:f32[N,D] -> slot:i32[V] place:i64[N] merged:f32[N,D]",
-        cost=lambda s: (s.N * s.D, 12 * s.N * s.D + 40 * s.N),
+        "slot:i32[V] ids:i64[N] rows:f32[N,D] -> slot:i32[V] ids:i64[U] place:i64[U] merged:f32[U,D]",
+        cost=lambda s: (s.N * s.D, 12 * s.N * s.D + 60 * s.N),
         scatters="rows",
     ),
     _operator(
         "RowAdagradStep",
         "scale merged lookups by the root of their row's summed mean squares",
         "row_scales.row_adagrad_step",
-        "rows:f32[N,D] place:i64[N] acc:f32[N] scale:f32[] -> step:f32[N,D] acc:f32[N]",
+        "rows:f32[U,D] place:i64[U] acc:f32[U] scale:f32[] -> step:f32[U,D] acc:f32[U]",
         (_EPSILON,),
         cost=lambda s: (3 * s.N * s.D, 16 * s.N * s.D),
     ),
@@ -219,14 +220,14 @@ _TABLE = (
         "RowWindowStep",
         "scale merged lookups by the root of their row's mean squares over a widening window",
         "row_scales.row_window_step",
-        "rows:f32[N,D] place:i64[N] r:f32[N] fresh:f32[] scale:f32[] -> step:f32[N,D] r:f32[N]",
+        "rows:f32[U,D] place:i64[U] r:f32[U] fresh:f32[] scale:f32[] -> step:f32[U,D] r:f32[U]",
         cost=lambda s: (3 * s.N * s.D, 16 * s.N * s.D),
     ),
     _operator(
         "RowElementAdagradStep",
         "Adagrad entry by entry on merged lookups",
         "row_scales.row_element_adagrad_step",
-        "rows:f32[N,D] place:i64[N] acc:f32[N,D] -> update:f32[N,D] acc:f32[N,D]",
+        "rows:f32[U,D] place:i64[U] acc:f32[U,D] -> update:f32[U,D] acc:f32[U,D]",
         (_EPSILON,),
         cost=lambda s: (6 * s.N * s.D, 24 * s.N * s.D),
     ),

@@ -6,10 +6,10 @@
 
 `Counts` is linear in the rows, so it is applied to each lookup's row and repeated rows add up when the table
 is written. The other two square, so the rows of equal ids are merged first: at one of an id's lookups, the
-others keeping rows of zeros (`MergeLookups`, which needs a slot for each row of the table and no sorting), or
-to distinct ids where the rows are handed out (`MergeRows`). Sources: Martens & Grosse 2015
-(https://arxiv.org/abs/1503.05671); Duchi, Hazan & Singer 2011 (https://jmlr.org/papers/v12/duchi11a.html);
-docs/mathematics.md.
+others keeping rows of zeros or being left out (`MergeLookups`, which needs a slot for each row of the table
+and no sorting), or to distinct ids in order where the rows are handed out (`MergeRows`). Sources: Martens &
+Grosse 2015 (https://arxiv.org/abs/1503.05671); Duchi, Hazan & Singer 2011
+(https://jmlr.org/papers/v12/duchi11a.html); docs/mathematics.md.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ class Counts:
 class _MergedRows:
     """Merged rows after G's power, with the state that scales them, as it was at those rows.
 
-    `ids` are None where the rows are the whole table's. `places`, where there are any, says for each lookup
-    at which one the rows of its id were added up.
+    `ids` are None where the rows are the whole table's. `places`, where there are any, says for each id at
+    which one of the rows its own were added up.
     """
 
     ids: ir.Value | None
@@ -171,16 +171,27 @@ class _MergedRows:
     places: ir.Value | None = None
 
 
-def merge_lookups(ids: ir.Value, rows: ir.Value, vocab_size: int, place: Place) -> tuple[ir.Value, ir.Value]:
-    """Emit the rows of each id added up at one of its lookups, and for each lookup which one that is.
+def merge_lookups(
+    ids: ir.Value, rows: ir.Value, vocab_size: int, place: Place
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Emit the rows of each id added up: ids, for each at which row its sum is, and those rows.
 
-    The slots are written in each step before they are read, so that a skipped step has nothing to restore.
+    A session's stage of one thread leaves each id once. Elsewhere (a device's sizes may not depend on values)
+    the ids are those of all lookups, and where no sum is, rows are zeros. The slots are written in each step
+    before they are read, so that a skipped step has nothing to restore.
     """
     slot = place.state("slot", INT32, [vocab_size], "zeros", "scratch")
-    outs = [Out("slot", INT32, [vocab_size]), Out("place", INT64, [None]), Out("merged", FLOAT, rows.shape)]
-    written, places, merged = place.op("MergeLookups", [slot, ids, rows], outs, Phase.COUNT)
+    width = rows.shape[1] if rows.shape is not None else None
+    width = width if isinstance(width, int) else None
+    outs = [
+        Out("slot", INT32, [vocab_size]),
+        Out("merged_ids", INT64, [None]),
+        Out("place", INT64, [None]),
+        Out("merged", FLOAT, [None, width]),
+    ]
+    written, merged_ids, places, merged = place.op("MergeLookups", [slot, ids, rows], outs, Phase.COUNT)
     place.draft.write(slot, written, Phase.COUNT)
-    return places, merged
+    return merged_ids, places, merged
 
 
 def _merged(what: str, gradient: TableGradient, root: ir.Value, place: Place) -> _MergedRows:
@@ -190,7 +201,7 @@ def _merged(what: str, gradient: TableGradient, root: ir.Value, place: Place) ->
     if gradient.dense is not None:
         ids, rows = None, gradient.dense
     elif gradient.in_place:
-        places, rows = merge_lookups(ids, gradient.rows, gradient.vocab_size, place)
+        ids, places, rows = merge_lookups(ids, gradient.rows, gradient.vocab_size, place)
     else:
         outs = [Out("unique_ids", INT64, [None]), Out("merged", FLOAT, [None, gradient.embedding_dim])]
         ids, rows = place.op("MergeRows", [ids, gradient.rows], outs, phase)

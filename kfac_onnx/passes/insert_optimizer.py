@@ -114,7 +114,7 @@ class InsertOptimizer(Pass):
             return
         V, D = site.vocab_size, site.embedding_dim
         table = Place(draft, f"kfac/{site.parameter}", site.parameter)
-        places, rows = merge_lookups(ids, rows, V, table)
+        ids, places, rows = merge_lookups(ids, rows, V, table)
         old = draft.state(
             f"kfac/{site.parameter}/acc", FLOAT, [V, D], "zeros", "optimizer", parameter=site.parameter
         )

@@ -156,11 +156,14 @@ def merge_rows(ids: Array, rows: Array) -> tuple[Array, ...]:
 
 
 def merge_lookups(slot: Array, ids: Array, rows: Array) -> tuple[Array, ...]:
-    """Each id's rows summed at the last of its lookups, and the position of that for each lookup."""
+    """Sum the rows of each id that occurs, in the order of their last lookups."""
     slot = np.array(slot)
-    slot[ids] = np.arange(len(ids))  # of repeated ids, the last assignment stays
-    place = slot[ids]
-    return (slot, place, scatter_add(np.zeros_like(rows), place, rows))
+    positions = np.arange(len(ids))
+    slot[ids] = positions  # of repeated ids, the last assignment stays
+    winners = positions[slot[ids] == positions]
+    place = np.arange(len(winners))
+    rank = np.searchsorted(winners, slot[ids])
+    return (slot, ids[winners], place, scatter_add(np.zeros((len(winners), rows.shape[1])), rank, rows))
 
 
 def row_adagrad_step(

@@ -39,6 +39,7 @@ __all__ = [
     "apply_rows_ordered",
     "input_factor_average_ordered",
     "input_factor_update_ordered",
+    "merge_lookups_device",
     "merge_lookups_ordered",
     "merge_rows_ordered",
     "merge_rows_sorted",
@@ -186,8 +187,29 @@ merge_rows (ids, rows) => (unique_ids, sums) {{
 }}""")
 """Distinct ids in ascending order and the sum of the rows of each, in one order."""
 
+merge_lookups_device: Final = Body("""
+merge_lookups (slot, ids, rows) => (slot_out, every_id, place, merged) {
+    zero = Constant <value: tensor = int64 {0}> ()
+    one = Constant <value: tensor = int64 {1}> ()
+    length = Shape (ids)
+    count = Squeeze (length)
+    positions = Range (zero, count, one)
+    small = Cast <to: int = 6> (positions)
+    slot_out = ScatterElements <axis: int = 0> (slot, ids, small)
+    winner = GatherElements <axis: int = 0> (slot_out, ids)
+    place = Cast <to: int = 7> (winner)
+    shape = Shape (rows)
+    nothing = Constant <value_float: float = 0.0> ()
+    zeros = Expand (nothing, shape)
+    last = Constant <value_ints: ints = [-1]> ()
+    index = Unsqueeze (place, last)
+    merged = ScatterND <reduction: string = "add"> (zeros, index, rows)
+    every_id = Identity (ids)
+}""")
+"""The sum of each id's rows at one of its lookups and 0 at the others: nothing waits for their number."""
+
 merge_lookups_ordered: Final = Body(f"""
-merge_lookups (slot, ids, rows) => (slot_out, place, merged) {{
+merge_lookups (slot, ids, rows) => (slot_out, every_id, place, merged) {{
     {_wrapped("ids", "V = Shape <start: int = 0, end: int = 1> (slot)")}
     {_sorting("own")}
     {_leaders()}
@@ -200,6 +222,7 @@ merge_lookups (slot, ids, rows) => (slot_out, place, merged) {{
     merged = ScatterND(rows, column, summed)
     small = Cast <to: int = 6> (place)
     slot_out = ScatterElements <axis: int = 0> (slot, ids, small)
+    every_id = Identity (ids)
 }}""")
 """The sum of each id's rows at the first of its lookups and 0 at the others, in one order."""
 

@@ -171,18 +171,22 @@ def open_arm(
     *,
     threads: int | None,
     lr: float | None = None,
+    rest_lr: float = REST_LR,
     place: Place = HOST,
 ) -> Trainee:
     """Return a case, at the values of a file, ready to be trained by an arm."""
     if arm.fbgemm:
         from kfac_onnx.bench.fbgemm_arms import FbgemmTrainee
 
-        return FbgemmTrainee(arm.name, case, parameters, threads=threads, lr=lr)
+        return FbgemmTrainee(arm.name, case, parameters, threads=threads, lr=lr, rest_lr=rest_lr)
     if arm.torch:
         from kfac_onnx.bench.torch_arms import TorchTrainee
 
-        return TorchTrainee(arm.name, case, parameters, threads=threads, lr=lr, device=place.torch_device)
-    return OurTrainee(arm.name, case, parameters, threads=threads, lr=lr, place=place)
+        device = place.torch_device
+        return TorchTrainee(
+            arm.name, case, parameters, threads=threads, lr=lr, rest_lr=rest_lr, device=device
+        )
+    return OurTrainee(arm.name, case, parameters, threads=threads, lr=lr, rest_lr=rest_lr, place=place)
 
 
 class OurTrainee:
@@ -196,6 +200,7 @@ class OurTrainee:
         *,
         threads: int | None,
         lr: float | None,
+        rest_lr: float = REST_LR,
         place: Place = HOST,
     ) -> None:
         from kfac_onnx.api import transform
@@ -203,7 +208,7 @@ class OurTrainee:
         from kfac_onnx.runtime import TrainingSession
 
         model = transform(
-            case.graph(), preset=preset, lr=lr, rest="adam", rest_lr=REST_LR, target=place.target
+            case.graph(), preset=preset, lr=lr, rest="adam", rest_lr=rest_lr, target=place.target
         )
         self._threads = threads
         self._place = place

@@ -11,7 +11,6 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any, Final
 
-from kfac_onnx.bench.rates import REST_LR
 from kfac_onnx.bench.torch_arms import LOSSES, TorchTrainee, torch
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class FbgemmTrainee(TorchTrainee):
         for name, weights in zip(self._case.tables, self._fused.split_embedding_weights(), strict=True):
             weights.copy_(self._values.pop(name).detach())
         others = [self._values[name] for name in self._case.others]
-        self._optimizers: list[Any] = [torch.optim.Adam(others, lr=REST_LR)] if others else []
+        self._optimizers: list[Any] = [torch.optim.Adam(others, lr=self._rest_lr)] if others else []
 
     @property
     def state_bytes(self) -> int:

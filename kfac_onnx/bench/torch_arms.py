@@ -103,6 +103,7 @@ class TorchTrainee:
         *,
         threads: int | None,
         lr: float | None,
+        rest_lr: float = REST_LR,
         device: str = "cpu",
     ) -> None:
         if threads is not None:
@@ -110,6 +111,7 @@ class TorchTrainee:
         # As by default, but said, which spares the user a warning about it.
         torch.sparse.check_sparse_tensor_invariants.disable()
         self._settings(name, lr)
+        self._rest_lr = rest_lr
         self._case = case
         self._device = device
         self._keys = _keys(case)
@@ -143,7 +145,7 @@ class TorchTrainee:
         others = [self._values[name] for name in self._case.others]
         self._optimizers: list[Any] = [self._make(tables, lr=self._lr)]
         if others:
-            self._optimizers.append(torch.optim.Adam(others, lr=REST_LR))
+            self._optimizers.append(torch.optim.Adam(others, lr=self._rest_lr))
 
     @property
     def state_bytes(self) -> int:

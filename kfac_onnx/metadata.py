@@ -364,7 +364,8 @@ class StepSettings:
     """What the inserting passes were told, for people and reports; null where no pass said so.
 
     `g_rows` and `g_every` are those of `insert-embedding-kfac`; `optimizer` holds the method of
-    `insert-optimizer` by which parameters got it (`rest`, `tables`, `all`).
+    `insert-optimizer` by which parameters got it (`rest`, `tables`, `all`), `table_decay` the decay of the
+    tables that have one.
     """
 
     preset: str | None = None
@@ -373,6 +374,7 @@ class StepSettings:
     g_rows: int | None = None
     g_every: int = 1
     optimizer: dict[str, str] = field(default_factory=dict[str, str])
+    table_decay: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)

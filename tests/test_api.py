@@ -48,7 +48,7 @@ def test_transform_takes_what_its_options_are() -> None:
 
 
 def test_the_block_s_options_are_those_of_its_pass() -> None:
-    own = {"preset", "lr", "shape", "grad_scale", "allow_fallback", "only", "rate"}
+    own = {"preset", "lr", "shape", "grad_scale", "allow_fallback", "only", "rate", "table_decay"}
     assert {*BLOCK} == {option.field for option in options_of(InsertEmbeddingKfac)} - own
 
 

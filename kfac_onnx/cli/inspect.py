@@ -139,6 +139,8 @@ def _print_site(site: SiteReport, lookups: int | None) -> None:
     say(f"{site.parameter}: {site.vocab_size} x {site.embedding_dim} {site.dtype}{tied}")
     say(f"  lookups per step  {site.lookups}")
     say(f"  statistics        {site.statistics}")
+    if site.decay:
+        say(f"  decay             {site.decay:g} times the rate in each step")
     for name, shape in site.factors.items():
         say(f"  factor            {name} {list(shape)}")
     share = site.state_bytes / site.adam_bytes if site.adam_bytes else 0.0

@@ -188,6 +188,7 @@ _REST: Final = (
         "X",
         "Decoupled decay of other matrices (default: 0.01 for adamw, muon and kfac, else 0).",
     ),
+    ("table_decay", float, "X", "Decoupled decay of the tables' looked-up rows (default 0)."),
     ("beta1", float, "X", "Weight kept from the old first moment of --rest (default 0.9)."),
     ("beta2", float, "X", "Weight kept from the old second moment of --rest (default 0.999)."),
     ("epsilon", float, "X", "What --rest adds to its root (default 1e-8; 1e-10 for adagrad)."),

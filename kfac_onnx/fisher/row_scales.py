@@ -172,25 +172,25 @@ class _MergedRows:
 
 
 def merge_lookups(
-    ids: ir.Value, rows: ir.Value, vocab_size: int, place: Place
+    ids: ir.Value, rows: ir.Value, vocab_size: int, place: Place, *, slot: str = "slot"
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Emit the rows of each id added up: ids, for each at which row its sum is, and those rows.
 
     A session's stage of one thread leaves each id once. Elsewhere (a device's sizes may not depend on values)
     the ids are those of all lookups, and where no sum is, rows are zeros. The slots are written in each step
-    before they are read, so that a skipped step has nothing to restore.
+    before they are read, so that a skipped step has nothing to restore; `slot` names their state.
     """
-    slot = place.state("slot", INT32, [vocab_size], "zeros", "scratch")
+    slots = place.state(slot, INT32, [vocab_size], "zeros", "scratch")
     width = rows.shape[1] if rows.shape is not None else None
     width = width if isinstance(width, int) else None
     outs = [
-        Out("slot", INT32, [vocab_size]),
+        Out(slot, INT32, [vocab_size]),
         Out("merged_ids", INT64, [None]),
         Out("place", INT64, [None]),
         Out("merged", FLOAT, [None, width]),
     ]
-    written, merged_ids, places, merged = place.op("MergeLookups", [slot, ids, rows], outs, Phase.COUNT)
-    place.draft.write(slot, written, Phase.COUNT)
+    written, merged_ids, places, merged = place.op("MergeLookups", [slots, ids, rows], outs, Phase.COUNT)
+    place.draft.write(slots, written, Phase.COUNT)
     return merged_ids, places, merged
 
 

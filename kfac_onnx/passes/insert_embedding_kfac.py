@@ -15,11 +15,12 @@ from kfac_onnx.fisher.projections import emit_positions
 from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.metadata import Parameter, Phase, Refusal, Site, StepSettings
 from kfac_onnx.passes.find_embeddings import values_by_name
-from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
+from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET, TABLE_DECAY
 from kfac_onnx.passes.insertion.host_optimizer import close_updates, host_update_of, replace_source
 from kfac_onnx.passes.insertion.interface import drop_tensors, replace_rows, row_gradient_of
 from kfac_onnx.passes.insertion.loss_divisor import squared_divisor
 from kfac_onnx.passes.insertion.penalty import with_penalty
+from kfac_onnx.passes.insertion.table_decay import with_decay
 from kfac_onnx.passes.insertion.writing import drop_gradient, from_rows, takes_steps, to_rows, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -52,6 +53,8 @@ class InsertEmbeddingKfac(Pass):
             state kfac/<table>/root   float32[D, D]  (G + damping)^exponent as of the last refresh
     Shape   `rows` updates each table in place and removes its dense gradient; `dense` replaces the
             gradient output (a tensor, or rows and their ids) by the preconditioned one, under its own name.
+    Decay   `table-decay`: W ← W·(1 − lr·decay) in each step, which a row makes up when it is looked up:
+            docs/mathematics.md
     Source  Martens & Grosse 2015 (https://arxiv.org/abs/1503.05671), sections 5 and 6.3;
             docs/mathematics.md has every preset's formulas.
     """
@@ -97,6 +100,7 @@ class InsertEmbeddingKfac(Pass):
     penalty: Literal["all", "rows", "refuse"] = opt(
         "all", "a penalty on a table: its gradient on all rows, decay of the looked-up rows alone, or refuse"
     )
+    table_decay: float = opt(0.0, TABLE_DECAY, lo=0.0, hi=1.0)
     allow_fallback: tuple[str, ...] = opt((), "refused tables that the ordinary optimizer may train")
 
     def settings(self) -> Preset:
@@ -118,7 +122,7 @@ class InsertEmbeddingKfac(Pass):
 
         Raises UserError for a pattern that matches no table, a table that was refused and is not in
         `allow-fallback`, when there is no table at all, where a preset needs the divisor of the loss and it
-        is unknown, and for an option that means nothing for the preset.
+        is unknown, and for an option that means nothing for the preset or the shape.
         """
         preset = self.settings()
         if self.grad_scale is not None and not preset.per_example:
@@ -126,6 +130,12 @@ class InsertEmbeddingKfac(Pass):
             raise UserError(
                 f"grad-scale has no meaning for preset '{preset.name}', whose update does not depend on it",
                 help=f"leave it out, or take preset {takers}",
+            )
+        if self.shape == "dense" and self.table_decay:
+            raise UserError(
+                "table-decay belongs to the step of a table, and shape=dense leaves that to the host",
+                context=self.name,
+                help="let the optimizer that takes the gradients decay, or set shape=rows",
             )
         emitter = Emitter(model, self.name)
         draft = Draft(model, emitter, values_by_name(model))
@@ -156,6 +166,7 @@ class InsertEmbeddingKfac(Pass):
                 g_rows=preset.sample.rows,
                 g_every=preset.sample.every,
                 optimizer=draft.settings.optimizer,
+                table_decay=draft.settings.table_decay,
             )
         draft.save()
         return emitter.changes
@@ -180,7 +191,11 @@ class InsertEmbeddingKfac(Pass):
                 self._say_penalty(site, log)
             if rate is not None:
                 drop_gradient(draft, site.gradient)
-                write_table(site, result, rate, draft)
+                if self.table_decay:
+                    draft.set_decay(site.parameter, self.table_decay)
+                if self.table_decay and not result.dense:
+                    result, rate = with_decay(site, result, rate, self.table_decay, draft)
+                write_table(site, result, rate, draft, decay=self.table_decay)
             else:
                 self._hand_out(site, result, draft)
         log.count("tables")

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kfac_onnx import metadata
+from kfac_onnx.errors import UserError
 from kfac_onnx.fisher.place import Place
 from kfac_onnx.fisher.row_scales import RowUpdate, merge_lookups
 from kfac_onnx.graph.emit import Emitter, Out
 from kfac_onnx.metadata import Parameter, Phase, Site
 from kfac_onnx.passes.find_embeddings import values_by_name
+from kfac_onnx.passes.insertion.defaults import TABLE_DECAY
+from kfac_onnx.passes.insertion.table_decay import with_decay
 from kfac_onnx.passes.insertion.writing import as_float32, drop_gradient, keep_parameter, write_table
 from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.options import opt
@@ -36,7 +39,7 @@ class InsertOptimizer(Pass):
     Tables  with `parameters=tables` or `all`, embedding tables too, for comparison: sgd and adagrad on
             the looked-up rows (repeated rows merged), momentum and adam on the whole table.
     Decay   decoupled: W ← W·(1 − lr·decay) before the optimizer's own step, of tensors of two or more
-            dimensions alone (biases and gains are left) and never of tables.
+            dimensions alone (biases and gains are left); of tables `table-decay`.
     Source  Kingma & Ba 2015, algorithm 1, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter 2019,
             algorithm 2, https://arxiv.org/abs/1711.05101; Duchi et al. 2011, section 1.1,
             https://jmlr.org/papers/v12/duchi11a.html
@@ -54,6 +57,7 @@ class InsertOptimizer(Pass):
         None, "decoupled decay of matrices: 0.01 for adamw, otherwise 0 if none", lo=0.0, hi=1.0
     )
     decay_vectors: bool = opt(False, "decay biases and gains (tensors of one dimension) too")
+    table_decay: float = opt(0.0, TABLE_DECAY, lo=0.0, hi=1.0)
     momentum: float = opt(0.9, "weight kept from the old velocity (momentum)", lo=0.0, hi=1.0)
     beta1: float = opt(0.9, "weight kept from the old first moment (adam, adamw)", lo=0.0, hi=1.0)
     beta2: float = opt(0.999, "weight kept from the old second moment (adam, adamw)", lo=0.0, hi=1.0)
@@ -64,7 +68,8 @@ class InsertOptimizer(Pass):
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place.
 
-        Raises UserError for a pattern that no trained parameter matches.
+        Raises UserError for a pattern that no trained parameter matches, and for a decay of tables where
+        there can be none.
         """
         emitter = Emitter(model, self.name)
         draft = Draft(model, emitter, values_by_name(model))
@@ -72,6 +77,12 @@ class InsertOptimizer(Pass):
         sites = {site.parameter: site for site in metadata.read_list(model, "sites", Site)}
         parameters = metadata.read_list(model, "parameters", Parameter)
         only = chosen([item.name for item in parameters], self.only, context=self.name)
+        if self.table_decay and (self.parameters == "rest" or (self.only and not only & sites.keys())):
+            raise UserError(
+                "table-decay is set, and this optimizer gets no embedding table",
+                context=self.name,
+                help="weight-decay is that of other parameters; `scan MODEL` lists the tables",
+            )
         for parameter in parameters:
             if parameter.name in done or parameter.gradient is None or parameter.name not in draft.values:
                 continue
@@ -86,6 +97,8 @@ class InsertOptimizer(Pass):
             rate = draft.learning_rate(self.rate or usual, self.lr)
             with draft.at(emitter.derive(site=parameter.name)):
                 drop_gradient(draft, parameter.gradient)
+                if site is not None and self.table_decay:
+                    draft.set_decay(site.parameter, self.table_decay)
                 whole = site is None or site.dense is not None or site.penalty is not None
                 if site is not None and not whole and self.method in ("sgd", "adagrad"):
                     self._rows(site, rate, draft)
@@ -110,7 +123,7 @@ class InsertOptimizer(Pass):
         ids, rows = draft.value(site.ids), draft.value(site.rows)
         draft.flag(rows)
         if self.method == "sgd":
-            write_table(site, RowUpdate(ids, rows, unique=False), rate, draft)
+            self._write(site, RowUpdate(ids, rows, unique=False), rate, draft)
             return
         V, D = site.vocab_size, site.embedding_dim
         table = Place(draft, f"kfac/{site.parameter}", site.parameter)
@@ -132,7 +145,12 @@ class InsertOptimizer(Pass):
         if node is not None:
             draft.guard(node, 2, held)
         draft.write(old, written, Phase.COMMIT)
-        write_table(site, RowUpdate(ids, update, unique=False), rate, draft)
+        self._write(site, RowUpdate(ids, update, unique=False), rate, draft)
+
+    def _write(self, site: Site, result: RowUpdate, rate: ir.Value, draft: Draft) -> None:
+        if self.table_decay:
+            result, rate = with_decay(site, result, rate, self.table_decay, draft)
+        write_table(site, result, rate, draft)
 
     def _decay(self, shape: list[int]) -> float:
         """Return the decay of a tensor that is no table."""
@@ -146,7 +164,7 @@ class InsertOptimizer(Pass):
         weights, g = as_float32(emit, weight, "W"), as_float32(emit, gradient, "g")
         shape = [int(dim) for dim in (weight.shape or ()) if isinstance(dim, int)]
         draft.flag(g)
-        decay = 0.0 if table else self._decay(shape)
+        decay = self.table_decay if table else self._decay(shape)
         if decay:
             outs = [Out("decayed", FLOAT, shape)]
             (decayed,) = draft.op("DecayWeights", [weights, rate], outs, Phase.PRECONDITION, decay=decay)

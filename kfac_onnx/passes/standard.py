@@ -48,6 +48,8 @@ class TransformOptions:
         rest_lr: learning rate of the other parameters.
         hidden_lr, output_lr: muon, kfac: learning rates of the hidden matrices, and of the output tables.
         weight_decay: decoupled decay of the other parameters' matrices; 0.01 with adamw, muon, kfac, else 0.
+        table_decay: decoupled decay of the tables' rows in each step, made up when a row is looked up; none
+            if None.
         beta1, beta2, epsilon: of the other parameters' optimizer; its own if None.
         clip_norm: the largest global norm of all gradients together.
         clip_value: the largest absolute entry of a gradient.
@@ -81,6 +83,7 @@ class TransformOptions:
     hidden_lr: float | None = None
     output_lr: float | None = None
     weight_decay: float | None = None
+    table_decay: float | None = None
     beta1: float | None = None
     beta2: float | None = None
     epsilon: float | None = None
@@ -133,7 +136,7 @@ class TransformOptions:
         if self.shape == "dense":
             given = [
                 name
-                for name in ("hidden_lr", "output_lr", *OPTIMIZER, "rules")
+                for name in ("hidden_lr", "output_lr", "table_decay", *OPTIMIZER, "rules")
                 if getattr(self, name) not in (None, ())
             ]
             if given:
@@ -182,6 +185,7 @@ class TransformOptions:
                 InsertOptimizer(
                     method=cast("Any", self.preset.removeprefix("plain-")),  # checked above
                     parameters="tables",
+                    table_decay=self.table_decay or 0.0,
                     **_rate(self.lr),
                 )
             )
@@ -192,6 +196,7 @@ class TransformOptions:
                     lr=self.lr,
                     grad_scale=self.grad_scale,
                     shape=cast("Literal['rows', 'dense']", self.shape),  # the option checks it
+                    table_decay=self.table_decay or 0.0,
                     allow_fallback=self.allow_fallback,
                     **self._block_options(),
                 )

@@ -60,6 +60,8 @@ class TableSettings:
     window_power: float = 0.8
     window_least: float = 0.01
     """Least share of the new in a window."""
+    table_decay: float = 0.0
+    """Decoupled decay of all rows in each step, which a row makes up when it is looked up."""
 
 
 SETTINGS: Final[Mapping[str, TableSettings]] = {
@@ -114,6 +116,8 @@ class TableReference:
         self.history = np.zeros(vocab_size)
         """Per row: summed mean squares (adagrad) or their window (adaptive)."""
         self.window_count = 0
+        self.shrunk = np.ones(vocab_size)
+        """What decay since its last lookup leaves of each row."""
 
     def step(
         self,
@@ -152,10 +156,17 @@ class TableReference:
             self._average(ids, rows, scale, pairs, keep is not None)
         if self._due(self.settings.refresh_every):
             self._refresh()
-        if self.lookups == 0:
-            return table
-        update = self._update(ids, rows, dense)
-        return table - (self.lr if lr is None else lr) * update
+        lr = self.lr if lr is None else lr
+        table = self._decayed(table, ids, lr, whole=dense is not None)
+        return table if self.lookups == 0 else table - lr * self._update(ids, rows, dense)
+
+    def _decayed(self, table: Array, ids: Array, lr: float, *, whole: bool) -> Array:
+        self.shrunk = self.shrunk * (1.0 - lr * self.settings.table_decay)
+        touched = np.arange(self.V) if whole else np.unique(ids)
+        table = table.copy()
+        table[touched] *= self.shrunk[touched, None]
+        self.shrunk[touched] = 1.0
+        return table
 
     def a_hat(self) -> Array:
         """Return the average of lookup counts per row, float64[V]."""

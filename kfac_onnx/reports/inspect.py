@@ -115,7 +115,8 @@ class NodeReport:
 class SiteReport:
     """One table: sizes, state and cost.
 
-    `uses` counts the operators that look rows up, `statistics` says what the factors take in.
+    `uses` counts the operators that look rows up, `statistics` says what the factors take in; `decay` is the
+    decoupled decay of its rows.
     `lookups` is the number of lookups per step as an expression in the graph's dimensions,
     `factors` maps each factor to its shape, `state_bytes` is everything kept for the table besides the
     table, `adam_bytes` what Adam would keep (two tables). `step_cost` is paid at each step,
@@ -140,6 +141,7 @@ class SiteReport:
     step_cost: LinearCost
     refresh_cost: LinearCost
     statistics_cost: LinearCost = LinearCost()
+    decay: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""
@@ -321,6 +323,7 @@ def _site(
         ),
         refresh_cost=sum((group.cost for group in groups if group.phase == Phase.REFRESH), LinearCost()),
         statistics_cost=sum((group.cost for group in groups if group.operator in rare), LinearCost()),
+        decay=settings.table_decay.get(site.parameter, 0.0),
     )
 
 

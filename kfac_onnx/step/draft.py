@@ -221,6 +221,10 @@ class Draft:
         optimizer = self.settings.optimizer | {parameters: method}
         self.settings = replace(self.settings, optimizer=optimizer)
 
+    def set_decay(self, table: str, decay: float) -> None:
+        """Say, for reports, how a table decays."""
+        self.settings = replace(self.settings, table_decay=self.settings.table_decay | {table: decay})
+
     def learning_rate(self, name: str, default: float) -> ir.Value:
         """Return the learning-rate input of this name, made on first use."""
         if name in self.values:

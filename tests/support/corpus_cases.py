@@ -188,6 +188,7 @@ class StepReference:
         tied: str = "auto",
         g_rows: int | None = None,
         g_every: int = 1,
+        table_decay: float = 0.0,
     ) -> None:
         self.graph = graph
         self.tied = tied
@@ -202,6 +203,7 @@ class StepReference:
                 num_uses=self.uses_of(site) if uses == "multi-indep" else 1,
                 g_rows=g_rows,
                 g_every=g_every,
+                table_decay=table_decay,
             )
             for site in graph.sites
         }

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["DEFAULT_PRESET"]
+__all__ = ["DEFAULT_PRESET", "TABLE_DECAY"]
 
 DEFAULT_PRESET: Final = "adaptive"
 """One of `kfac_onnx.fisher.PRESETS`."""
+
+TABLE_DECAY: Final = "decoupled decay of a table's rows in each step; a row makes it up when it is looked up"
+"""What the option of that name says in each pass that trains tables."""

@@ -62,12 +62,15 @@ def keep_parameter(draft: Draft, weight: ir.Value, new: ir.Value) -> None:
     draft.keep(weight, new, Phase.PRECONDITION)
 
 
-def write_table(site: Site, result: RowUpdate, rate: ir.Value, draft: Draft) -> None:
-    """Emit W ← W − lr · update: a scatter in the commit phase, or a whole-table step for tied tables."""
+def write_table(site: Site, result: RowUpdate, rate: ir.Value, draft: Draft, *, decay: float = 0.0) -> None:
+    """Emit W ← W − lr · update: a scatter in the commit phase, or a whole-table step for tied tables.
+
+    `decay` is of whole-table steps alone: rows bring theirs in `result`.
+    """
     weight = draft.parameter(site.parameter)
     emit = draft.emitter.derive(phase=Phase.PRECONDITION)
     if result.ids is None:
-        _write_whole(site, result.update, weight, rate, draft)
+        _write_whole(site, result.update, weight, rate, draft, decay)
         return
     if result.step:
         (written,) = draft.op(
@@ -169,13 +172,18 @@ def _in_place(draft: Draft, weight: ir.Value, written: ir.Value, fallback: ir.Va
     draft.write(weight, written, Phase.COMMIT)
 
 
-def _write_whole(site: Site, update: ir.Value, weight: ir.Value, rate: ir.Value, draft: Draft) -> None:
+def _write_whole(
+    site: Site, update: ir.Value, weight: ir.Value, rate: ir.Value, draft: Draft, decay: float = 0.0
+) -> None:
     emit = draft.emitter.derive(phase=Phase.PRECONDITION)
     table = (
         to_rows(emit, weight, site)
         if weight.dtype == FLOAT
         else to_rows(emit, as_float32(emit, weight, "W"), site)
     )
+    if decay:
+        outs = [Out("decayed", FLOAT, table.shape)]
+        (table,) = draft.op("DecayWeights", [table, rate], outs, Phase.PRECONDITION, decay=decay)
     (new,) = draft.op(
         "Sgd",
         [table, update, rate],

@@ -11,6 +11,7 @@ that passes from one tool to the next. Each entry is JSON that a person can read
 | `kfac.row_gradients` | frontends           | list of `RowGradient`                         |
 | `kfac.notes`      | frontends, passes      | list of sentences: what was changed on import |
 | `kfac.carried`    | exporters, frontends   | list of `Carried`                             |
+| `kfac.unmerged`   | `kfac_onnx.torch`      | that no two parameters that started equal are one initializer |
 | `kfac.orphans`    | frontends              | outputs that are gradients of nothing         |
 | `kfac.sites`      | `find-embeddings`      | list of `Site`                                |
 | `kfac.updates`    | frontends              | list of `HostUpdate`                          |
@@ -71,6 +72,7 @@ __all__ = [
     "read",
     "read_list",
     "read_strings",
+    "unmerged",
     "write",
 ]
 
@@ -404,6 +406,11 @@ class Step:
     def ends(self) -> tuple[str, ...]:
         """Where the forward part ends: at the loss, or at the predictions."""
         return tuple(self.predictions) if self.loss is None else (self.loss,)
+
+
+def unmerged(model: ir.Model) -> bool:
+    """Say whether the exporter vouches that parameters were neither merged nor folded into constants."""
+    return "kfac.unmerged" in model.metadata_props
 
 
 def _plain(value: object) -> object:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-__all__ = ["Candidates", "find_candidates"]
+__all__ = ["BY_THE_USER", "Candidates", "find_candidates"]
 
 STATISTICS: Final = {"BatchNormalization": (3, 4)}
 """Operator -> inputs that are running statistics."""
@@ -67,6 +67,7 @@ CLASS_WEIGHTS: Final = {"SoftmaxCrossEntropyLoss": (2,), "NegativeLogLikelihoodL
 """Operator -> inputs that say how much each class counts."""
 ANGLES: Final = {"RotaryEmbedding": (1, 2)}
 """Operator -> inputs that are cosines and sines of positions."""
+BY_THE_USER: Final = "frozen by the user"
 ANGLES_REASON: Final = "cosines and sines of positions"
 PLAIN_SCALES: Final = {"InstanceNormalization": (1, 2)}
 """Operator -> inputs at which ones and zeros, behind a Reshape, only stand for no scale and no bias."""
@@ -119,7 +120,7 @@ def find_candidates(
     for name, value in known.items():
         if not rank_of(value) or name.startswith("kfac/"):
             continue
-        reason = "frozen by the user" if name in frozen else _why_constant(value)
+        reason = BY_THE_USER if name in frozen else _why_constant(value)
         if reason is None:
             trained.append(value)
         else:

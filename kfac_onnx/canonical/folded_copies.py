@@ -21,15 +21,20 @@ from kfac_onnx.pipeline.base import Changes, Pass
 from kfac_onnx.pipeline.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from kfac_onnx.pipeline.log import Log
 
 __all__ = ["UndoStaleCopies", "undo_repeated_vectors", "undo_stale_copies"]
 
 
-def undo_stale_copies(model: ir.Model, parameters: Mapping[str, ir.Value]) -> tuple[list[str], list[Refusal]]:
-    """Replace stale copies; return a note for each and a refusal for each that could be of two parameters."""
+def undo_stale_copies(
+    model: ir.Model, parameters: Mapping[str, ir.Value], frozen: Collection[str] = ()
+) -> tuple[list[str], list[Refusal]]:
+    """Replace stale copies; return a note for each and a refusal for each that could be of two parameters.
+
+    Constants that are `frozen` on purpose stay, as a target network that starts as the trained one does.
+    """
     by_shape: dict[tuple[int, ...], list[tuple[str, ir.Value, np.ndarray, bool]]] = {}
     for name, value in parameters.items():
         if value.const_value is None or len(value.const_value.shape) < 2:
@@ -44,7 +49,7 @@ def undo_stale_copies(model: ir.Model, parameters: Mapping[str, ir.Value]) -> tu
     for constant in list(_constants(model)):
         shape = static_shape(constant)
         tensor = ir.convenience.get_const_tensor(constant)
-        if constant in trained or tensor is None or shape not in by_shape:
+        if constant in trained or constant.name in frozen or tensor is None or shape not in by_shape:
             continue
         array = tensor.numpy()
         equal = [entry for entry in by_shape[shape] if _same(entry[2], array)]
@@ -177,9 +182,10 @@ class UndoStaleCopies(Pass):
 
     A constant of two or more dimensions that equals a parameter becomes Identity of it, one that equals its
     transpose becomes Transpose. One that could be of two parameters refuses both; one whose entries are all
-    equal stays, with a note.
+    equal stays, with a note. So do constants that were frozen on purpose, and all of a file whose exporter
+    says that it folds nothing.
 
-    Reads   `kfac.parameters`.
+    Reads   `kfac.parameters`, `kfac.frozen`, `kfac.unmerged`.
     Writes  `kfac.refused`.
     """
 
@@ -188,9 +194,13 @@ class UndoStaleCopies(Pass):
 
     def run(self, model: ir.Model, log: Log) -> Changes:
         """Edit `model` in place; a copy is three changes: a node more, a constant less, its readers."""
+        if metadata.unmerged(model):
+            return Changes()
+        frozen = {item.name for item in metadata.read_list(model, "frozen", metadata.Frozen)}
         values = {str(value.name): value for value in model.graph.inputs} | dict(model.graph.initializers)
         names = [item.name for item in metadata.read_list(model, "parameters", metadata.Parameter)]
-        notes, ambiguous = undo_stale_copies(model, {name: values[name] for name in names if name in values})
+        parameters = {name: values[name] for name in names if name in values}
+        notes, ambiguous = undo_stale_copies(model, parameters, frozen)
         copies = sum("computed from it" in note for note in notes)
         for note in notes:
             log.note(note)

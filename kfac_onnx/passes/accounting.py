@@ -57,7 +57,8 @@ def accounts_of(
     for item in metadata.read_list(model, "refused", Refusal):
         accounts.setdefault(item.parameter, Account(item.parameter, "refused", item.reason))
     by_name = {str(verdict.weight.name): verdict for verdict in verdicts}
-    merged = merged_parameters([values[name] for name in trained if name in values], _array, facts.is_forward)
+    suspects = [] if metadata.unmerged(model) else [values[name] for name in trained if name in values]
+    merged = merged_parameters(suspects, _array, facts.is_forward)
     layers = {str(item.parameter.name): str(item) for item in merged if not item.layers_shared}
     for name in trained:
         accounts.setdefault(name, _trained(name, by_name.get(name), layers.get(name)))

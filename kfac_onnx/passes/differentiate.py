@@ -295,14 +295,15 @@ def _weights(
     place: str | None,
 ) -> tuple[list[ir.Value], dict[str, str], list[str]]:
     """Return what may be trained, what is not and why, and notes on transposed copies that were undone."""
-    from kfac_onnx.autodiff.trainable import find_candidates
+    from kfac_onnx.autodiff.trainable import BY_THE_USER, find_candidates
     from kfac_onnx.canonical.folded_copies import undo_repeated_vectors, undo_stale_copies
 
     found = find_candidates(model, stored, inputs, train, freeze, place)
     repeated = undo_repeated_vectors(model, found.trained)
     known = {*model.graph.initializers.values(), *model.graph.inputs}
     weights = _without_transposed_copies(tuple(value for value in found.trained if value in known))
-    notes, ambiguous = undo_stale_copies(model, {str(value.name): value for value in weights})
+    frozen = [name for name, reason in found.constants.items() if reason == BY_THE_USER]
+    notes, ambiguous = undo_stale_copies(model, {str(value.name): value for value in weights}, frozen)
     if ambiguous:
         raise UserError(
             f"the weight '{ambiguous[0].parameter}' cannot be trained: {ambiguous[0].reason}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from kfac_onnx import metadata
 from kfac_onnx.graph.values import label, static_shape
 from kfac_onnx.metadata import Projection, Refusal, Site, Use
 from kfac_onnx.tables.facts import Facts, ancestors
@@ -150,7 +151,7 @@ def match_table(weight: ir.Value, gradient: ir.Value | None, facts: Facts) -> Ve
     terms = gradient_terms(gradient, facts)
     verdict = _pair(verdict, gradient, lookups, dense_uses, terms, facts)
     if verdict.site is not None:
-        verdict.site = replace(verdict.site, dead_ends=tuple(every.dead))
+        verdict.site = replace(verdict.site, dead_ends=(*every.dead, *verdict.site.dead_ends))
     return verdict
 
 
@@ -181,6 +182,11 @@ def _pair(
     rows_left = [term for term in left if isinstance(term, RowTerm)]
     dense_left = tuple(term for term in left if isinstance(term, DenseTerm))
     verdict.trail.extend(f"tried: {miss}" for miss in dict.fromkeys(misses))
+    detached: list[DenseUse] = []
+    if unclaimed and uses and not left and metadata.unmerged(facts.model):
+        # All of the gradient is accounted for, and its exporter gave no part of it to another parameter.
+        detached += [DenseUse(lookup.node, lookup.output) for lookup in unclaimed]
+        unclaimed = []
     if unclaimed:
         return _refuse_unclaimed(verdict, unclaimed[0], bool(uses), gradient, left, misses)
     if rows_left:
@@ -203,6 +209,9 @@ def _pair(
         dense_left = ()
     else:
         dense_uses, dense_left = list(kinds.projections), kinds.projection_terms
+    if dense_uses and not dense_left and metadata.unmerged(facts.model):
+        detached += dense_uses
+        dense_uses = []
     if dense_uses and not dense_left:
         return verdict.refuse(
             f"{dense_uses[0].node.op_type} '{dense_uses[0].output.name}' also uses the table, "
@@ -234,6 +243,7 @@ def _pair(
         tuple(dense_uses),
         dense_left,
         products,
+        dead_ends=tuple(detached),
         penalties=kinds.uses,
         penalty_parts=tuple(parts),
         decay=decay_of(parts, verdict.weight),

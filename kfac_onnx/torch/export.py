@@ -177,6 +177,7 @@ def _tidy(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -> None:
             rename(value)
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
+    model.metadata_props["kfac.unmerged"] = "true"  # each parameter is an initializer of its own
     model.graph.name = "training_graph"
 
 

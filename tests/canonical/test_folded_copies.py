@@ -93,6 +93,19 @@ def test_a_copy_of_two_equal_parameters_is_refused(build: Callable[[str], ir.Mod
     assert "k" in model.graph.initializers
 
 
+@pytest.mark.parametrize(
+    "entries", [{"kfac.frozen": '[{"name": "k", "reason": "frozen by the user"}]'}, {"kfac.unmerged": "true"}]
+)
+def test_what_is_frozen_on_purpose_keeps_its_value(
+    entries: dict[str, str], build: Callable[[str], ir.Model]
+) -> None:
+    model = training_graph(build, {"w": W, "v": W + 7, "k": W.T.copy()}, BODY)
+    model.metadata_props.update(entries)
+    model = read_training_graph(model)
+    assert facts(model) == ([], {})
+    assert "k" in model.graph.initializers
+
+
 def test_equal_parameters_and_other_constants_stay(build: Callable[[str], ir.Model]) -> None:
     model = read_training_graph(training_graph(build, {"w": W, "v": W, "k": W.T + 1}, BODY))
     assert facts(model) == ([], {})

@@ -313,6 +313,24 @@ class Average(Layered):
         return h - self.centre
 
 
+class Targets(nn.Module):
+    """Learns from its own rows without a gradient, and from a frozen table that starts as its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online = nn.Embedding(VOCAB, DIM)
+        self.target = nn.Embedding(VOCAB, DIM)
+        self.target.load_state_dict(self.online.state_dict())
+        self.target.weight.requires_grad_(False)
+        self.head = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        made = self.head(self.online(x))
+        own = F.mse_loss(made, self.online(y).detach())
+        scores = F.linear(made, self.online.weight.detach())
+        return own + F.mse_loss(made, self.target(y)) + scores.square().mean()
+
+
 def _edges(size: int) -> dict[str, Tensor]:
     return {
         "z": torch.randint(0, VOCAB, (7,)),
@@ -361,4 +379,5 @@ KINDS: Final = {
     "weight norm": Kind(WeightNorm, pairs),
     "moving average": Kind(Average, pairs),
     "recurrent": Kind(Recurrent, _short),
+    "targets": Kind(Targets, _short),
 }

@@ -248,6 +248,19 @@ def test_lookup_without_its_rows_in_the_gradient_is_refused() -> None:
     )
 
 
+def test_lookup_without_its_rows_is_detached_where_the_exporter_merged_nothing() -> None:
+    forward = """
+        first = Gather<axis: int = 0>(W, ids)
+        second = Gather<axis: int = 0>(W, other)
+        h = Add(first, second)
+    """
+    model = training_graph(forward, inputs="int64[N, 2] ids, int64[N, 2] other, float[N, 2, 3] g")
+    model.metadata_props["kfac.unmerged"] = "true"
+    found = site(model)
+    assert [use.output for use in found.uses] == ["first"]
+    assert [(use.op, use.output) for use in found.dead_ends] == [("Gather", "second")]
+
+
 def test_gradient_with_a_part_of_unknown_origin_is_refused() -> None:
     backward = """
         index = Unsqueeze(ids, last)

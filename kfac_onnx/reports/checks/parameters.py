@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfac_onnx import metadata
 from kfac_onnx.autodiff.blocked import blocking_nodes, has_derivative
 from kfac_onnx.autodiff.merged import REMEDY, folded_positions, merged_parameters
 from kfac_onnx.disk.mapped import all_same, equal
@@ -215,7 +216,7 @@ def _leads_nowhere(value: ir.Value, loss: ir.Value, nodes: list[ir.Node]) -> boo
 def merged(subject: Subject) -> Iterator[Finding]:
     """Report parameters that start at one number everywhere and that several layers read."""
     facts = subject.facts
-    if facts is None:
+    if facts is None or metadata.unmerged(facts.model):
         return
     values = [value for item in subject.parameters if (value := subject.values.get(item.name)) is not None]
     for item in merged_parameters(values, lambda value: subject.array(str(value.name)), facts.is_forward):
@@ -331,7 +332,7 @@ def equal_tables(subject: Subject) -> Iterator[Finding]:
 def shared(subject: Subject) -> Iterator[Finding]:
     """Report a table that is read by ids of different inputs: shared, or merged by an exporter."""
     facts = subject.facts
-    if facts is None:
+    if facts is None or metadata.unmerged(facts.model):
         return
     batch = set(subject.batch_inputs)
     for item in subject.parameters:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kfac_onnx.api import save, scan, transform, why
     from kfac_onnx.passes.differentiate import differentiate
     from kfac_onnx.pipeline.pipeline import parse_pipeline
+    from kfac_onnx.ranks import RankSession
     from kfac_onnx.reports.checks import check
     from kfac_onnx.reports.diff import diff
     from kfac_onnx.reports.inspect import inspect
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from kfac_onnx.runtime.frames import metrics_frame
 
 __all__ = [
+    "RankSession",
     "TrainingSession",
     "UserError",
     "VerifyError",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "RankSession": "kfac_onnx.ranks",
     "TrainingSession": "kfac_onnx.runtime",
     "check": "kfac_onnx.reports.checks",
     "diff": "kfac_onnx.reports.diff",

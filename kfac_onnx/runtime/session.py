@@ -376,6 +376,14 @@ class TrainingSession:
             require_rows(words, self._plan.step.id_checks)
         return made
 
+    def decide_by(self, vote: Callable[[bool], bool]) -> None:
+        """Have `vote` say of each step's finite flag whether the step is kept: of others' flags too."""
+        self._stepper.vote = vote
+
+    def views(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return what these states hold now, not copied: they are good until the next step."""
+        return {name: self._holders[name].live.view() for name in names}
+
     def require_loss(self, what: str) -> None:
         """Raise UserError where the loss lies outside the graph, so that `what` cannot be done."""
         self._open.halves.require_loss(what)

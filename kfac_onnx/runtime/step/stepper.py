@@ -14,7 +14,7 @@ from kfac_onnx.runtime.step.short_cut import ShortWay
 from kfac_onnx.step.plan import Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import onnxruntime as ort
 
@@ -51,6 +51,8 @@ class Stepper:
             self._short = ShortWay(plan.short, engine, self._restore)
         self.roots = RootMonitor(plan.step.root_checks)
         self.broken = False
+        self.vote: Callable[[bool], bool] = bool
+        """Whether a step is kept, of its finite flag: the host may know of more than this process."""
 
     @property
     def host_roots(self) -> int:
@@ -109,7 +111,7 @@ class Stepper:
                         self.roots.after_refresh(engine, runner.stage.outputs)
                 if self._short is not None:
                     self._short.learn(batch)
-            kept = bool(engine.read(self._plan.step.ok))
+            kept = self.vote(bool(engine.read(self._plan.step.ok)))
             if kept:
                 self._commit(batch)
             elif counted:

@@ -15,6 +15,7 @@ from kfac_onnx.runtime.feed.table_batches import WINDOW
 if TYPE_CHECKING:
     import click
 
+    from kfac_onnx.ranks import RankSession
     from kfac_onnx.runtime import TrainingSession
 
 __all__ = ["Rows"]
@@ -26,12 +27,12 @@ _log = logging.getLogger(__name__)
 class Rows:
     """The session whose inputs are filled, the text of `--columns`, and the vocabularies by input."""
 
-    session: TrainingSession
+    session: TrainingSession | RankSession
     columns: str
     vocabularies: dict[str, Vocabulary]
 
     @classmethod
-    def chosen(cls, ctx: click.Context, model: str, session: TrainingSession) -> Rows:
+    def chosen(cls, ctx: click.Context, model: str, session: TrainingSession | RankSession) -> Rows:
         """Return what the options say, and the vocabularies beside the model that they do not speak of.
 
         Raises UserError for a vocabulary that cannot be read.

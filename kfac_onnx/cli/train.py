@@ -206,6 +206,13 @@ def command(
     if print_config:
         say(settings_toml.rstrip("\n"))
         return
+    from kfac_onnx.ranks.fabric import launched_ranks
+
+    if (started := launched_ranks()) > 1:
+        from kfac_onnx.cli.train_ranks import train_on_ranks
+
+        train_on_ranks(ctx, model, started, lambda: _for_ranks(ctx, model))
+        return
     begun = resume or checkpoint
     place = checkpoint or begun
     for option in given_options(ctx, ("checkpoint_every", "keep")) if place is None else ():
@@ -413,6 +420,31 @@ def _prepared(
             help="give the original training graph",
         )
     return model, settings.parameters
+
+
+def _for_ranks(ctx: click.Context, path: str) -> tuple[ir.Model, Mapping[str, Any] | None]:
+    """Return the model that each rank cuts, and values for it."""
+    from kfac_onnx.disk.models import refuse_overwrite, require_writable
+    from kfac_onnx.passes.standard import TransformOptions
+    from kfac_onnx.runtime.saved.weights import read_weights
+
+    chosen = ctx.params
+    if chosen["export"] is not None:
+        refuse_overwrite(chosen["export"], path, chosen["data"])
+        require_writable(chosen["export"])
+    values = None if chosen["parameters"] is None else read_weights(chosen["parameters"])
+    settings = TransformOptions(
+        preset=chosen["preset"],
+        lr=chosen["lr"],
+        rest=chosen["rest"],
+        rest_lr=chosen["rest_lr"],
+        target="cpu",
+        parameters=values,
+        loss=chosen["loss"],
+        gradients=gradient_pairs(chosen["gradients"]),
+        **block_settings(ctx),
+    )
+    return _prepared(ctx, path, settings)
 
 
 def _fixed_size(session: TrainingSession) -> int | None:

@@ -19,10 +19,10 @@ from kfac_onnx.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Alone", "Fabric", "Mpi", "launched_ranks"]
+__all__ = ["AgreedError", "Alone", "Fabric", "Mpi", "agree", "launched_ranks"]
 
-_LAUNCHERS: Final = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
-"""What MPICH and Intel MPI, Open MPI and other launchers tell each process: how many were started."""
+_LAUNCHERS: Final = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""What MPICH and Intel MPI, Open MPI, MVAPICH and Slurm tell each process: how many were started."""
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
@@ -54,6 +54,26 @@ class Fabric(Protocol):
     def abort(self, error: BaseException) -> None:
         """Say what went wrong on this rank alone, and end all of them: they would wait for it for ever."""
         ...
+
+
+class AgreedError(UserError):
+    """An error that all ranks raise, so that none waits for another."""
+
+
+def agree(fabric: Fabric, error: UserError | None) -> None:
+    """Raise, on all ranks, the error of the first rank that has one; collective."""
+    text = b"" if error is None else str(error).encode()
+    lengths = fabric.gather(np.array([0 if error is None else max(1, len(text))]))[:, 0]
+    if not lengths.any():
+        return
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    sentences = fabric.gather(padded)
+    first = int(np.flatnonzero(lengths)[0])
+    message, _, remedy = sentences[first].tobytes().rstrip(b"\0").decode().partition("\n  help: ")
+    everywhere = bool((sentences == sentences[0]).all())
+    place = "" if everywhere else f"rank {first} of {fabric.size}: "
+    raise AgreedError(place + message, help=remedy or None) from error
 
 
 class Alone:

@@ -3,9 +3,9 @@
 A step: the batch's distinct ids go to the ranks that hold their rows, and the rows come back. Each rank
 computes loss and gradients of its own examples. Then gradients are summed per distinct row and sent to the
 owners, with how often each was looked up; dense gradients, Σ g gᵀ of each table and the loss are summed in
-one all-reduce. Every rank runs the same update: on its own rows, and on the same bits of all else. A vote keeps a
-step only where everything is finite on all ranks. Bytes that a rank sends in a step in which it asks for U
-distinct rows that are elsewhere, and is asked for as many:
+one all-reduce. Every rank runs the same update: on its own rows, and on the same bits of all else. A vote
+keeps a step only where everything is finite on all ranks. Bytes that a rank sends in a step in which it asks
+for U distinct rows that are elsewhere, and is asked for as many:
 
     U·(8·D + 16)  +  2·(P − 1)/P·4·(dense parameters + tables·D² + 1)
 
@@ -24,12 +24,13 @@ import onnx_ir as ir
 from kfac_onnx.disk.models import load_model, save_model
 from kfac_onnx.errors import UserError
 from kfac_onnx.ranks.cut import cut_step
-from kfac_onnx.ranks.fabric import Alone, Fabric, Mpi
+from kfac_onnx.ranks.fabric import AgreedError, Alone, Fabric, Mpi, agree
 from kfac_onnx.ranks.routing import Routes, merged, places_among, routes, share_of
 from kfac_onnx.ranks.update import shard
 from kfac_onnx.runtime import TrainingSession
 from kfac_onnx.runtime.feed.batches import checked_batch
 from kfac_onnx.runtime.feed.ids import check_ids, origin_of
+from kfac_onnx.runtime.feed.table_batches import WINDOW, batches_of
 from kfac_onnx.runtime.opening import batch_inputs
 from kfac_onnx.runtime.saved.checkpoint import versions
 from kfac_onnx.runtime.saved.export import forward_model, write_weights
@@ -45,10 +46,13 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
+    from kfac_onnx.data.vocabulary import Vocabulary
     from kfac_onnx.disk.stored import Array
     from kfac_onnx.ranks.update import Boundary
     from kfac_onnx.runtime.description import Metrics
     from kfac_onnx.runtime.feed.batches import BatchInput
+    from kfac_onnx.runtime.feed.data import Batches
+    from kfac_onnx.runtime.feed.table_batches import RowStream
     from kfac_onnx.runtime.schedules import Schedule
 
 __all__ = ["RankSession"]
@@ -90,11 +94,40 @@ class RankSession:
     ) -> None:
         fabric = ranks if isinstance(ranks, Alone) or hasattr(ranks, "exchange") else Mpi(ranks)
         self._fabric: Fabric = fabric  # pyright: ignore[reportAttributeAccessIssue]  a protocol, by its methods
-        rank, size = self._fabric.rank, self._fabric.size
+        error = None
+        try:
+            values = self._prepare(model, parameters)
+        except UserError as e:
+            values, error = {}, e
+        agree(self._fabric, error)
+        self._require_same(values)
+        try:
+            self._open(values, threads, lr=lr, rest_lr=rest_lr, schedule=schedule)
+        except UserError as e:
+            error = e
+        agree(self._fabric, error)
+        self.bytes_sent = 0
+        """What this rank sent in all steps so far, by the formula of this module for all-reduces."""
+
+    def _prepare(
+        self, model: str | Path | ir.Model, parameters: Mapping[str, Array] | str | Path | None
+    ) -> dict[str, Array]:
+        """Cut the model; return the values of parameters."""
         whole = model if isinstance(model, ir.Model) else load_model(model)
         self._cut = cut_step(whole)
+        self._tables = self._cut.tables
         self._plan = partition(whole)
         self.batch_inputs: tuple[BatchInput, ...] = batch_inputs(self._plan, {})
+        for item in self.batch_inputs:
+            if item.dims and isinstance(item.dims[0], int):
+                raise UserError(
+                    f"the model cannot be trained on several ranks: the input '{item.name}' has"
+                    f" {item.dims[0]} as its first dimension, so that a batch cannot be divided",
+                    help="export the graph with a batch dimension of any size",
+                )
+        for table in self._tables:
+            if table.rows < self.size:
+                raise UserError(f"the table '{table.parameter}' has {table.rows} rows for {self.size} ranks")
         values: dict[str, Array] = (
             stored_weights(parameters) if isinstance(parameters, (str, Path)) else {**(parameters or {})}
         )
@@ -102,12 +135,27 @@ class RankSession:
         for name, tensor in self._plan.initial.items():
             if name in trained:
                 values.setdefault(name, tensor.numpy())
-        self._tables = self._cut.tables
-        for table in self._tables:
-            if table.rows < size:
-                raise UserError(f"the table '{table.parameter}' has {table.rows} rows for {size} ranks")
-        self._require_same(values)
+        return values
+
+    def _open(
+        self,
+        values: Mapping[str, Array],
+        threads: int | None,
+        *,
+        lr: float | None,
+        rest_lr: float | None,
+        schedule: Schedule | str | None,
+    ) -> None:
+        """Open the three parts, the update on this rank's rows."""
+        rank, size = self.rank, self.size
         rows = {t.parameter: share_of(t.rows, rank, size) for t in self._tables}
+        for table in self._tables:
+            value = values.get(table.parameter)
+            if value is not None and np.shape(value) != (table.rows, table.columns):
+                raise UserError(
+                    f"the value of '{table.parameter}' has the shape {list(np.shape(value))},"
+                    f" not {[table.rows, table.columns]}"
+                )
         own = {n: np.asarray(v)[rank::size] if n in rows else v for n, v in values.items()}
         self._update = TrainingSession(
             shard(self._cut.update, self._cut.sharded, rows),
@@ -122,9 +170,42 @@ class RankSession:
         self._local = _Part(self._cut.local, open_session(self._cut.local, providers, threads=threads or 0))
         route = self._cut.route
         self._route = None if route is None else _Part(route, open_session(route, providers, threads=1))
-        self._agreed: UserError | None = None
-        self.bytes_sent = 0
-        """What this rank sent in all steps so far, by the formula of this module for all-reduces."""
+
+    def end_schedule(self, steps: int) -> None:
+        """Have the schedule reach its end after so many steps."""
+        if self._update.schedule is not None:
+            self._update.schedule = self._update.schedule.within(steps)
+
+    def batches(
+        self,
+        data: object,
+        batch_size: int | None = None,
+        *,
+        columns: str = "",
+        vocabularies: Mapping[str, Vocabulary | str | Path] | None = None,
+        seed: int | None = None,
+        drop_last: bool = False,
+        window: int = WINDOW,
+    ) -> Batches | RowStream:
+        """Return the batches of all ranks, as `TrainingSession.batches`; `part` takes this rank's of each."""
+        return batches_of(
+            data,
+            self.batch_inputs,
+            batch_size,
+            columns=columns,
+            vocabularies=vocabularies,
+            seed=seed,
+            drop_last=drop_last,
+            window=window,
+        )
+
+    def part(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return this rank's examples of a batch: the ranks' parts in order are the batch."""
+        cut: dict[str, np.ndarray] = {}
+        for name, array in batch.items():
+            size = len(array)
+            cut[name] = array[self.rank * size // self.size : (self.rank + 1) * size // self.size]
+        return cut
 
     @property
     def rank(self) -> int:
@@ -163,27 +244,13 @@ class RankSession:
         ):
             other = [rank for rank in range(self.size) if (digests[rank] != digests[0]).any()]
             if other:
-                raise UserError(
+                raise AgreedError(
                     f"ranks have different {what}: rank {other[0]} is not like rank 0",
                     help="start all of them with the same command, in the same environment",
                 )
 
     def _all(self, kept: bool) -> bool:
         return bool(self._fabric.gather(np.array([kept])).all())
-
-    def _agree(self, error: UserError | None) -> None:
-        """Raise, on all ranks, the error of the first rank that has one."""
-        text = b"" if error is None else str(error).encode()
-        lengths = self._fabric.gather(np.array([0 if error is None else max(1, len(text))]))[:, 0]
-        if not lengths.any():
-            return
-        padded = np.zeros(int(lengths.max()), np.uint8)
-        padded[: len(text)] = np.frombuffer(text, np.uint8)
-        first = int(np.flatnonzero(lengths)[0])
-        sentence = self._fabric.gather(padded)[first].tobytes().rstrip(b"\0").decode()
-        message, _, remedy = sentence.partition("\n  help: ")
-        self._agreed = UserError(f"rank {first} of {self.size}: {message}", help=remedy or None)
-        raise self._agreed from error
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """Make one step on this rank's part of a batch; return the metrics of the whole.
@@ -204,7 +271,7 @@ class RankSession:
             ids = self._ids(ready)
         except UserError as e:
             error = e
-        self._agree(error)
+        agree(self._fabric, error)
         plans = [routes(_of(ids, table), table.rows, self.size) for table in self._tables]
         fetched, asked = self._fetch(plans)
         counts = np.array([plan.places[-1].size for plan in plans], np.int64)
@@ -219,7 +286,7 @@ class RankSession:
             self._require_separate(ready, made, fetched, plans)
         except UserError as e:
             error = e
-        self._agree(error)
+        agree(self._fabric, error)
         divisor = np.asarray(made[self._cut.divisor], np.float64).reshape(1)
         total = float(self._fabric.gather(divisor).sum())
         weight = 1.0 if self._cut.summed else float(divisor[0]) / total if total else 0.0
@@ -285,8 +352,8 @@ class RankSession:
         """Raise UserError where a batch is more than its examples: its halves have another loss or gradient.
 
         So it is with normalization over the batch, with negatives drawn from it, with gradients that the
-        graph clips, and with a mean that divides by a number of its own. It is looked at in steps 1, 2, 4, 8, ...,
-        since clipping, say, need not show in the first.
+        graph clips, and with a mean that divides by a number of its own. It is looked at in steps 1, 2, 4,
+        8, ..., since clipping, say, need not show in the first.
         """
         turn = self.committed + self.skipped + 1
         sizes = {array.shape[0] if array.ndim else -1 for array in batch.values()}
@@ -414,7 +481,7 @@ class RankSession:
                 save_model(forward_model(self._plan, weights, self._plan.step.ends), path)
         except UserError as e:
             error = e
-        self._agree(error)
+        agree(self._fabric, error)
 
     def close(self) -> None:
         """Release sessions and buffers."""
@@ -426,7 +493,7 @@ class RankSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and error is not self._agreed:
+        if error is not None and not isinstance(error, AgreedError):
             self._fabric.abort(error)
         self.close()
 

@@ -92,7 +92,8 @@ def update_model(
         node.CopyFrom(item.node)
         del node.metadata_props[:]
         node.metadata_props.add(key="kfac.phase", value=item.phase)
-    makes = {name for item in items for name in item.makes}
+    # In order: ranks compare the bytes of what they made.
+    makes = dict.fromkeys(name for item in items for name in item.makes)
     reads = dict.fromkeys(name for item in items for name in item.reads if name not in makes)
     rates = [rate.input for rate in step.learning_rates]
     batch = [name for name in _exchange_types(source, tables, dense) if name in reads]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from thread_ranks import ThreadRank, on_ranks
 import kfac_onnx as kx
 from kfac_onnx import metadata
 from kfac_onnx.bench.graphs import factorisation, training_graph
+from kfac_onnx.cli.main import main
 from kfac_onnx.ranks import Alone, RankSession
 
 V, D, N, STEPS = 50, 4, 24, 8
@@ -139,7 +141,7 @@ def test_examples_that_see_each_other_are_refused() -> None:
     with pytest.raises(kx.UserError) as caught:
         session.step({"ids": np.arange(6), "labels": np.array([0, 1, 2, 0, 1, 2])})
     assert str(caught.value) == (
-        "rank 0 of 1: the model cannot be trained on several ranks: the examples of a batch depend on each other,"
+        "the model cannot be trained on several ranks: the examples of a batch depend on each other,"
         " 'loss' of a batch is not that of its halves together"
     )
 
@@ -180,3 +182,35 @@ def test_exported_graphs_train_alike(graph: str) -> None:
 
     for losses in on_ranks(2, work):
         np.testing.assert_allclose(np.array(losses), np.array(expected), rtol=3e-7)
+
+
+def test_a_launcher_without_mpi4py_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert main(["train", str(tmp_path / "m.onnx"), "--data", str(tmp_path / "d.npz")]) == 1
+    assert capfd.readouterr().err == (
+        "error: 8 processes were started, and mpi4py is not installed: each would train alone\n"
+        "  help: pip install 'kfac-onnx[mpi]'\n"
+    )
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--held-out", "--resume"])
+def test_options_of_one_process_are_refused(
+    option: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+
+    class Two(Alone):
+        size = 2
+
+        def gather(self, array: np.ndarray) -> np.ndarray:
+            return np.stack([array, array])
+
+    monkeypatch.setattr("kfac_onnx.ranks.fabric.Mpi", Two)
+    place = str(tmp_path / "place")
+    assert main(["train", str(tmp_path / "m.onnx"), "--data", str(tmp_path / "d.npz"), option, place]) == 1
+    assert capfd.readouterr().err == (
+        f"error: {option} is not for several ranks yet\n  help: leave it out, or train on one process\n"
+    )

@@ -160,6 +160,7 @@ def test_verbs_and_files_agree() -> None:
         "output",
         "placement",
         "resumed",
+        "train_ranks",
     }
     others |= {"measuring", "pages", "rows", "scan_folder"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(VERBS)

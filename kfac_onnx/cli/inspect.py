@@ -14,6 +14,7 @@ from kfac_onnx.errors import UserError
 from kfac_onnx.markup import quantity
 
 if TYPE_CHECKING:
+    from kfac_onnx.ranks.planner import RankPlan
     from kfac_onnx.reports.inspect import Inspection, SiteReport
     from kfac_onnx.runtime.saved.saved_run import SavedRun
     from kfac_onnx.runtime.step.mapped_tables import TableOnDisk
@@ -25,6 +26,12 @@ __all__ = ["command"]
 @model_argument
 @click.option("--lookups", type=click.IntRange(min=0), metavar="N", help="Give costs for N lookups per step.")
 @click.option("--nodes", is_flag=True, help="Also list every inserted node with its phase.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    metavar="P",
+    help="What each of P ranks would hold and, with --lookups of one rank, send at most in a step.",
+)
 @provider_option
 @html_option
 @common
@@ -34,6 +41,7 @@ def command(
     model: str,
     lookups: int | None,
     nodes: bool,
+    ranks: int | None,
     provider: tuple[str, ...],
     html: str | None,
     as_json: bool,
@@ -67,13 +75,21 @@ def command(
     loaded = load_model(model) if run is None else run.model
     report = inspect(loaded)
     placement, why = placement_of(loaded, chosen_providers(ctx, provider)[0]) if provider else (None, None)
+    plan = None
+    if ranks is not None:
+        from kfac_onnx.ranks.planner import plan_ranks
+
+        plan = plan_ranks(loaded, ranks, lookups)
     if html is not None:
         from kfac_onnx.reports.pages import inspection_page
 
         save_page(html, inspection_page(loaded, model, report=report, placement=placement))
     if as_json:
         placed = {} if placement is None else {"placement": placement.to_json() | {"predicted_because": why}}
-        print_json(report.to_json() | ({} if run is None else {"checkpoint": run.to_json()}) | placed)
+        planned = {} if plan is None else {"ranks": plan.to_json()}
+        print_json(
+            report.to_json() | ({} if run is None else {"checkpoint": run.to_json()}) | placed | planned
+        )
         return
     if run is not None:
         _print_run(run)
@@ -89,6 +105,8 @@ def command(
             ["phase", "node", "operator", "for", "by pass"],
             [(n.phase, n.name, n.operator, n.site, n.made_by) for n in report.nodes if n.made_by is not None],
         )
+    if plan is not None:
+        _print_ranks(plan)
     if placement is not None:
         print_placement(placement, why)
     say("nodes by phase: " + ", ".join(f"{name} {n}" for name, n in report.nodes_by_phase.items()))
@@ -115,6 +133,17 @@ def _print_tables(tables: list[TableOnDisk]) -> None:
         if tables[0].state == "open"
         else "closed: they are what their run left at its end"
     )
+
+
+def _print_ranks(plan: RankPlan) -> None:
+    if plan.refused is not None:
+        say(f"on {plan.ranks} ranks: {plan.refused}")
+        return
+    rows = [(name, "by row, id mod P", quantity(size, "B")) for name, size in plan.sharded.items()]
+    rows.append(("all else", "on each rank", quantity(plan.replicated, "B")))
+    print_table(f"On {plan.ranks} ranks", ["what", "placement", "per rank"], rows)
+    if plan.sent is not None:
+        say(f"a rank sends at most {quantity(plan.sent, 'B')} per step, if all of its lookups are distinct")
 
 
 def _print_run(run: SavedRun) -> None:

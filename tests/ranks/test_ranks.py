@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def test_bytes_do_not_depend_on_the_number_of_rows_and_follow_the_formula() -> N
     dense, distinct = 1, 2 * 10
     formula = distinct * (8 * D + 16) + 4 * (dense + 2 * D * D + 1)
     assert on_ranks(2, work) == [formula, formula]
+
+
+def test_inspect_says_what_a_rank_holds_and_sends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kx.save(transformed(), tmp_path / "m.onnx")
+    assert main(["inspect", str(tmp_path / "m.onnx"), "--ranks", "2", "--lookups", "20", "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)["ranks"]
+    # Rows of float32[D], and A in float64.
+    assert plan["sharded"] == {"user": 25 * (4 * D + 8), "item": 15 * (4 * D + 8)}
+    # Half of 20 distinct rows of each table are elsewhere: the bytes of the test above.
+    assert plan["sent"] == 2 * 10 * (8 * D + 16) + 4 * (1 + 2 * D * D + 1)
 
 
 def test_wrong_ids_on_one_rank_are_the_same_error_on_all_and_change_nothing() -> None:

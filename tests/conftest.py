@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-pytest_plugins = ["browser", "golden_files", "running", "small_models", "toy_sessions"]
+pytest_plugins = ["browser", "golden_files", "running", "shared_readings", "small_models", "toy_sessions"]
 """Fixtures that tests of several rooms share; the modules are in tests/support."""
 
 if TYPE_CHECKING:

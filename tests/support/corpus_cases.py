@@ -17,12 +17,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+from shared_readings import read_once
 
 from kfac_onnx import metadata
 from kfac_onnx.metadata import Loss, Parameter, Site, State
 from kfac_onnx.passes.find_embeddings import FindEmbeddings, values_by_name
 from kfac_onnx.pipeline.pipeline import parse_pipeline
-from kfac_onnx.readers import read_training_graph
 from kfac_onnx.reference import (
     AdagradReference,
     AdamReference,
@@ -81,7 +81,7 @@ class MarkedGraph:
     """The canonical graph with the values of every site as outputs, run by plain ONNX Runtime."""
 
     def __init__(self, case: Case, padding: dict[str, int] | None = None) -> None:
-        self.model = read_training_graph(case.path)
+        self.model = read_once(case.path)
         self.parameters = metadata.read_list(self.model, "parameters", Parameter)
         words = tuple(f"{name}={row}" for name, row in (padding or {}).items())
         parse_pipeline(str(FindEmbeddings(padding=words))).run(self.model)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus_cases import Case, MarkedGraph
+from corpus_cases import marked
 from preset_names import ALL
 
 from kfac_onnx.api import transform
@@ -56,8 +56,8 @@ def grown(name: str, batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]
 
 def run(name: str, setting: str, threads: int) -> dict[str, str]:
     """Train; return the hash of every state, of all losses, and of what was said of the skipped step."""
-    case = Case(name)
-    weights = MarkedGraph(case).initial(case)
+    case, graph = marked(name)
+    weights = graph.initial(case)
     with TrainingSession(
         transform(case.path, **SETTINGS[setting]), parameters=weights, threads=threads, seed=7
     ) as session:

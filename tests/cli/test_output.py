@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_onnx.cli.main import VERBS
+from kfac_onnx.cli.main import VERBS, main
 from kfac_onnx.markup import quantity
 
 GRAPH = Path(__file__).parents[1] / "data" / "graphs" / "torchjoint_in__nplm.onnx"
@@ -39,16 +40,34 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
-def test_every_terminal_can_be_written_to(step: Path, encoding: str) -> None:
+def test_every_terminal_can_be_written_to(step: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streams are as Python opens them for a terminal of this encoding: strict on stdout, escapes on stderr."""
     for words in (("inspect", step), ("inspect", step, "--json"), ("check", GRAPH), ("scan", GRAPH)):
-        done = command(*words, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
-        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
-        text = done.stdout.decode(encoding)
-        if "--json" in words:
-            assert json.loads(text)["sites"]
-        elif words[0] == "inspect":
-            assert "m.emb.weight: 100 x 16 float32" in text
-            assert encoding == "utf-8" or "\\u" not in text, "our own signs have near ones"
+        out, err = io.BytesIO(), io.BytesIO()
+        streams = io.TextIOWrapper(out, encoding), io.TextIOWrapper(err, encoding, "backslashreplace")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            status = main([*map(str, words)])
+        for stream in streams:
+            stream.flush()
+        check_text(words, encoding, status, out.getvalue(), err.getvalue())
+
+
+def test_a_terminal_of_ascii_in_a_process_of_its_own(step: Path) -> None:
+    done = command("inspect", step, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    check_text(("inspect", step), "ascii", done.returncode, done.stdout, done.stderr)
+
+
+def check_text(words: tuple[object, ...], encoding: str, status: int, out: bytes, err: bytes) -> None:
+    """Assert that a verb ended well and wrote what a terminal of the encoding can show."""
+    assert (status, b"Traceback" in err) == (0, False), err
+    text = out.decode(encoding)
+    if "--json" in words:
+        assert json.loads(text)["sites"]
+    elif words[0] == "inspect":
+        assert "m.emb.weight: 100 x 16 float32" in text
+        assert encoding == "utf-8" or "\\u" not in text, "our own signs have near ones"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kfac_onnx.demo.curves import Curve
 from kfac_onnx.passes.insertion.defaults import DEFAULT_PRESET
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     import numpy as np
     import onnx_ir as ir
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from kfac_onnx.device.providers import GivenProviders
 
-__all__ = ["ARMS", "BASELINES", "Arm", "ArmResult", "train"]
+__all__ = ["ARMS", "BASELINES", "TURN", "Arm", "ArmResult", "train"]
+
+TURN: Final = 10
+"""Steps that an arm makes before the next one's turn."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ def train(
     threads: int | None,
     tell: Callable[[int, float], None],
     providers: GivenProviders = ("CPUExecutionProvider",),
-) -> ArmResult:
+) -> Generator[None, None, ArmResult]:
     """Train one arm, evaluating after every `every` steps; `tell(step, held-out loss)` hears of them.
 
-    Between evaluations `tell` gets the last held-out loss (NaN before the first).
+    Between evaluations `tell` gets the last held-out loss (NaN before the first). It stops after every
+    `TURN` steps, so that arms can take turns: whatever else the machine does then meets all of them alike.
     """
     from kfac_onnx.reports.inspect import inspect
     from kfac_onnx.runtime import TrainingSession
@@ -109,6 +113,8 @@ def train(
                 at.append(step)
                 losses.append(session.evaluate(held_out))
             tell(step, losses[-1] if losses else float("nan"))
+            if step % TURN == 0:
+                yield
     return ArmResult(
         arm=arm,
         curve=Curve(tuple(at), tuple(losses)),

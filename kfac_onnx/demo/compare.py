@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json as json_text
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,8 @@ from kfac_onnx.errors.arguments import thread_count
 from kfac_onnx.runtime.step.tensors import device_of
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     import onnx_ir as ir
 
     from kfac_onnx.device.providers import GivenProviders
@@ -129,7 +132,7 @@ def run(
     )
     models = _models(quiet, "cpu" if device_of(working).is_cpu else "cuda")
     parameters = initial_parameters(seed)
-    results: list[ArmResult] = []
+    runs: dict[str, Generator[None, None, ArmResult]] = {}
     with _progress() as progress:
         for arm in ARMS:
             task = progress.add_task(arm.name, total=scale.steps, loss="")
@@ -137,20 +140,19 @@ def run(
             def tell(step: int, loss: float, task: Any = task) -> None:
                 progress.update(task, completed=step, loss=f"held-out {loss:.3f}" if loss == loss else "")
 
-            results.append(
-                train(
-                    arm,
-                    models[arm.name],
-                    parameters,
-                    itertools.islice(corpus.batches(_BATCH, seed), scale.steps),
-                    held_out,
-                    steps=scale.steps,
-                    every=scale.every,
-                    threads=threads,
-                    tell=tell,
-                    providers=working,
-                )
+            runs[arm.name] = train(
+                arm,
+                models[arm.name],
+                parameters,
+                itertools.islice(corpus.batches(_BATCH, seed), scale.steps),
+                held_out,
+                steps=scale.steps,
+                every=scale.every,
+                threads=threads,
+                tell=tell,
+                providers=working,
             )
+        results = _in_turn(runs)
     result = DemoResult(
         arms=tuple(results),
         level=results[0].curve.best,
@@ -169,6 +171,20 @@ def run(
         if plot is not None:
             console.print(f"curves drawn to {plot}")
     return result
+
+
+def _in_turn(runs: dict[str, Generator[None, None, ArmResult]]) -> list[ArmResult]:
+    """Let all arms train in turn, in an order that rotates; return their results in the order of the arms."""
+    order, results = deque(runs), dict[str, ArmResult]()
+    while order:
+        for name in list(order):
+            try:
+                next(runs[name])
+            except StopIteration as end:
+                results[name] = end.value
+                order.remove(name)
+        order.rotate(-1)
+    return [results[name] for name in runs]
 
 
 def _models(console: Console, target: str) -> dict[str, ir.Model]:

@@ -452,7 +452,9 @@ def _suspicions(model: ir.Model, weights: list[ir.Value]) -> list[str]:
     """Return sentences on weights that an exporter seems to have merged or folded."""
     import numpy as np
 
+    from kfac_onnx.autodiff.detached import KEPT_DETACH, cancelled
     from kfac_onnx.autodiff.merged import REMEDY, folded_positions, merged_parameters
+    from kfac_onnx.graph.values import label
 
     def array_of(value: ir.Value) -> np.ndarray | None:
         return None if value.const_value is None else np.asarray(value.const_value.numpy())
@@ -461,6 +463,11 @@ def _suspicions(model: ir.Model, weights: list[ir.Value]) -> list[str]:
         f"{item}: some exporters merge parameters that start equal; if the model has several, {REMEDY}"
         for item in merged_parameters(weights, array_of, lambda _: True)
         if not item.layers_shared
+    ]
+    suspicions += [
+        f"{label(node)} adds '{h.name}' to what it was subtracted from, as a straight-through estimator does "
+        f"whose `detach` was not exported: no gradient reaches '{h.name}' there; {KEPT_DETACH}"
+        for node, h in cancelled(model.graph)
     ]
     arrays = {value: array_of(value) for value in weights}
     for value, table in folded_positions(arrays, lambda _: True):

@@ -43,6 +43,7 @@ CHECKS: Final[tuple[Callable[[Subject], Iterator[Finding]], ...]] = (
     tables.double_precision,
     tables.wide_rows,
     tables.equal_ids,
+    training.detached,
     training.weights,
     training.padding,
     training.tied,

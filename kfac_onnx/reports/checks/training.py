@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_onnx import metadata
+from kfac_onnx.autodiff.detached import KEPT_DETACH, cancelled
 from kfac_onnx.disk.mapped import all_same, windows
 from kfac_onnx.fisher.presets import PRESETS
 from kfac_onnx.graph.operators import COMPARISONS
-from kfac_onnx.graph.values import constant
+from kfac_onnx.graph.values import constant, label
 from kfac_onnx.metadata import Site, Step
 from kfac_onnx.reports.checks.finding import Finding
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kfac_onnx.reports.checks.subject import Subject
     from kfac_onnx.tables.matching import SiteMatch
 
-__all__ = ["gradients", "loss", "padding", "static_batch", "tied", "weights"]
+__all__ = ["detached", "gradients", "loss", "padding", "static_batch", "tied", "weights"]
 
 
 def gradients(subject: Subject) -> Iterator[Finding]:
@@ -46,6 +47,22 @@ def gradients(subject: Subject) -> Iterator[Finding]:
             (),
             "a forward model cannot be trained as it is",
             help_text,
+        )
+
+
+def detached(subject: Subject) -> Iterator[Finding]:
+    """Report estimators whose `detach` is lost where gradients are derived from the forward graph."""
+    if subject.trainable and subject.raw.metadata_props.get("kfac.frontend") != "differentiated":
+        return  # the exporter knew what is detached
+    for node, h in cancelled(subject.raw.graph):
+        yield Finding(
+            "lost-detach",
+            "warning",
+            f"{label(node)} adds '{h.name}' to what it was subtracted from",
+            (label(node),),
+            "a straight-through estimator is written so, with a `detach` that forward graphs do not hold: "
+            f"without it no gradient reaches '{h.name}' there",
+            KEPT_DETACH,
         )
 
 

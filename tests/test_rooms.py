@@ -80,3 +80,84 @@ def test_no_module_imports_itself_through_others() -> None:
         if name not in state:
             visit(name, [name])
     assert circles == []
+
+
+HERE = Path(__file__).parent
+OUTSIDE = {
+    "benchmarks": "the programs in benchmarks/",
+    "corpus": "all rooms together on the committed graphs",
+    "cuda": "all rooms together on a GPU",
+    "trust": "all rooms together under damage, kills, threads and time",
+}
+"""Folders of tests that are no room's, and what they are about."""
+WIDER = {
+    "autodiff": {
+        "corpus": "whole graphs",
+        "forward_graphs": "whole graphs",
+        "operators": "rules of all operators",
+        "rules": "rules of all operators",
+    },
+    "canonical/loops": {
+        "exported_loops": "the folder on whole graphs",
+        "open_loops": "the pass and its rules",
+    },
+    "canonical/lowering": {"lowering": "the folder's rules, from their registry"},
+    "cli": {
+        "atomic": "every verb that writes",
+        "bad_input": "every verb that reads",
+        "commands": "verbs one after another",
+        "numbers": "several verbs",
+        "resume": "two options of `train`, over several modules",
+        "stdin": "every verb that reads",
+        "trace": "several verbs",
+        "train_data": "the data options of `train`, over several modules",
+    },
+    "device/placement": {"corpus": "whole graphs"},
+    "dialect": {"device_bodies": "the second variant of all bodies"},
+    "graph": {"vanishing": "a kind of value that several modules decide on"},
+    "passes": {
+        "every_pass": "the registry",
+        "golden": "the golden files of all rooms",
+        "insertion": "the folder",
+    },
+    "ranks": {"mpi": "processes under mpiexec", "ranks": "the room as a whole"},
+    "readers": {"exported_graphs": "whole graphs", "transformed": "a kind of model that every reader meets"},
+    "readers/optimizer_inside": {
+        "cases": "the folder on whole graphs",
+        "forms": "the folder on whole graphs",
+    },
+    "reports": {"sources": "every report"},
+    "reports/checks": {"checks": "the folder's checks"},
+    "reports/pages": {"pages": "the folder's pages in a browser"},
+    "runtime": {
+        "alone": "imports of the room",
+        "faults": "sessions as a whole",
+        "real_graphs": "sessions as a whole",
+        "resume": "sessions as a whole",
+    },
+    "runtime/logs": {"logs": "the folder's logs"},
+    "step": {"tied_plan": "a kind of graph that several modules plan"},
+    "tables": {
+        "architectures": "whole graphs",
+        "clamped_ids": "a kind of lookup that several modules meet",
+        "kinds_of_use": "kinds of uses that several modules meet",
+    },
+    "torch": {"kinds": "the room on whole models"},
+}
+"""Tests in a room's folder that are about more than one module, and about what."""
+
+
+def test_tests_mirror_the_package() -> None:
+    """`tests/ROOM/test_x.py` is about `kfac_onnx/ROOM/x.py`, or is listed above."""
+    strangers: list[str] = []
+    listed = {(folder, name) for folder, names in WIDER.items() for name in names}
+    for path in HERE.rglob("test_*.py"):
+        folder, name = path.parent.relative_to(HERE).as_posix(), path.stem.removeprefix("test_")
+        if folder == "." or folder.split("/")[0] in OUTSIDE:
+            continue
+        mirrors = (ROOT / folder / f"{name}.py").exists()
+        if mirrors == ((folder, name) in listed):  # neither, or listed without need
+            strangers.append(f"tests/{folder}/{path.name}")
+        listed.discard((folder, name))
+    assert strangers == []
+    assert listed == set(), "listed, but there is no such test"

@@ -375,6 +375,7 @@ def _check(
     """Raise UserError for what would fail after hours of training: options, places, a wrong --into."""
     from kfac_onnx.disk.models import load_proto, refuse_overwrite, require_folder, require_writable
     from kfac_onnx.runtime.saved.checkpoint_folder import is_folder
+    from kfac_onnx.runtime.saved.export import require_format
 
     if into is not None and export is None:
         raise UserError("--into says where the weights go, but there is no --export to write")
@@ -383,6 +384,7 @@ def _check(
             "--resume needs a checkpoint to go on from", help="give --resume PATH or --checkpoint PATH"
         )
     if export is not None:
+        require_format(export)
         refuse_overwrite(export, *inputs)
         require_writable(export)
     if checkpoint is not None and is_folder(checkpoint):
@@ -426,10 +428,12 @@ def _for_ranks(ctx: click.Context, path: str) -> tuple[ir.Model, Mapping[str, An
     """Return the model that each rank cuts, and values for it."""
     from kfac_onnx.disk.models import refuse_overwrite, require_writable
     from kfac_onnx.passes.standard import TransformOptions
+    from kfac_onnx.runtime.saved.export import require_format
     from kfac_onnx.runtime.saved.weights import read_weights
 
     chosen = ctx.params
     if chosen["export"] is not None:
+        require_format(chosen["export"])
         refuse_overwrite(chosen["export"], path, chosen["data"])
         require_writable(chosen["export"])
     values = None if chosen["parameters"] is None else read_weights(chosen["parameters"])

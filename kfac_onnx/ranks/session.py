@@ -33,7 +33,7 @@ from kfac_onnx.runtime.feed.ids import check_ids, origin_of
 from kfac_onnx.runtime.feed.table_batches import WINDOW, batches_of
 from kfac_onnx.runtime.opening import batch_inputs
 from kfac_onnx.runtime.saved.checkpoint import versions
-from kfac_onnx.runtime.saved.export import forward_model, write_weights
+from kfac_onnx.runtime.saved.export import forward_model, require_format, write_weights
 from kfac_onnx.runtime.saved.weights import stored_weights
 from kfac_onnx.runtime.step.tensors import open_session
 from kfac_onnx.step.plan import partition
@@ -472,6 +472,7 @@ class RankSession:
 
         Raises UserError where the place cannot be written.
         """
+        require_format(path)
         weights = self.parameters()
         error = None
         try:

@@ -63,7 +63,7 @@ from kfac_onnx.runtime.saved.checkpoint_folder import (
     require_own,
     tidy,
 )
-from kfac_onnx.runtime.saved.export import forward_model, write_into, write_weights
+from kfac_onnx.runtime.saved.export import forward_model, require_format, write_into, write_weights
 from kfac_onnx.runtime.saved.run_lock import RunLock
 from kfac_onnx.runtime.step.device_engine import DeviceEngine
 from kfac_onnx.runtime.step.mapped_tables import MappedTables
@@ -768,6 +768,7 @@ class TrainingSession:
             weights = {**self.parameters, **self.statistics}
             if into is not None and outputs is not None:
                 raise UserError("outputs and into cannot be given together")
+            require_format(path)
             if str(path).endswith(".safetensors"):
                 if into is not None or outputs is not None:
                     raise UserError(

@@ -10,7 +10,8 @@ may have been folded and cannot be told, nothing is written.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -24,11 +25,13 @@ from kfac_onnx.step.plan import extract
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from kfac_onnx.step.plan import Plan
 
-__all__ = ["filled", "forward_model", "place_weights", "write_into", "write_weights"]
+__all__ = ["filled", "forward_model", "place_weights", "require_format", "write_into", "write_weights"]
+
+_OTHER_FORMATS: Final = frozenset({".bin", ".ckpt", ".csv", ".h5", ".npy", ".npz", ".parquet", ".pt", ".pth"})
+"""Names that promise what `export` does not write."""
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +120,16 @@ def write_into(weights: Mapping[str, np.ndarray], forward: str | Path, path: str
     model, found = filled(weights, forward)
     save_model(model, path)
     return found
+
+
+def require_format(path: str | Path) -> None:
+    """Raise UserError for the name of a file in a format that `export` does not write."""
+    suffix = Path(path).suffix.lower()
+    if suffix in _OTHER_FORMATS:
+        raise UserError(
+            f"weights are not written as {suffix} files: '{path}'",
+            help="end it in .safetensors for the weights alone, or in .onnx for a model with them",
+        )
 
 
 def write_weights(weights: Mapping[str, np.ndarray], path: str | Path) -> dict[str, str]:

@@ -60,6 +60,19 @@ def test_outputs_cut_elsewhere_and_prune_inputs(
     assert not any(key.startswith("kfac.") for node in model.graph for key in node.metadata_props)
 
 
+def test_a_name_that_promises_another_format(
+    open_toy: Callable[..., TrainingSession], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.npz"
+    with pytest.raises(UserError) as e:
+        open_toy().export(path)
+    assert str(e.value) == (
+        f"weights are not written as .npz files: '{path}'\n"
+        "  help: end it in .safetensors for the weights alone, or in .onnx for a model with them"
+    )
+    assert not path.exists()
+
+
 def test_an_unknown_output(open_toy: Callable[..., TrainingSession], tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         open_toy().export(tmp_path / "x.onnx", outputs=["losss"])

@@ -409,8 +409,11 @@ class Step:
 
 
 def unmerged(model: ir.Model) -> bool:
-    """Say whether the exporter vouches that parameters were neither merged nor folded into constants."""
-    return "kfac.unmerged" in model.metadata_props
+    """Say whether the exporter vouches that parameters were neither merged nor folded into constants.
+
+    A gradient without its parameter says that another tool did so afterwards.
+    """
+    return "kfac.unmerged" in model.metadata_props and not read_strings(model, "orphans")
 
 
 def _plain(value: object) -> object:

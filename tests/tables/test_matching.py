@@ -259,6 +259,8 @@ def test_lookup_without_its_rows_is_detached_where_the_exporter_merged_nothing()
     found = site(model)
     assert [use.output for use in found.uses] == ["first"]
     assert [(use.op, use.output) for use in found.dead_ends] == [("Gather", "second")]
+    model.metadata_props["kfac.orphans"] = '["V_grad"]'  # then another tool merged V into W
+    assert "holds no rows of that lookup" in refusal(model).reason
 
 
 def test_gradient_with_a_part_of_unknown_origin_is_refused() -> None:

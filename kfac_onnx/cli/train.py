@@ -384,8 +384,8 @@ def _check(
             "--resume needs a checkpoint to go on from", help="give --resume PATH or --checkpoint PATH"
         )
     if export is not None:
-        require_format(export)
         refuse_overwrite(export, *inputs)
+        require_format(export)
         require_writable(export)
     if checkpoint is not None and is_folder(checkpoint):
         require_folder(checkpoint)
@@ -433,8 +433,8 @@ def _for_ranks(ctx: click.Context, path: str) -> tuple[ir.Model, Mapping[str, An
 
     chosen = ctx.params
     if chosen["export"] is not None:
-        require_format(chosen["export"])
         refuse_overwrite(chosen["export"], path, chosen["data"])
+        require_format(chosen["export"])
         require_writable(chosen["export"])
     values = None if chosen["parameters"] is None else read_weights(chosen["parameters"])
     settings = TransformOptions(

@@ -377,7 +377,12 @@ class TrainingSession:
         return made
 
     def decide_by(self, vote: Callable[[bool], bool]) -> None:
-        """Have `vote` say of each step's finite flag whether the step is kept: of others' flags too."""
+        """Have `vote` say of each step's finite flag whether the step is kept: of others' flags too.
+
+        Raises UserError for what cannot be called.
+        """
+        if not callable(vote):
+            raise UserError(f"vote is a function of a flag, not {type(vote).__name__}")
         self._stepper.vote = vote
 
     def views(self, names: Iterable[str]) -> dict[str, np.ndarray]:

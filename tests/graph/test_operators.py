@@ -39,6 +39,7 @@ MOST: Final = 2
 """Operators that another module may name together without a query: a pair is a case, not a kind."""
 LISTS: Final = {
     "device/placement/predict.py": "a room below the table's; its list is held against the table here",
+    "ranks/cut.py": "the few operators that updates are made of, most of them our own, by how they treat rows",
 }
 """Module -> why it lists operators all the same."""
 

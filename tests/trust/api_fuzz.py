@@ -116,7 +116,7 @@ class World:
         yield Target("Batches", Batches, good["Batches"])
         yield Target("Schedule", Schedule, {})
         for name, _ in inspect.getmembers(kx.TrainingSession, callable):
-            if not name.startswith("_") and name not in ("close", "fit_as", "alone_in"):
+            if not name.startswith("_") and name not in ("close", "fit_as", "alone_in", "decide_by"):
                 key = "save_" if name == "save" else name
                 yield Target(f"TrainingSession.{name}", getattr(self.session, name), good.get(key, {}))
         supply = Batches(self.batch, 2)

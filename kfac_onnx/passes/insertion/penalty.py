@@ -17,7 +17,7 @@ import numpy as np
 from kfac_onnx.fisher.row_scales import RowUpdate
 from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
-from kfac_onnx.passes.insertion.writing import as_float32, to_rows
+from kfac_onnx.passes.insertion.writing import as_float32, rows_at, to_rows
 from kfac_onnx.step.draft import FLOAT, INT64
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ def _looked_up(site: Site, ids: ir.Value, emit: Emitter, draft: Draft) -> ir.Val
         share = emit.node("Mul", [share, draft.value(site.keep)], name="share", dtype=FLOAT, shape=[None])
     axis = emit.constant(np.asarray([1], np.int64), "last_axis")
     share = emit.node("Unsqueeze", [share, axis], name="share", dtype=FLOAT, shape=[None, 1])
-    table = to_rows(emit, as_float32(emit, draft.parameter(site.parameter), "W"), site)
-    rows = emit.node("Gather", [table, ids], name="rows_before", dtype=FLOAT, shape=width)
+    rows = rows_at(emit, draft.parameter(site.parameter), ids, site)
     draft.remember(rows)
     return emit.node("Mul", [rows, share], name="decay", dtype=FLOAT, shape=width)

@@ -24,7 +24,7 @@ from kfac_onnx.fisher.place import Place
 from kfac_onnx.fisher.row_scales import RowUpdate, merge_lookups
 from kfac_onnx.graph.emit import Out
 from kfac_onnx.metadata import Phase
-from kfac_onnx.passes.insertion.writing import as_float32, to_rows
+from kfac_onnx.passes.insertion.writing import rows_at
 from kfac_onnx.step.draft import BOOL, DOUBLE, FLOAT, INT64
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def with_decay(
     place = Place(draft, f"kfac/{site.parameter}", site.parameter)
     ids, shrink = _shrinkage(site, rate, decay, place)
     emit, width = place.emitter(Phase.PRECONDITION), [None, site.embedding_dim]
-    table = to_rows(emit, as_float32(emit, draft.parameter(site.parameter), "W"), site)
-    before = emit.node("Gather", [table, ids], name="rows_before", dtype=FLOAT, shape=width)
+    before = rows_at(emit, draft.parameter(site.parameter), ids, site)
     rows = emit.node("Mul", [before, shrink], name="decay", dtype=FLOAT, shape=width)
     update = result.update
     if not result.step:  # then W ← W − 1·(lr·update − decay): a decay over lr would need lr > 0

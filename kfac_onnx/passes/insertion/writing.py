@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from kfac_onnx import metadata
 from kfac_onnx.graph.emit import Out
@@ -12,8 +13,6 @@ from kfac_onnx.metadata import Phase, RowGradient, Site
 from kfac_onnx.step.draft import FLOAT, INT64, Draft
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from kfac_onnx.fisher.row_scales import RowUpdate
     from kfac_onnx.graph.emit import Emitter
 
@@ -22,6 +21,7 @@ __all__ = [
     "drop_gradient",
     "from_rows",
     "keep_parameter",
+    "rows_at",
     "takes_steps",
     "to_rows",
     "write_table",
@@ -142,6 +142,24 @@ def to_rows(emit: Emitter, gradient: ir.Value, site: Site) -> ir.Value:
         target = emit.constant(np.asarray(shape, np.int64), "table_shape")
         return emit.node("Reshape", [gradient, target], name="gradient", dtype=FLOAT, shape=shape)
     return gradient
+
+
+def rows_at(emit: Emitter, weight: ir.Value, ids: ir.Value, site: Site) -> ir.Value:
+    """Return the rows of some ids of a stored table, float32[N, D]; nothing of the table's size is made."""
+    shape, axis = [None, site.embedding_dim], {"axis": 0}
+    if site.layout == "flat":
+        target = emit.constant(np.asarray([site.vocab_size, site.embedding_dim], np.int64), "table_shape")
+        weight = emit.node("Reshape", [weight, target], name="table", dtype=weight.dtype)
+    if site.layout == "columns":
+        shape, axis = shape[::-1], {"axis": 1}
+    rows = emit.node(
+        "Gather", [weight, ids], attributes=axis, name="rows_before", dtype=weight.dtype, shape=shape
+    )
+    if site.layout == "columns":
+        turned = {"perm": [1, 0]}
+        rows = emit.node("Transpose", [rows], attributes=turned, name="rows_before", dtype=rows.dtype)
+    rows.shape = ir.Shape([None, site.embedding_dim])
+    return as_float32(emit, rows, "rows_before")
 
 
 def from_rows(emit: Emitter, table: ir.Value, site: Site) -> ir.Value:

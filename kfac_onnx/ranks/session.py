@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from kfac_onnx.disk.models import load_model, save_model
 from kfac_onnx.errors import UserError
+from kfac_onnx.errors.signatures import checked
 from kfac_onnx.ranks.cut import cut_step
 from kfac_onnx.ranks.fabric import AgreedError, Alone, Fabric, Mpi, agree
 from kfac_onnx.ranks.routing import Routes, merged, places_among, routes, share_of
@@ -81,6 +82,7 @@ class RankSession:
 
     """
 
+    @checked
     def __init__(
         self,
         model: str | Path | ir.Model,

@@ -385,8 +385,16 @@ class TrainingSession:
             raise UserError(f"vote is a function of a flag, not {type(vote).__name__}")
         self._stepper.vote = vote
 
+    @checked
     def views(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Return what these states hold now, not copied: they are good until the next step."""
+        """Return what these states hold now, not copied: they are good until the next step.
+
+        Raises UserError for a name that no state has.
+        """
+        names = list(names)
+        for name in names:
+            if name not in self._holders:
+                raise UserError(f"the step has no state '{name}'", help=f"it has {', '.join(self._holders)}")
         return {name: self._holders[name].live.view() for name in names}
 
     def require_loss(self, what: str) -> None:

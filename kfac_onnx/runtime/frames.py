@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from kfac_onnx.errors import UserError
 from kfac_onnx.errors.signatures import checked
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from kfac_onnx.runtime.fitting import Row
 
 __all__ = ["metrics_frame"]
+
+_COLUMNS: Final = frozenset({"position", "step", "loss", "skipped", "lr", "held_out"})
+"""What each row has; some have more."""
 
 
 @checked
@@ -37,7 +40,7 @@ def metrics_frame(rows: Iterable[Row] | str | Path) -> DataFrame:
         import pandas as pd  # its stubs in typings/ name what is used here
     except ImportError as e:
         raise UserError("metrics_frame needs pandas", help="pip install 'kfac-onnx[pandas]'") from e
-    rows = list(_lines(Path(rows))) if isinstance(rows, (str, Path)) else list(rows)
+    rows = list(_lines(Path(rows))) if isinstance(rows, (str, Path)) else [_row(row) for row in rows]
     numbers = {name: [_number(cast("Any", row)[name]) for row in rows] for name in ("loss", "lr", "held_out")}
     return pd.DataFrame(
         {
@@ -51,6 +54,17 @@ def metrics_frame(rows: Iterable[Row] | str | Path) -> DataFrame:
     ).set_index(pd.Index([row["position"] for row in rows], dtype="int64", name="position"))
 
 
+def _row(row: object) -> Row:
+    """Return a row; UserError where it is none."""
+    if not isinstance(row, dict) or not set(cast("dict[str, Any]", row)) >= _COLUMNS:
+        kind = type(cast("object", row)).__name__
+        raise UserError(
+            f"rows of metrics are what fit(metrics=rows.append) collects, not {kind}",
+            help=f"each is a dict with {', '.join(sorted(_COLUMNS))}",
+        )
+    return cast("Row", row)
+
+
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
@@ -62,7 +76,6 @@ def _lines(path: Path) -> Iterator[Row]:
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is no text"
         raise UserError(f"metrics cannot be read from '{path}': {reason or e}") from e
-    needed = {"step", "position", "loss", "skipped", "lr", "held_out"}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -70,7 +83,7 @@ def _lines(path: Path) -> Iterator[Row]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not needed <= set(cast("dict[str, Any]", row)):
+        if not isinstance(row, dict) or not set(cast("dict[str, Any]", row)) >= _COLUMNS:
             raise UserError(
                 f"line {number} of '{path}' is no row of metrics",
                 help="a killed run may leave half a line: delete it",

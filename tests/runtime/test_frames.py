@@ -63,6 +63,19 @@ def test_what_is_no_row_is_named(tmp_path: Path) -> None:
     assert str(error.value) == f"metrics cannot be read from '{tmp_path}': Is a directory"
 
 
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(np.zeros((3, 4)), "ndarray"), ([{"step": 1}], "dict"), ("ab", "str")]
+)
+def test_what_fit_does_not_collect_is_named(rows: Any, kind: str) -> None:
+    pytest.importorskip("pandas", reason="needs pandas: pip install -e '.[dev]'")
+    with pytest.raises(UserError) as error:
+        kx.metrics_frame(list(rows))
+    assert str(error.value) == (
+        f"rows of metrics are what fit(metrics=rows.append) collects, not {kind}\n"
+        "  help: each is a dict with held_out, loss, lr, position, skipped, step"
+    )
+
+
 def test_without_pandas_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError) as error:

@@ -54,7 +54,10 @@ def part(batch: dict[str, np.ndarray], shares: list[int], rank: int) -> dict[str
 
 @pytest.mark.parametrize(
     ("preset", "shares"),
-    [("half", [N]), ("half", [N // 2, N // 2]), *((preset, [0, N - 5, 5]) for preset in INVARIANT)],
+    [
+        *((INVARIANT[0], shares) for shares in ([N], [N // 2, N // 2])),
+        *((preset, [0, N - 5, 5]) for preset in INVARIANT),
+    ],
 )
 def test_ranks_make_the_steps_of_one_process(preset: str, shares: list[int]) -> None:
     def work(rank: ThreadRank):

@@ -100,7 +100,7 @@ def test_without_a_gradient_a_row_is_left_the_product_of_all_steps_since(preset:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-@pytest.mark.parametrize("preset", ["half", "adaptive", "plain-adagrad"])
+@pytest.mark.parametrize("preset", [*ALL, "plain-adagrad"])
 def test_the_written_model_decays_alike_on_any_host(preset: str, target: str) -> None:
     """There an id comes as often as it is looked up."""
     import onnxruntime as ort
